@@ -1,0 +1,1203 @@
+"""The three sources of Broden+ that UPerNet learns from (section 2.1): ADE20K, OpenSurfaces and DTD, and a toy of them.
+
+    python datasets.py --data ade20k,os,dtd --root data   # scans, says what is there and what is broken
+
+What happens to a source, in order: `find_folder` tells its layout on disk, `scan` opens every file once and keeps an
+`Index` of it in the cache, `build_vocabulary` makes the class names of each level out of the indexes by the paper's rules,
+a `Reader` turns an image's files into label maps of that vocabulary, `Batches` and `Whole` feed training and evaluation.
+"""
+
+import argparse
+import csv
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+from tqdm import tqdm
+
+SOURCE_LEVELS = {"ade20k": ("scene", "object", "part"), "os": ("material",), "dtd": ("texture",)}
+MEAN_COLOUR = (124, 116, 104)  # ImageNet's, of which padding is made: zero after the network's normalisation
+TEXTURE_SIZE = 64  # section 3.1: "resized to 64x64, roughly"; ours: short side 64, then a square of it
+TOY_SEED = 304
+
+
+class UserError(ValueError):
+    """Something that the user can mend: scripts print it as one line and exit with status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with short messages: a mistake is one line on stderr, and --help has a line per option."""
+
+    def __init__(self, description: str):
+        wide = lambda prog: argparse.HelpFormatter(prog, max_help_position=31)
+        super().__init__(description=description, formatter_class=wide, usage="%(prog)s [options]", allow_abbrev=False)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+# ---------------------------------------------------------------- what lies on disk
+
+
+@dataclass
+class Index:
+    """What one scan of a source found. Class numbers are the source's own; pixel counts are rows of (image, number, pixels)."""
+
+    source: str  # ade20k, os, dtd
+    layout: str  # ade2021, sceneparsing, os, dtd
+    folder: str
+    images: list[str]  # paths relative to the folder
+    sizes: torch.Tensor  # (images, 2), height and width
+    official: list[str]  # "training", "validation" or "" for each image
+    tags: list[str]  # the scene or texture of each image, "" for none
+    objects: torch.Tensor  # (rows, 3)
+    parts: torch.Tensor  # (rows, 4): image, object number, part number, pixels
+    materials: torch.Tensor  # (rows, 3)
+    names: dict[int, str]  # of the numbers: ADE20K's objects and parts, OpenSurfaces' substances
+    broken: list[list[str]]  # [path, reason] of what was set aside
+
+
+def find_folder(root: str, source: str) -> tuple[str, str]:
+    """(layout, folder) of a source below `root`, directly or one folder down. Raises UserError if there is none."""
+    tops = [os.path.join(root, name) for name in (("os", "opensurfaces") if source == "os" else (source,))]
+    if not os.path.isdir(root):
+        raise UserError(f"{root}: no such folder; --root names the one that holds {source}/")
+    places = []
+    for top in filter(os.path.isdir, tops):
+        places += [top] + sorted(entry.path for entry in os.scandir(top) if entry.is_dir())
+    marks = {
+        "ade20k": {"ade2021": "images/ADE", "sceneparsing": "objectInfo150.txt"},
+        "os": {"os": "photos-labels"},
+        "dtd": {"dtd": "labels/train1.txt"},
+    }[source]
+    for folder in places:
+        for layout, mark in marks.items():
+            if os.path.exists(os.path.join(folder, mark)):
+                return layout, folder
+    if source == "ade20k" and any(os.path.exists(os.path.join(p, "index_ade20k.mat")) for p in places):
+        raise UserError(
+            f"{tops[0]}: this is ADE20K 2016_07_26, whose class names are in a MATLAB file; get ADE20K_2021_17_01 "
+            "(groups.csail.mit.edu/vision/datasets/ADE20K), the same images with names in JSON"
+        )
+    there = [s for s in (*SOURCE_LEVELS, "opensurfaces") if os.path.isdir(os.path.join(root, s))]
+    raise UserError(
+        f"{source}: not found below {root} (there: {', '.join(there) or 'none of the sources'}); "
+        f"expected {' or '.join(tops)} with {' or '.join(marks.values())} in it, directly or one folder down"
+    )
+
+
+def list_files(layout: str, folder: str) -> tuple[list[dict], str]:
+    """The files of each image of a source, and a fingerprint of all of them: names, sizes and times of change.
+
+    An entry has `image`, `official` and, as the layout has them, `labels`, `parts`, `json` or `tag`; paths relative to
+    the folder.
+    """
+    stats = {}
+    for base, folders, names in os.walk(folder):  # symbolic links to folders are not followed: no loops
+        folders.sort()
+        for entry in os.scandir(base):
+            if entry.is_file():
+                stat = entry.stat()
+                stats[os.path.relpath(entry.path, folder).replace(os.sep, "/")] = (stat.st_size, stat.st_mtime_ns)
+    stamp = hashlib.sha256(repr(sorted(stats.items())).encode()).hexdigest()
+
+    files = []
+    for path in sorted(stats):
+        stem, extension = os.path.splitext(path)
+        if extension.lower() not in (".jpg", ".jpeg", ".png"):
+            continue
+        if layout == "ade2021" and path.startswith("images/ADE/") and extension.lower() == ".jpg":
+            official = path.split("/")[2]
+            parts = f"{stem}_parts_1.png"
+            files.append(
+                {
+                    "image": path,
+                    "official": official,
+                    "labels": f"{stem}_seg.png",
+                    "json": f"{stem}.json",
+                    "parts": parts if parts in stats else None,
+                }
+            )
+        elif layout == "sceneparsing" and path.startswith(("images/training/", "images/validation/")):
+            labels = re.sub("^images/", "annotations/", stem) + ".png"
+            files.append({"image": path, "official": path.split("/")[1], "labels": labels})
+        elif layout == "os" and path.startswith("photos/"):
+            name = os.path.basename(stem)
+            files.append({"image": path, "official": "", "labels": f"photos-labels/{name}.png"})
+        elif layout == "dtd" and path.startswith("images/") and path.count("/") == 2:
+            files.append({"image": path, "official": "", "tag": path.split("/")[1]})
+    if layout == "sceneparsing":
+        scenes = dict(line.split()[:2] for line in read_lines(folder, "sceneCategories.txt") if len(line.split()) > 1)
+        for entry in files:
+            entry["tag"] = usable_scene(scenes.get(os.path.splitext(os.path.basename(entry["image"]))[0], ""))
+    if layout == "dtd":  # train1 + val1 against test1; an image in no list belongs to neither
+        lists = {"training": ("train1", "val1"), "validation": ("test1",)}
+        part_of = {n.strip(): k for k, v in lists.items() for f in v for n in read_lines(folder, f"labels/{f}.txt")}
+        for entry in files:
+            entry["official"] = part_of.get(entry["image"].removeprefix("images/"), "")
+    if not files:
+        raise UserError(f"{folder}: looks like the layout '{layout}' but holds no images of it")
+    return files, stamp
+
+
+def read_lines(folder: str, name: str) -> list[str]:
+    """The lines of a text file, which may be Latin-1. Raises UserError with its name if it cannot be read."""
+    try:
+        with open(os.path.join(folder, name), "rb") as file:
+            content = file.read()
+    except OSError as e:
+        raise UserError(f"{os.path.join(folder, name)}: {e.strerror}") from None
+    try:
+        return content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        return content.decode("latin-1").splitlines()
+
+
+def usable_scene(name: str) -> str:
+    """Lower case; "misc" and the like say nothing, and such an image has no scene."""
+    name = name.strip().lower()
+    return "" if name in ("misc", "unknown", "none", "~not labeled") else name
+
+
+def numbers_of(path: str, layout: str) -> np.ndarray:
+    """Class numbers (H, W) of a label picture as the layout codes them; 0 is unlabelled."""
+    with Image.open(path) as picture:
+        if layout == "sceneparsing":
+            if picture.mode not in ("L", "P", "I", "I;16"):
+                raise ValueError(f"mode {picture.mode} where a map of class numbers was expected")
+            return np.asarray(picture).astype(np.int32)
+        channels = np.asarray(picture.convert("RGB"))
+    if layout == "ade2021":
+        return channels[..., 0].astype(np.int32) // 10 * 256 + channels[..., 1]
+    return channels[..., 0].astype(np.int32)  # OpenSurfaces: red is the substance
+
+
+def rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any mode in 8-bit RGB: what is transparent becomes white, 16 bits are scaled to 8."""
+    if picture.mode.startswith("I"):
+        return Image.fromarray((np.asarray(picture).astype(np.float32) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":
+        values = np.nan_to_num(np.asarray(picture))
+        scale = 255 if values.max(initial=0) <= 1 else 1
+        return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+# ---------------------------------------------------------------- the scan
+
+
+def scan_image(task: tuple[str, str, dict]) -> dict:
+    """Opens every file of one image once: its size, tag, and pixels per class number; or `broken`, the reason why not."""
+    layout, folder, files = task
+    current = files["image"]
+    try:
+        with Image.open(os.path.join(folder, current)) as picture:
+            width, height = picture.size
+            picture.draft("RGB", (1, 1))  # a JPEG is decoded at an eighth, and a truncated one still noticed
+            picture.load()
+        found = {"size": (height, width), "tag": files.get("tag", ""), "objects": [], "parts": [], "materials": [], "names": {}}
+        if "json" in files:
+            current = files["json"]
+            annotation = json.loads("\n".join(read_lines(folder, current)))["annotation"]
+            scenes = [s for s in annotation["scene"] if s]
+            found["tag"] = usable_scene(scenes[-1] if scenes else "")
+            found["names"] = {int(o["name_ndx"]): str(o["name"]) for o in annotation["object"]}
+        if "labels" in files:
+            current = files["labels"]
+            numbers = numbers_of(os.path.join(folder, current), layout)
+            if layout != "os" and numbers.shape != (height, width):
+                raise ValueError(f"{numbers.shape} pixels, its photo {(height, width)}")
+            counts = np.bincount(numbers.ravel())
+            counts[0] = 0
+            rows = [(int(n), int(counts[n])) for n in np.flatnonzero(counts)]
+            found["materials" if layout == "os" else "objects"] = rows
+        if files.get("parts"):
+            current = files["parts"]
+            parts = numbers_of(os.path.join(folder, current), layout)
+            if parts.shape != (height, width):
+                raise ValueError(f"{parts.shape} pixels, its photo {(height, width)}")
+            both = (parts > 0) & (numbers > 0)
+            pairs, counts = np.unique(numbers[both].astype(np.int64) << 16 | parts[both], return_counts=True)
+            found["parts"] = [(int(p >> 16), int(p & 0xFFFF), int(c)) for p, c in zip(pairs, counts)]
+        return found
+    except UserError as e:
+        return {"broken": str(e)}
+    except Exception as e:  # whatever a decoder makes of a damaged file
+        reason = "missing" if isinstance(e, FileNotFoundError) else f"{type(e).__name__}: {e}"
+        return {"broken": f"{current}: {reason}".replace("\n", " ")}
+
+
+def scan(root: str, source: str, cache: str, allow_broken: bool = False) -> Index:
+    """The index of a source: from the cache if no file was added, removed or changed since, else by opening every file.
+
+    Raises UserError if the source is not there, or if more than one file in twenty is broken without `allow_broken`.
+    """
+    layout, folder = find_folder(root, source)
+    files, stamp = list_files(layout, folder)
+    stored = os.path.join(cache, f"{source}.index.pt")
+    index = load_index(stored, stamp, folder)
+    if index is None:
+        index = scan_all(source, layout, folder, files)
+        save_atomically({"version": 1, "stamp": stamp, **vars(index)}, stored, "choose another folder with --cache")
+    if index.broken:
+        share = len(index.broken) / len(files)
+        print(f"{source}: {len(index.broken)} of {len(files)} images set aside, the first: {index.broken[0][1]}", file=sys.stderr)
+        if share > 0.05 and not allow_broken:
+            raise UserError(f"{source}: {share:.0%} of its images are broken (see above); go on all the same with --allow-broken")
+    if not index.images:
+        raise UserError(f"{folder}: not a single usable image")
+    return index
+
+
+def load_index(stored: str, stamp: str, folder: str) -> Index | None:
+    """The index in the file `stored` if it is of the same files; None where it must be made anew."""
+    try:
+        content = torch.load(stored, weights_only=True)
+        if content.pop("version") == 1 and content.pop("stamp") == stamp:
+            return Index(**{**content, "folder": folder})
+    except Exception:  # there is none yet, or it is damaged: it can always be made again
+        pass
+    return None
+
+
+def scan_all(source: str, layout: str, folder: str, files: list[dict]) -> Index:
+    tasks = [(layout, folder, entry) for entry in files]
+    bar = dict(total=len(tasks), desc=f"scanning {source}", unit=" images", disable=None, leave=False)
+    if len(tasks) < 200:  # starting processes would take longer
+        found = [scan_image(task) for task in tqdm(tasks, **bar)]
+    else:
+        with multiprocessing.Pool() as pool:
+            found = list(tqdm(pool.imap(scan_image, tasks, chunksize=16), **bar))
+
+    names: dict[int, str] = {}
+    for record in found:
+        names.update(record.get("names", {}))
+    if layout == "sceneparsing":
+        rows = [line.split("\t") for line in read_lines(folder, "objectInfo150.txt")[1:] if line.strip()]
+        names = {int(row[0]): row[-1].strip() for row in rows}
+    if layout == "os":
+        names = substance_names(folder)
+    for record in found:
+        seen = [row[:-1] for key in ("objects", "parts", "materials") for row in record.get(key, ())]
+        if unknown := sorted({n for row in seen for n in row if n not in names}):
+            record["broken"] = f"class number {unknown[0]} in its labels, which the tables do not know"
+
+    good = [(entry, record) for entry, record in zip(files, found) if "broken" not in record]
+
+    def rows(key: str, width: int) -> torch.Tensor:
+        return torch.tensor([(i, *row) for i, (_, r) in enumerate(good) for row in r[key]], dtype=torch.int64).reshape(-1, width)
+
+    return Index(
+        source=source,
+        layout=layout,
+        folder=folder,
+        images=[entry["image"] for entry, _ in good],
+        sizes=torch.tensor([record["size"] for _, record in good], dtype=torch.int64).reshape(-1, 2),
+        official=[entry["official"] for entry, _ in good],
+        tags=[record["tag"] for _, record in good],
+        objects=rows("objects", 3),
+        parts=rows("parts", 4),
+        materials=rows("materials", 3),
+        names=names,
+        broken=[[e["image"], f"{e['image']}: {r['broken']}"] for e, r in zip(files, found) if "broken" in r],
+    )
+
+
+def substance_names(folder: str) -> dict[int, str]:
+    """OpenSurfaces: the red value of a substance in the label pictures -> its name."""
+    table = "label-substance-colors.csv"
+    try:
+        rows = csv.DictReader(read_lines(folder, table))
+        return {int(float(row["red_color"])): row["substance_name"] for row in rows}
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{os.path.join(folder, table)}: needs the columns substance_name and red_color ({e})") from None
+
+
+def save_atomically(content: dict, path: str, advice: str) -> None:
+    """Writes with torch.save to a temporary name and renames; raises UserError with the file's name and the advice."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # PyTorch's own file writer raises RuntimeError on a full disk
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise UserError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); {advice}") from None
+
+
+# ---------------------------------------------------------------- the vocabulary
+
+# OpenSurfaces' substances that are kept, and as what (released code); all others are unlabelled.
+MATERIALS = {
+    "concrete": "stone",
+    "stone": "stone",
+    "plastic clear": "plastic",
+    "plastic opaque": "plastic",
+    "granite marble": "polished stone",
+    "carpet rug": "carpet",
+    "fabric cloth": "fabric",
+    "paper tissue": "paper",
+    "rubber latex": "rubber/latex",
+    **{
+        name: name
+        for name in (
+            "brick cardboard ceramic foliage food fur glass hair laminate leather metal mirror painted skin tile wallpaper wicker wood"
+        ).split()
+    },
+}
+
+
+def merged_names(names: dict[int, str], source: str, part: bool = False) -> dict[int, str]:
+    """Number -> class name, where several numbers may get the same name: the merging of similar names, by rule.
+
+    Objects and parts: the first synonym, in lower case; a plural becomes the singular when both forms occur; parts
+    lose "left" and "right". Materials: by the table above, those that it lacks are left out. (The released code merges
+    by hand-made tables; the rules are our choice.)
+    """
+    if source == "os":
+        plain = {number: re.sub("[^a-z]+", " ", name.lower()).strip() for number, name in names.items()}
+        return {number: MATERIALS[name] for number, name in plain.items() if name in MATERIALS}
+    first = {number: name.split(",")[0].strip().lower() for number, name in names.items()}
+    if part:
+        first = {number: re.sub(r"\b(left|right) +", "", name) for number, name in first.items()}
+    forms = set(first.values())
+
+    def singular(name: str) -> str:
+        candidates = [name[:-1]] if name.endswith("s") else []
+        candidates += [name[:-2]] if re.search("(s|x|z|ch|sh|o)es$", name) else []
+        candidates += [name[:-3] + "y"] if name.endswith("ies") else []
+        return next((c for c in candidates if c in forms), name)
+
+    return {number: singular(name) for number, name in first.items()}
+
+
+def table_names(names: dict[int, str]) -> list[str]:
+    """SceneParsing's own table in its order: first synonyms, whole entries where two classes share the first one."""
+    first = {n: name.split(",")[0].split(";")[0].strip() for n, name in names.items()}
+    unique = lambda n: list(first.values()).count(first[n]) == 1
+    return [first[n] if unique(n) else names[n] for n in sorted(names)]
+
+
+def object_names(index: Index) -> dict[int, str]:
+    """Object number -> class name, for the objects of an ADE20K index."""
+    if index.layout == "sceneparsing":
+        return dict(zip(sorted(index.names), table_names(index.names)))
+    return merged_names({n: index.names[n] for n in index.objects[:, 1].unique().tolist()}, "ade20k")
+
+
+def part_names(index: Index) -> dict[int, str]:
+    """Part number -> part name, for the parts of an ADE20K index."""
+    return merged_names({n: index.names[n] for n in index.parts[:, 2].unique().tolist()}, "ade20k", part=True)
+
+
+def class_pixels(index: Index) -> dict[str, dict]:
+    """Level -> class -> {image: pixels}, after merging and before any threshold. A class of part is (object, part).
+
+    Scenes and textures, which an image has as a whole, count one for each image.
+    """
+    table: dict[str, dict] = {level: {} for level in SOURCE_LEVELS[index.source]}
+
+    def add(level, name, image: int, pixels: int) -> None:
+        images = table[level].setdefault(name, {})
+        images[image] = images.get(image, 0) + pixels
+
+    if index.source == "ade20k":
+        objects, parts = object_names(index), part_names(index)
+        for image, number, pixels in index.objects.tolist():
+            add("object", objects[number], image, pixels)
+        for image, number, part, pixels in index.parts.tolist():
+            add("part", (objects[number], parts[part]), image, pixels)
+    if index.source == "os":
+        materials = merged_names(index.names, "os")
+        for image, number, pixels in index.materials.tolist():
+            if number in materials:
+                add("material", materials[number], image, pixels)
+    for image, tag in enumerate(index.tags):
+        if tag:
+            add("scene" if index.source == "ade20k" else "texture", tag, image, 1)
+    return table
+
+
+def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int]) -> dict:
+    """Level -> class names (part: object -> part names, "background" first), by the rules of section 2.1.
+
+    Objects in at least `min_images` images with at least `min_pixels` pixels, largest first; parts of an object in at
+    least `min_part_images` images; scenes in at least `min_scene_images`; materials in at least `min_images`; all
+    textures. SceneParsing's objects are its own table, without thresholds. A level without a class is left out.
+    """
+    vocabulary: dict = {}
+    for index in indexes.values():
+        table = class_pixels(index)
+        pixels = {level: {name: sum(images.values()) for name, images in t.items()} for level, t in table.items()}
+        if index.source == "ade20k":
+            least = minima["min_scene_images"]
+            vocabulary["scene"] = sorted(n for n, images in table["scene"].items() if len(images) >= least)
+            if index.layout == "sceneparsing":
+                vocabulary["object"] = table_names(index.names)
+            else:
+                kept = [
+                    n
+                    for n, images in table["object"].items()
+                    if len(images) >= minima["min_images"] and pixels["object"][n] >= minima["min_pixels"]
+                ]
+                vocabulary["object"] = sorted(kept, key=lambda n: (-pixels["object"][n], n))
+            parts = {name: ["background"] for name in vocabulary["object"]}
+            for (name, part), images in sorted(table["part"].items(), key=lambda kv: (-pixels["part"][kv[0]], kv[0])):
+                if name in parts and len(images) >= minima["min_part_images"]:
+                    parts[name].append(part)
+            vocabulary["part"] = {name: names for name, names in parts.items() if len(names) > 1}
+        elif index.source == "os":
+            vocabulary["material"] = sorted(n for n, images in table["material"].items() if len(images) >= minima["min_images"])
+        else:
+            vocabulary["texture"] = sorted(table["texture"])
+    return {level: names for level, names in vocabulary.items() if names}
+
+
+# ---------------------------------------------------------------- one image and its labels
+
+
+class Reader:
+    """Reads the images of one source with their labels as class indices of a vocabulary."""
+
+    def __init__(self, index: Index, vocabulary: dict):
+        self.index = index
+        self.levels = [level for level in SOURCE_LEVELS[index.source] if level in vocabulary]
+        files, _ = list_files(index.layout, index.folder)
+        by_image = {entry["image"]: entry for entry in files}
+        self.files = [by_image[image] for image in index.images]
+        tag_level = {"ade20k": "scene", "dtd": "texture"}.get(index.source)
+        self.tags = {name: i for i, name in enumerate(vocabulary.get(tag_level, ()))}
+
+        size = max(index.names, default=0) + 1
+        self.of_number = np.full(size, -1, np.int16)  # object or material number -> class index
+        pixel_names = object_names(index) if index.source == "ade20k" else merged_names(index.names, "os")
+        classes = {name: i for i, name in enumerate(vocabulary.get("object" if index.source == "ade20k" else "material", ()))}
+        for number, name in pixel_names.items():
+            self.of_number[number] = classes.get(name, -1)
+        self.of_part = np.zeros((len(classes) + 1, size), np.uint8)  # class index, part number -> index among its parts
+        if "part" in self.levels:
+            for (number, name), (owner, parts) in itertools.product(part_names(index).items(), vocabulary["part"].items()):
+                if name in parts and owner in classes:
+                    self.of_part[classes[owner], number] = parts.index(name)
+
+    def photo(self, i: int, box: tuple[int, int] | None = None) -> Image.Image:
+        """Image i in RGB; with `box` (width, height) perhaps smaller than it is, but not smaller than the box."""
+        path = os.path.join(self.index.folder, self.index.images[i])
+        try:
+            with Image.open(path) as picture:
+                if box:
+                    picture.draft("RGB", box)  # libjpeg decodes at 1/2, 1/4 or 1/8 for less work
+                return rgb(picture)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            raise UserError(f"{path}: cannot be read as an image any more ({e})") from None
+
+    def labels(self, i: int) -> dict[str, np.ndarray | int]:
+        """Image i's labels at their own size: object, material int16 (H, W), -1 for unlabelled; part uint8 (H, W), the
+        index in the list of parts of the pixel's object, 0 for background and elsewhere; scene, texture an index or -1."""
+        files, folder, layout = self.files[i], self.index.folder, self.index.layout
+        labels: dict[str, np.ndarray | int] = {}
+        if self.index.source != "os":
+            labels[SOURCE_LEVELS[self.index.source][0]] = self.tags.get(self.index.tags[i], -1)
+        if files.get("labels"):
+            try:
+                classes = self.of_number[numbers_of(os.path.join(folder, files["labels"]), layout)]
+                labels["material" if self.index.source == "os" else "object"] = classes
+                if "part" in self.levels:
+                    labels["part"] = np.zeros(classes.shape, np.uint8)
+                    if files["parts"]:
+                        numbers = numbers_of(os.path.join(folder, files["parts"]), layout)
+                        labels["part"] = self.of_part[classes, numbers] * (classes >= 0)
+            except (OSError, ValueError, SyntaxError, IndexError) as e:
+                raise UserError(f"{os.path.join(folder, files['labels'])}: cannot be read any more ({e})") from None
+        return {level: labels[level] for level in self.levels}
+
+
+def resized(size: tuple[int, int], short: int, longest: int) -> tuple[int, int]:
+    """(height, width) with the short side at `short`, or smaller so that the long side is at most `longest`."""
+    scale = min(short / min(size), longest / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def padded(size: int) -> int:
+    """Rounded up to the coarsest stride of the network."""
+    return math.ceil(size / 32) * 32
+
+
+def padded_image(picture: Image.Image, size: tuple[int, int], height: int, width: int) -> np.ndarray:
+    """The picture resized to `size`, padded right and below with the mean colour: (3, height, width) uint8."""
+    canvas = np.empty((height, width, 3), np.uint8)
+    canvas[:] = MEAN_COLOUR
+    canvas[: size[0], : size[1]] = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return canvas.transpose(2, 0, 1)
+
+
+def quarter_labels(labels: np.ndarray, size: tuple[int, int], height: int, width: int, fill: int) -> np.ndarray:
+    """Labels of any size as the network sees them: at a quarter of (height, width), of which the image fills `size`.
+
+    A cell of the quarter map has the label at its centre, and `fill` where its centre is in the padding.
+    """
+    quarter = np.full((height // 4, width // 4), fill, labels.dtype)
+    rows, columns = (
+        ((np.arange(math.ceil((n - 2) / 4)) * 4 + 2) * label_n // n) for n, label_n in zip(size, labels.shape)
+    )
+    quarter[: len(rows), : len(columns)] = labels[rows[:, None], columns]
+    return quarter
+
+
+# ---------------------------------------------------------------- batches
+
+
+def plan_batches(sources: dict[str, dict[int, tuple[int, int]]], iterations: int, images: int, seed: int) -> list[tuple[str, list[int]]]:
+    """[(source, image numbers)] for every iteration of a run: which source is drawn, and which images of it.
+
+    sources: of each source, image number -> (height, width). Section 3.1: a source is drawn with probability by its number of images. Its images are
+    then of one orientation, landscape or portrait, so that little is padded; each is seen once before any is seen again.
+    """
+    rng = np.random.default_rng(seed)
+
+    def shuffled(numbers: list[int]):
+        while True:
+            yield from rng.permutation(numbers).tolist()
+
+    buckets = []
+    for source, sizes in sources.items():
+        for portrait in (False, True):
+            if numbers := [i for i, (h, w) in sizes.items() if (h > w) == portrait]:
+                buckets.append((source, len(numbers), shuffled(numbers)))
+    share = np.array([n for _, n, _ in buckets]) / sum(n for _, n, _ in buckets)
+    return [(buckets[b][0], list(itertools.islice(buckets[b][2], images))) for b in rng.choice(len(buckets), iterations, p=share)]
+
+
+class Batches(torch.utils.data.Dataset):
+    """Element k is the k-th batch of a run, ready made, a function of the plan and the seed alone: neither the number of
+    workers nor a pause in between changes anything.
+
+    A batch is a dict: `source`, `files`, `images` (N, 3, H, W) uint8 with H and W multiples of 32, and the labels as in
+    `upernet.losses`, in small integer types. DTD's images are squares of TEXTURE_SIZE.
+    rank, ranks: this process takes the rank-th of `ranks` equal shares of the plan's images; `accumulate` cuts the share
+    into that many batches, elements k * accumulate, .. of iteration k.
+    """
+
+    def __init__(self, readers: dict[str, Reader], plan: list, sizes: list[int], longest: int, seed: int, accumulate=1, rank=0, ranks=1):
+        self.readers, self.plan, self.sizes, self.longest, self.seed = readers, plan, sizes, longest, seed
+        self.accumulate, self.rank, self.ranks = accumulate, rank, ranks
+
+    def __len__(self) -> int:
+        return len(self.plan) * self.accumulate
+
+    def __getitem__(self, k: int) -> dict:
+        iteration, piece = divmod(k, self.accumulate)
+        source, numbers = self.plan[iteration]
+        reader = self.readers[source]
+        n = len(numbers) // (self.accumulate * self.ranks)
+        start = (piece * self.ranks + self.rank) * n
+        short = int(np.random.default_rng((self.seed, iteration)).choice(self.sizes))
+        samples = [
+            self.sample(reader, source, numbers[position], short, np.random.default_rng((self.seed, iteration, position)))
+            for position in range(start, start + n)
+        ]
+        height = padded(max(size[0] for _, size, _ in samples))
+        width = padded(max(size[1] for _, size, _ in samples))
+        batch = {"source": source, "files": [reader.index.images[i] for i in numbers[start : start + n]]}
+        batch["images"] = torch.from_numpy(np.stack([padded_image(p, size, height, width) for p, size, _ in samples]))
+        for level in reader.levels:
+            values = [labels[level] for _, _, labels in samples]
+            if level in ("scene", "texture"):
+                batch[level] = torch.tensor(values, dtype=torch.int16)
+            else:
+                fill = 0 if level == "part" else -1
+                maps = [quarter_labels(v, size, height, width, fill) for v, (_, size, _) in zip(values, samples)]
+                batch[level] = torch.from_numpy(np.stack(maps))
+        return batch
+
+    def sample(self, reader: Reader, source: str, i: int, short: int, rng: np.random.Generator):
+        """(picture, (height, width) that it will have, labels) of image i, flipped by chance."""
+        size = tuple(reader.index.sizes[i].tolist())
+        if source == "dtd":
+            picture = texture_square(reader, i, rng.random())
+            size = (TEXTURE_SIZE, TEXTURE_SIZE)
+        else:
+            size = resized(size, short, self.longest)
+            picture = reader.photo(i, (size[1], size[0]))
+        labels = reader.labels(i)
+        if rng.random() < 0.5:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            labels = {level: v[:, ::-1] if isinstance(v, np.ndarray) else v for level, v in labels.items()}
+        return picture, size, labels
+
+
+def texture_square(reader: Reader, i: int, place: float) -> Image.Image:
+    """Image i of DTD at a short side of TEXTURE_SIZE, cut to a square at `place` (0 to 1) along the long side."""
+    height, width = resized(tuple(reader.index.sizes[i].tolist()), TEXTURE_SIZE, 10**6)
+    picture = reader.photo(i, (width, height)).resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round(place * (width - TEXTURE_SIZE)), round(place * (height - TEXTURE_SIZE))
+    return picture.crop((left, top, left + TEXTURE_SIZE, top + TEXTURE_SIZE))
+
+
+class Whole(torch.utils.data.Dataset):
+    """Images for evaluation, one at a time, with labels at their own size.
+
+    Element k is a dict: `source`, `file`, `images` (1, 3, H, W) uint8 padded to multiples of 32, `size`, the part of H and
+    W that the image fills, and the labels of the source's levels as from `Reader.labels`, tensors.
+    """
+
+    def __init__(self, readers: dict[str, Reader], chosen: list[tuple[str, int]], short: int, longest: int):
+        self.readers, self.chosen, self.short, self.longest = readers, chosen, short, longest
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, k: int) -> dict:
+        source, i = self.chosen[k]
+        reader = self.readers[source]
+        if source == "dtd":
+            size, picture = (TEXTURE_SIZE, TEXTURE_SIZE), texture_square(reader, i, 0.5)
+        else:
+            size = resized(tuple(reader.index.sizes[i].tolist()), self.short, self.longest)
+            picture = reader.photo(i, (size[1], size[0]))
+        images = torch.from_numpy(padded_image(picture, size, padded(size[0]), padded(size[1])))[None]
+        labels = {level: torch.as_tensor(value) for level, value in reader.labels(i).items()}
+        return {"source": source, "file": reader.index.images[i], "images": images, "size": size, **labels}
+
+
+# ---------------------------------------------------------------- the toy: drawn scenes and textures in the real layouts
+
+TOY_MINIMA = {"min_images": 20, "min_pixels": 5000, "min_part_images": 20, "min_scene_images": 10}
+PAPER_MINIMA = {"min_images": 50, "min_pixels": 50000, "min_part_images": 20, "min_scene_images": 10}
+TOY_SCENES = {  # ADE20K names a scene from broad to fine
+    "street": ["outdoor", "urban", "street"],
+    "park": ["outdoor", "natural", "park"],
+    "beach": ["outdoor", "natural", "beach"],
+    "bedroom": ["indoor", "home", "bedroom"],
+    "dining_room": ["indoor", "home", "dining_room"],
+}
+TOY_OBJECTS = (  # ADE20K's way of naming: synonyms after the first
+    "sky,road; route,building; edifice,tree,car; auto,person; individual,streetlight; street lamp,grass,bench,mountain; mount,"
+    "sea,sand,boat,sunshade; parasol,wall,floor; flooring,bed,lamp,painting; picture,table,chair,window,door,roof,wheel,head,"
+    "torso,left leg,right leg,trunk,crown,hull,sail,canopy,pole,headboard,pillow,shade,base,top,leg,back,seat,frame,canvas"
+).split(",")
+TOY_NUMBERS = {name.split(";")[0]: 61 * (k + 1) for k, name in enumerate(TOY_OBJECTS)}  # beyond 255: both colour channels
+TOY_SUBSTANCES = (
+    "Brick,Wood,Tile,Stone,Fabric/Cloth,Metal,Foliage,Glass,Painted,Rubber/Latex,Skin,Concrete,Sky,Water,Dirt"
+).split(",")
+
+
+def noise(rng: np.random.Generator, height: int, width: int, rows: float, columns: float) -> np.ndarray:
+    """Smooth noise in [0, 1], (height, width), with a new value about every `rows` and `columns` pixels."""
+    grid = rng.random((max(2, round(height / rows) + 1), max(2, round(width / columns) + 1))).astype(np.float32)
+    return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
+
+
+def surface(substance: str, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """The relief of a material, in [0, 1], (height, width): what tells it from others whatever its colour."""
+    y, x = np.mgrid[:height, :width].astype(np.float32) + rng.random(2).astype(np.float32)[:, None, None] * 20
+    grain = noise(rng, height, width, 2, 2)
+    if substance == "Brick":
+        tall = rng.uniform(5, 8)
+        row = np.floor(y / tall)
+        along = (x + row % 2 * tall) % (2 * tall)
+        return np.where((y % tall < 1.3) | (along < 1.3), 1, 0.25 * grain + 0.15 * noise(rng, height, width, tall, 2 * tall))
+    if substance == "Tile":
+        side = rng.uniform(8, 13)
+        return np.where((x % side < 1.3) | (y % side < 1.3), 0, 0.75 + 0.15 * noise(rng, height, width, side, side))
+    if substance == "Wood":
+        warped = y + 5 * noise(rng, height, width, 20, 40)
+        return 0.5 + 0.3 * np.sin(warped * rng.uniform(0.9, 1.4)) + 0.3 * (noise(rng, height, width, 1.5, 25) - 0.5)
+    if substance in ("Stone", "Concrete"):
+        return 0.5 * noise(rng, height, width, 6, 6) + 0.5 * noise(rng, height, width, 1.5, 1.5)
+    if substance == "Fabric/Cloth":
+        period = rng.uniform(4, 6)
+        return 0.5 + 0.25 * np.sin(2 * np.pi * x / period) + 0.25 * np.sin(2 * np.pi * y / period)
+    if substance == "Metal":
+        return 0.5 + 0.45 * np.sin(y / height * rng.uniform(5, 9) + rng.uniform(0, 6)) + 0.1 * (noise(rng, height, width, 1, 30) - 0.5)
+    if substance == "Foliage":
+        return np.clip((noise(rng, height, width, 3.5, 3.5) - 0.5) * 2.5 + 0.5, 0, 1)
+    if substance == "Glass":
+        return 0.25 + 0.6 * (np.sin((x + y) / rng.uniform(3.5, 5)) > 0.55) + 0.1 * grain
+    if substance == "Water":
+        return 0.5 + 0.35 * np.sin(y * 0.9 + 3 * noise(rng, height, width, 6, 12)) * noise(rng, height, width, 3, 10)
+    if substance == "Sky":
+        return np.clip(1.6 * noise(rng, height, width, 20, 45) - 0.5, 0, 1) * 0.9
+    if substance == "Dirt":
+        return 0.4 + 0.35 * (grain - 0.5)
+    return 0.5 + 0.06 * (noise(rng, height, width, 15, 15) - 0.5)  # paint, skin, rubber: plain
+
+
+def hsv(hue: float, saturation: float, value: float) -> np.ndarray:
+    """A colour in [0, 255], (3,), from hue, saturation and value in [0, 1]."""
+    steps = np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
+    return 255 * value * (1 - saturation + saturation * steps)
+
+
+class Canvas:
+    """A toy scene being painted, far things first: the picture and, for every pixel, its object, part and substance."""
+
+    def __init__(self, width: int, height: int, rng: np.random.Generator):
+        self.width, self.height, self.rng = width, height, rng
+        self.picture = np.zeros((height, width, 3), np.float32)
+        self.objects, self.parts, self.substances = (np.zeros((height, width), np.int32) for _ in range(3))
+        self.listed: list[tuple[str, str | None]] = []  # (object, part) in the order of painting
+
+    def colour(self, *hues: tuple[float, float]) -> np.ndarray:
+        """Any colour, or one of the given ranges of hue."""
+        hue = self.rng.uniform(*hues[self.rng.integers(len(hues))]) if hues else self.rng.random()
+        return hsv(hue % 1, self.rng.uniform(0.15, 0.65), self.rng.uniform(0.35, 0.95))
+
+    def paint(self, shape: str, points: list, thing: str, part: str | None, substance: str, colour: np.ndarray) -> None:
+        """Paints a "polygon" or an "ellipse" (two corners of its box), points in pixels, made of a substance."""
+        xs, ys = zip(*points)
+        left, top = max(0, math.floor(min(xs)) - 1), max(0, math.floor(min(ys)) - 1)
+        right, bottom = min(self.width, math.ceil(max(xs)) + 2), min(self.height, math.ceil(max(ys)) + 2)
+        if right <= left or bottom <= top:
+            return
+        box = slice(top, bottom), slice(left, right)
+        fine = Image.new("L", (4 * (right - left), 4 * (bottom - top)))  # drawn at four times the size for smooth edges
+        getattr(ImageDraw.Draw(fine), shape)([(4 * float(x - left), 4 * float(y - top)) for x, y in points], fill=255)
+        cover = np.asarray(fine.resize((right - left, bottom - top), Image.Resampling.BOX))[..., None] / np.float32(255)
+        inside = cover[..., 0] > 0.5
+        if not inside.any():
+            return
+        relief = surface(substance, *inside.shape, self.rng)[..., None].astype(np.float32)
+        fill = colour * (0.6 + 0.55 * relief) + (relief > 0.97) * 30
+        self.picture[box] = self.picture[box] * (1 - cover) + fill * cover
+        self.objects[box][inside] = TOY_NUMBERS[thing]
+        self.parts[box][inside] = TOY_NUMBERS[part] if part else 0
+        self.substances[box][inside] = TOY_SUBSTANCES.index(substance) + 1
+        if (thing, part) not in self.listed:
+            self.listed.append((thing, part))
+
+    def rectangle(self, left, top, right, bottom, *what) -> None:
+        self.paint("polygon", [(left, top), (right, top), (right, bottom), (left, bottom)], *what)
+
+    def pick(self, *choices: str) -> str:
+        return choices[self.rng.integers(len(choices))]
+
+    # Things that stand at x with their feet at y and are s pixels tall.
+
+    def building(self, x, y, s) -> None:
+        w, r = s * self.rng.uniform(0.5, 0.8), self.rng
+        facade, colour = self.pick("Brick", "Stone", "Wood", "Painted"), self.colour()
+        self.rectangle(x - w / 2, y - 0.8 * s, x + w / 2, y, "building", None, facade, colour)
+        roof = [(x - 0.58 * w, y - 0.78 * s), (x - 0.3 * w, y - s), (x + 0.3 * w, y - s), (x + 0.58 * w, y - 0.78 * s)]
+        self.paint("polygon", roof, "building", "roof", self.pick("Tile", "Metal"), self.colour())
+        pane, rows, columns = self.colour((0.5, 0.65)), r.integers(1, 3), r.integers(2, 4)
+        for i, j in itertools.product(range(rows), range(columns)):
+            wx, wy = x + w * ((j + 0.5) / columns - 0.5), y - s * (0.72 - 0.24 * i)
+            self.rectangle(wx - 0.11 * w, wy, wx + 0.11 * w, wy + 0.16 * s, "building", "window", "Glass", pane)
+        dx = x + r.uniform(-0.2, 0.2) * w
+        self.rectangle(dx - 0.1 * w, y - 0.24 * s, dx + 0.1 * w, y, "building", "door", "Wood", self.colour())
+
+    def tree(self, x, y, s) -> None:
+        self.rectangle(x - 0.06 * s, y - 0.5 * s, x + 0.06 * s, y, "tree", "trunk", "Wood", self.colour((0.03, 0.12)))
+        green, w = self.colour((0.1, 0.45)), self.rng.uniform(0.26, 0.38)
+        for dx, dy in ((0, 0), (-0.12, 0.1), (0.12, 0.12)):
+            box = [(x + (dx - w) * s, y - s + dy * s), (x + (dx + w) * s, y - 0.42 * s + dy * s)]
+            self.paint("ellipse", box, "tree", "crown", "Foliage", green)
+
+    def car(self, x, y, s) -> None:
+        w, colour = 2.1 * s, self.colour()
+        self.rectangle(x - w / 2, y - 0.6 * s, x + w / 2, y - 0.15 * s, "car", None, "Metal", colour)
+        cabin = [(x - 0.32 * w, y - 0.58 * s), (x - 0.2 * w, y - s), (x + 0.18 * w, y - s), (x + 0.34 * w, y - 0.58 * s)]
+        self.paint("polygon", cabin, "car", None, "Metal", colour)
+        glass = [(x - 0.25 * w, y - 0.6 * s), (x - 0.16 * w, y - 0.92 * s), (x + 0.14 * w, y - 0.92 * s), (x + 0.26 * w, y - 0.6 * s)]
+        self.paint("polygon", glass, "car", "window", "Glass", self.colour((0.5, 0.65)))
+        for dx in (-0.28, 0.28):
+            box = [(x + dx * w - 0.24 * s, y - 0.46 * s), (x + dx * w + 0.24 * s, y + 0.02 * s)]
+            self.paint("ellipse", box, "car", "wheel", "Rubber/Latex", hsv(0, 0, 0.3))
+
+    def person(self, x, y, s) -> None:
+        trousers, side = self.colour(), self.pick("left", "right")
+        for name, dx in (("left leg", -0.07), ("right leg", 0.07)) if side == "left" else (("right leg", 0.07), ("left leg", -0.07)):
+            self.rectangle(x + (dx - 0.06) * s, y - 0.45 * s, x + (dx + 0.06) * s, y, "person", name, "Fabric/Cloth", trousers)
+        shirt = [(x - 0.2 * s, y - 0.76 * s), (x + 0.2 * s, y - 0.76 * s), (x + 0.14 * s, y - 0.4 * s), (x - 0.14 * s, y - 0.4 * s)]
+        self.paint("polygon", shirt, "person", "torso", "Fabric/Cloth", self.colour())
+        skin = hsv(self.rng.uniform(0.04, 0.09), self.rng.uniform(0.3, 0.55), self.rng.uniform(0.45, 1))
+        self.paint("ellipse", [(x - 0.11 * s, y - s), (x + 0.11 * s, y - 0.75 * s)], "person", "head", "Skin", skin)
+
+    def streetlight(self, x, y, s) -> None:
+        grey = hsv(0, 0.05, self.rng.uniform(0.3, 0.7))
+        self.rectangle(x - 0.025 * s, y - 0.9 * s, x + 0.025 * s, y, "streetlight", None, "Metal", grey)
+        self.paint("ellipse", [(x - 0.13 * s, y - s), (x + 0.13 * s, y - 0.84 * s)], "streetlight", None, "Glass", self.colour((0.12, 0.17)))
+
+    def bench(self, x, y, s) -> None:
+        wood, w = self.colour(), 1.6 * s
+        for dx in (-0.36, 0.36):
+            self.rectangle(x + (dx - 0.05) * w, y - 0.5 * s, x + (dx + 0.05) * w, y, "bench", None, "Metal", hsv(0, 0, 0.4))
+        self.rectangle(x - w / 2, y - s, x + w / 2, y - 0.68 * s, "bench", None, "Wood", wood)
+        self.rectangle(x - w / 2, y - 0.55 * s, x + w / 2, y - 0.35 * s, "bench", None, "Wood", wood)
+
+    def boat(self, x, y, s) -> None:
+        hull = [(x - 0.55 * s, y - 0.28 * s), (x + 0.55 * s, y - 0.28 * s), (x + 0.38 * s, y), (x - 0.38 * s, y)]
+        self.paint("polygon", hull, "boat", "hull", self.pick("Wood", "Painted"), self.colour())
+        for side in (-1, 1):
+            sail = [(x + side * 0.04 * s, y - s), (x + side * 0.42 * s, y - 0.34 * s), (x + side * 0.04 * s, y - 0.34 * s)]
+            self.paint("polygon", sail, "boat", "sail", "Fabric/Cloth", self.colour())
+
+    def sunshade(self, x, y, s) -> None:
+        self.rectangle(x - 0.03 * s, y - 0.8 * s, x + 0.03 * s, y, "sunshade", "pole", "Wood", self.colour())
+        tip = [(x - 0.5 * s, y - 0.6 * s), (x - 0.3 * s, y - 0.88 * s), (x, y - s), (x + 0.3 * s, y - 0.88 * s), (x + 0.5 * s, y - 0.6 * s)]
+        self.paint("polygon", tip, "sunshade", "canopy", "Fabric/Cloth", self.colour())
+
+    def bed(self, x, y, s) -> None:
+        w, side = 1.7 * s, 1 if self.rng.random() < 0.5 else -1
+        head = sorted((x - side * w / 2, x - side * 0.38 * w))
+        self.rectangle(head[0], y - s, head[1], y, "bed", "headboard", "Wood", self.colour())
+        body = sorted((x - side * 0.38 * w, x + side * w / 2))
+        self.rectangle(body[0], y - 0.5 * s, body[1], y - 0.08 * s, "bed", None, "Fabric/Cloth", self.colour())
+        rest = sorted((x - side * 0.36 * w, x - side * 0.1 * w))
+        self.paint("ellipse", [(rest[0], y - 0.72 * s), (rest[1], y - 0.42 * s)], "bed", "pillow", "Fabric/Cloth", self.colour())
+
+    def lamp(self, x, y, s) -> None:
+        metal = self.colour()
+        self.rectangle(x - 0.05 * s, y - 0.7 * s, x + 0.05 * s, y, "lamp", "base", "Metal", metal)
+        self.rectangle(x - 0.2 * s, y - 0.08 * s, x + 0.2 * s, y, "lamp", "base", "Metal", metal)
+        shade = [(x - 0.18 * s, y - s), (x + 0.18 * s, y - s), (x + 0.32 * s, y - 0.55 * s), (x - 0.32 * s, y - 0.55 * s)]
+        self.paint("polygon", shade, "lamp", "shade", self.pick("Fabric/Cloth", "Glass"), self.colour((0.05, 0.18)))
+
+    def painting(self, x, y, s) -> None:
+        w = s * self.rng.uniform(0.7, 1.5)
+        self.rectangle(x - w / 2, y - s, x + w / 2, y, "painting", "frame", "Wood", self.colour())
+        self.rectangle(x - w / 2 + 0.16 * s, y - 0.84 * s, x + w / 2 - 0.16 * s, y - 0.16 * s, "painting", "canvas", "Painted", self.colour())
+
+    def table(self, x, y, s) -> None:
+        w, made = s * self.rng.uniform(1.5, 2.2), self.pick("Wood", "Metal")
+        for dx in (-0.4, 0.4):
+            self.rectangle(x + (dx - 0.04) * w, y - 0.8 * s, x + (dx + 0.04) * w, y, "table", "leg", made, self.colour())
+        edge = [(x - 0.42 * w, y - s), (x + 0.42 * w, y - s), (x + w / 2, y - 0.72 * s), (x - w / 2, y - 0.72 * s)]
+        self.paint("polygon", edge, "table", "top", self.pick("Wood", "Glass", "Stone"), self.colour())
+
+    def chair(self, x, y, s) -> None:
+        colour, side = self.colour(), 1 if self.rng.random() < 0.5 else -1
+        for dx in (-0.2, 0.2):
+            self.rectangle(x + (dx - 0.04) * s, y - 0.4 * s, x + (dx + 0.04) * s, y, "chair", "leg", "Metal", hsv(0, 0, 0.5))
+        back = sorted((x - side * 0.26 * s, x - side * 0.12 * s))
+        self.rectangle(back[0], y - s, back[1], y - 0.35 * s, "chair", "back", "Wood", colour)
+        self.rectangle(x - 0.28 * s, y - 0.5 * s, x + 0.28 * s, y - 0.34 * s, "chair", "seat", self.pick("Wood", "Fabric/Cloth"), colour)
+
+    # Scenes. Sizes are shares of the short side; what is nearer is larger and painted later.
+
+    def many(self, thing: str, least: int, most: int, nearness: tuple[float, float], sizes: tuple[float, float], ground: float) -> None:
+        """Between `least` and `most` of a thing, feet between two shares of the ground, which begins at y = `ground`."""
+        for depth in sorted(self.rng.uniform(*nearness, self.rng.integers(least, most + 1))):
+            s = self.rng.uniform(*sizes) * (0.8 + 0.4 * depth) * min(self.width, self.height)
+            getattr(self, thing)(self.rng.uniform(0.05, 0.95) * self.width, ground + depth * (self.height - ground), s)
+
+    def band(self, top: float, bottom: float, thing: str, substance: str, colour: np.ndarray) -> None:
+        self.rectangle(-1, top, self.width + 1, bottom, thing, None, substance, colour)
+
+    def mountains(self, y: float) -> None:
+        for _ in range(self.rng.integers(0, 3)):
+            x, s = self.rng.uniform(0, self.width), self.rng.uniform(0.2, 0.45) * self.height
+            self.paint("polygon", [(x - 1.6 * s, y), (x, y - s), (x + 1.6 * s, y)], "mountain", None, "Stone", self.colour())
+
+    def scene(self, kind: str) -> None:
+        h, w, r = self.height, self.width, self.rng
+        if kind in ("street", "park", "beach"):
+            y = h * r.uniform(0.42, 0.6)
+            self.band(-1, y + 1, "sky", "Sky", self.colour((0.5, 0.65), (0.95, 1.15), (0.6, 0.9)))
+        else:
+            y = h * r.uniform(0.58, 0.72)
+            self.band(-1, y + 1, "wall", self.pick("Painted", "Brick", "Tile"), self.colour())
+            self.band(y, h + 1, "floor", self.pick("Wood", "Tile", "Stone"), self.colour())
+        if kind == "street":
+            self.band(y, h + 1, "road", self.pick("Stone", "Concrete", "Brick"), self.colour())
+            for place in np.arange(r.uniform(0, 0.3), 1.1, 0.42):
+                if r.random() < 0.8:
+                    self.building(place * w, y + r.uniform(0, 0.06) * h, r.uniform(0.42, 0.62) * min(w, h))
+            self.many("tree", 0, 2, (0, 0.15), (0.4, 0.6), y)
+            self.many("streetlight", 0, 2, (0.05, 0.2), (0.5, 0.75), y)
+            self.many("car", 1, 3, (0.3, 0.9), (0.16, 0.28), y)
+            self.many("person", 0, 2, (0.3, 0.95), (0.35, 0.5), y)
+        elif kind == "park":
+            self.mountains(y + 1)
+            self.band(y, h + 1, "grass", "Foliage", self.colour((0.12, 0.45)))
+            self.many("tree", 2, 4, (0, 0.6), (0.45, 0.75), y)
+            self.many("bench", 0, 2, (0.3, 0.8), (0.18, 0.26), y)
+            self.many("person", 0, 2, (0.3, 0.95), (0.35, 0.5), y)
+        elif kind == "beach":
+            shore = y + (h - y) * r.uniform(0.35, 0.55)
+            self.mountains(y + 1)
+            self.band(y, shore + 1, "sea", "Water", self.colour((0.42, 0.65)))
+            self.many("boat", 1, 2, (0.1, 0.35), (0.3, 0.45), y)
+            self.band(shore, h + 1, "sand", "Dirt", self.colour((0.06, 0.16)))
+            self.many("sunshade", 0, 2, (0.2, 0.8), (0.38, 0.55), shore)
+            self.many("person", 0, 2, (0.3, 0.95), (0.35, 0.5), shore)
+        elif kind == "bedroom":
+            self.many("painting", 0, 2, (0, 0), (0.18, 0.3), h * 0.38)
+            self.many("lamp", 1, 2, (0.05, 0.3), (0.4, 0.6), y)
+            self.many("bed", 1, 1, (0.5, 0.9), (0.4, 0.55), y)
+        else:
+            self.many("painting", 0, 2, (0, 0), (0.18, 0.3), h * 0.38)
+            self.many("lamp", 0, 1, (0.05, 0.2), (0.4, 0.6), y)
+            self.many("chair", 1, 2, (0.1, 0.4), (0.42, 0.55), y)
+            self.many("table", 1, 1, (0.5, 0.8), (0.32, 0.45), y)
+            self.many("chair", 0, 2, (0.85, 0.95), (0.42, 0.55), y)
+
+    def finished(self) -> Image.Image:
+        """The picture under an uneven light."""
+        light = 0.85 + 0.3 * noise(self.rng, self.height, self.width, self.height, self.width)
+        return Image.fromarray((self.picture * light[..., None]).clip(0, 255).astype(np.uint8))
+
+
+def texture_relief(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A procedural texture in [0, 1], (size, size), at any angle and scale; the names are DTD's."""
+    y, x = np.mgrid[:size, :size].astype(np.float32) - size / 2
+    angle, step = rng.uniform(0, np.pi), rng.uniform(9, 15)
+    u, v = (x * np.cos(angle) + y * np.sin(angle)) / step, (y * np.cos(angle) - x * np.sin(angle)) / step
+    u, v = u + rng.random(), v + rng.random()
+    if kind == "banded":
+        return (u % 1 < rng.uniform(0.4, 0.6)).astype(np.float32)
+    if kind == "chequered":
+        return ((np.floor(u) + np.floor(v)) % 2).astype(np.float32)
+    if kind == "polka-dotted":
+        return ((u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.09).astype(np.float32)
+    if kind == "grid":
+        return ((u % 1 < 0.16) | (v % 1 < 0.16)).astype(np.float32)
+    if kind == "zigzagged":
+        return ((u + np.abs(v % 1 - 0.5) * 1.4) % 1 < 0.5).astype(np.float32)
+    if kind == "crosshatched":
+        fine = noise(rng, size, size, 6, 6)
+        return 0.5 * (np.sin(u * 16) > 0.3) + 0.5 * (np.sin((u * 0.5 + v * 0.87) * 16) > 0.3) * (fine > 0.3)
+    if kind == "marbled":
+        warp = noise(rng, size, size, 16, 16) + 0.5 * noise(rng, size, size, 7, 7)
+        return np.abs(np.sin(u * 1.2 + 5 * warp)) ** 0.6
+    if kind == "spiralled":
+        radius, turn = np.hypot(x, y) / step, np.arctan2(y, x) / (2 * np.pi)
+        return ((radius + turn) % 1 < 0.5).astype(np.float32)
+    centres = rng.uniform(-size / 2, size / 2, (round((size / step) ** 2 * 1.6), 2, 1, 1))
+    nearest, second = np.partition(np.hypot(x - centres[:, 0], y - centres[:, 1]), (0, 1), axis=0)[:2]
+    if kind == "cracked":
+        return (second - nearest > 1.6).astype(np.float32)
+    return np.abs(np.cos(np.clip(nearest / step * 5, 0, np.pi)))  # bubbly: rings around the centres
+
+
+TOY_TEXTURES = "banded bubbly chequered cracked crosshatched grid marbled polka-dotted spiralled zigzagged".split()
+
+
+def make_toy(folder: str, scenes: int = 400, photos: int = 320, textures: int = 40) -> None:
+    """Writes the toy under `folder`: ade20k/, os/ and dtd/ with `scenes` and `photos` pictures and `textures` of each kind.
+
+    The layouts are those of ADE20K 2021_17_01, of OpenSurfaces and of DTD. Always the same files. Nothing is done when
+    the folder is there; it appears whole or not at all. Raises UserError if it cannot be written.
+    """
+    if os.path.isdir(folder):
+        return
+    temporary = f"{folder}.{os.getpid()}.tmp"
+    try:
+        os.makedirs(temporary)
+        total = scenes + photos + textures * len(TOY_TEXTURES)
+        with tqdm(total=total, desc="drawing the toy", unit=" images", disable=None, leave=False) as bar:
+            for k in range(scenes):
+                write_toy_scene(os.path.join(temporary, "ade20k", "ADE20K_2021_17_01"), k, validation=k % 10 == 9)
+                bar.update()
+            write_toy_tables(os.path.join(temporary, "os"), photos)
+            for k in range(photos):
+                write_toy_photo(os.path.join(temporary, "os"), k)
+                bar.update()
+            for k, (n, kind) in enumerate(itertools.product(range(textures), TOY_TEXTURES)):
+                write_toy_texture(os.path.join(temporary, "dtd"), kind, n, k)
+                bar.update()
+        os.makedirs(os.path.join(temporary, "dtd", "labels"))
+        for name, numbers in (("train1", range(0, textures, 2)), ("val1", range(1, textures, 4)), ("test1", range(3, textures, 4))):
+            with open(os.path.join(temporary, "dtd", "labels", f"{name}.txt"), "w") as file:
+                file.writelines(f"{kind}/{kind}_{n:04d}.jpg\n" for kind in TOY_TEXTURES for n in numbers)
+        os.rename(temporary, folder)
+    except OSError as e:
+        raise UserError(f"{folder}: the toy data cannot be written there ({e.strerror}); choose another folder with --root") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def toy_canvas(stream: int, k: int) -> tuple[Canvas, str]:
+    """The k-th scene of a stream of them: a painted canvas, a quarter of them upright, and its kind."""
+    rng = np.random.default_rng((TOY_SEED, stream, k))
+    size = (120, 160) if rng.random() < 0.25 else (160, 120)
+    kind = list(TOY_SCENES)[k % len(TOY_SCENES)]
+    canvas = Canvas(*size, rng)
+    canvas.scene(kind)
+    return canvas, kind
+
+
+def write_toy_scene(folder: str, k: int, validation: bool) -> None:
+    canvas, kind = toy_canvas(0, k)
+    part, broad = ("validation", "val") if validation else ("training", "train")
+    place = os.path.join("images", "ADE", part, TOY_SCENES[kind][1], kind)
+    os.makedirs(os.path.join(folder, place), exist_ok=True)
+    name = f"ADE_{broad}_{k:08d}"
+    stem = os.path.join(folder, place, name)
+    canvas.finished().save(f"{stem}.jpg", quality=92)
+    for ending, numbers in (("seg", canvas.objects), ("parts_1", canvas.parts)):
+        if numbers.any():
+            coded = np.stack([numbers // 256 * 10, numbers % 256, np.zeros_like(numbers)], axis=-1)
+            Image.fromarray(coded.astype(np.uint8)).save(f"{stem}_{ending}.png")
+    full_names = {name.split(";")[0]: name.replace(";", ",") for name in TOY_OBJECTS}
+    things = []
+    for thing, its_part in canvas.listed:
+        level, owner = (0, []) if its_part is None else (1, next((o["id"] for o in things if o["name"] == full_names[thing]), []))
+        shown = thing if its_part is None else its_part
+        parts = {"hasparts": [], "ispartof": owner, "part_level": level}
+        things.append({"id": len(things), "name": full_names[shown], "name_ndx": TOY_NUMBERS[shown], "raw_name": shown, "parts": parts})
+        if its_part and not any(o["name"] == full_names[thing] for o in things):  # an object that is all parts
+            parts = {"hasparts": [], "ispartof": [], "part_level": 0}
+            things.append({"id": len(things), "name": full_names[thing], "name_ndx": TOY_NUMBERS[thing], "raw_name": thing, "parts": parts})
+    annotation = {
+        "filename": f"{name}.jpg",
+        "folder": f"ADE20K_2021_17_01/{place}",
+        "imsize": [canvas.height, canvas.width, 3],
+        "scene": TOY_SCENES[kind],
+        "object": things,
+    }
+    with open(f"{stem}.json", "w") as file:
+        json.dump({"annotation": annotation}, file)
+
+
+def write_toy_tables(folder: str, photos: int) -> None:
+    os.makedirs(os.path.join(folder, "photos"))
+    os.makedirs(os.path.join(folder, "photos-labels"))
+    with open(os.path.join(folder, "label-substance-colors.csv"), "w", newline="") as file:
+        rows = [(100 + k, name, k) for k, name in enumerate(TOY_SUBSTANCES, start=1)]
+        csv.writer(file).writerows([("substance_id", "substance_name", "red_color"), *rows])
+    with open(os.path.join(folder, "photos.csv"), "w", newline="") as file:
+        csv.writer(file).writerows([("photo_id",), *((k + 1,) for k in range(photos))])
+
+
+def write_toy_photo(folder: str, k: int) -> None:
+    canvas, _ = toy_canvas(1, k)
+    canvas.finished().save(os.path.join(folder, "photos", f"{k + 1}.jpg"), quality=92)
+    labels = np.zeros((canvas.height, canvas.width, 3), np.uint8)
+    labels[..., 0] = canvas.substances
+    larger = (canvas.width * 3 // 2, canvas.height * 3 // 2)  # as in the release, not the photo's size
+    Image.fromarray(labels).resize(larger, Image.Resampling.NEAREST).save(os.path.join(folder, "photos-labels", f"{k + 1}.png"))
+
+
+def write_toy_texture(folder: str, kind: str, n: int, k: int) -> None:
+    rng = np.random.default_rng((TOY_SEED, 2, k))
+    relief = texture_relief(kind, 112, rng)[..., None]
+    first, second = (hsv(rng.random(), rng.uniform(0.1, 0.8), value) for value in rng.permutation([rng.uniform(0.15, 0.5), rng.uniform(0.65, 1)]))
+    light = 0.85 + 0.3 * noise(rng, 112, 112, 112, 112)[..., None]
+    picture = Image.fromarray(((first * (1 - relief) + second * relief) * light).clip(0, 255).astype(np.uint8))
+    height, width = rng.integers(84, 113, 2)
+    os.makedirs(os.path.join(folder, "images", kind), exist_ok=True)
+    picture.filter(ImageFilter.GaussianBlur(0.6)).crop((0, 0, width, height)).save(
+        os.path.join(folder, "images", kind, f"{kind}_{n:04d}.jpg"), quality=90
+    )
+
+
+# ---------------------------------------------------------------- from a command line to indexes
+
+
+def add_data_options(parser: argparse.ArgumentParser, data: str | None = "toy") -> None:
+    """The options of every script that scans."""
+    parser.add_argument("--data", default=data, metavar="LIST", help=f"toy, or a comma list of {','.join(SOURCE_LEVELS)}")
+    parser.add_argument("--root", default="data" if data else None, metavar="DIR", help="folder that holds ade20k/, os/, dtd/")
+    parser.add_argument("--cache", metavar="DIR", help="where indexes go (default <root>/.cache)")
+    for option, what in (
+        ("--min-images", "keep objects and materials in at least so many images"),
+        ("--min-pixels", "keep objects of at least so many pixels"),
+        ("--min-part-images", "keep parts in at least so many images"),
+        ("--min-scene-images", "keep scenes of at least so many images"),
+    ):
+        usual = PAPER_MINIMA[option[2:].replace("-", "_")]
+        parser.add_argument(option, type=positive, metavar="N", help=f"{what} ({usual}; the toy has its own)")
+    parser.add_argument("--allow-broken", action="store_true", help="go on although more than one file in twenty is broken")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def chosen_sources(data: str) -> list[str]:
+    """The sources that `--data` names. Raises UserError for a name that is none."""
+    sources = list(SOURCE_LEVELS) if data == "toy" else [name.strip() for name in data.split(",")]
+    for name in sources:
+        if name not in SOURCE_LEVELS:
+            raise UserError(f"--data {data}: '{name}' is not one of toy, {', '.join(SOURCE_LEVELS)}")
+    return list(dict.fromkeys(sources))
+
+
+def data_root(args: argparse.Namespace) -> str:
+    return os.path.join(args.root, "toy") if args.data == "toy" else args.root
+
+
+def open_sources(args: argparse.Namespace) -> tuple[dict[str, Index], dict[str, int]]:
+    """The index of every source that the options name, and the vocabulary's thresholds. Makes the toy if it is asked for."""
+    sources, root = chosen_sources(args.data), data_root(args)
+    if args.data == "toy":
+        make_toy(root)
+    cache = args.cache or os.path.join(root, ".cache")
+    usual = TOY_MINIMA if args.data == "toy" else PAPER_MINIMA
+    minima = {name: getattr(args, name) or usual[name] for name in usual}
+    return {source: scan(root, source, cache, args.allow_broken) for source in sources}, minima
+
+
+def pixel_table(index: Index, vocabulary: dict) -> torch.Tensor:
+    """What a split is balanced in: a sparse (images, classes) tensor of pixels, all levels of the source side by side."""
+    rows, columns, values, column = [], [], [], 0
+    for level, table in class_pixels(index).items():
+        for name, images in table.items():
+            if level == "part":
+                kept = name[1] in vocabulary.get("part", {}).get(name[0], ())
+            else:
+                kept = name in vocabulary.get(level, ())
+            if kept:
+                rows += images.keys()
+                values += images.values()
+                columns += [column] * len(images)
+                column += 1
+    where = torch.tensor([rows, columns], dtype=torch.int64).reshape(2, -1)
+    pixels = torch.tensor(values, dtype=torch.float64)
+    return torch.sparse_coo_tensor(where, pixels, (len(index.images), column), check_invariants=True).coalesce()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("Scans data sets: what is there, in which classes, and what is broken.")
+    add_data_options(parser)
+    args = parser.parse_args(argv)
+    try:
+        indexes, minima = open_sources(args)
+        vocabulary = build_vocabulary(indexes, minima)
+    except UserError as e:
+        parser.error(str(e))
+    for source, index in indexes.items():
+        heights, widths = index.sizes.double().median(dim=0).values.int().tolist()
+        print(f"{source}: {len(index.images)} images in {index.folder} ({index.layout}), {heights} x {widths} in the middle")
+        table = class_pixels(index)
+        for level in SOURCE_LEVELS[source]:
+            if level not in vocabulary:
+                print(f"  {level:9s} no class is large enough: see the --min- options")
+                continue
+            names = vocabulary[level]
+            n = sum(len(parts) - 1 for parts in names.values()) if level == "part" else len(names)
+            pixels = sum(sum(images.values()) for images in table[level].values())
+            unit = "images" if level in ("scene", "texture") else "pixels"
+            shown = ", ".join(list(names)[:8])
+            whole = f" of {len(names)} objects" if level == "part" else ""
+            print(f"  {level:9s} {n} classes{whole}, {pixels:,} {unit} labelled: {shown}{', ..' if len(names) > 8 else ''}")
+        for _, reason in index.broken:
+            print(f"  set aside  {reason}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,613 @@
+"""Metrics, tables and pictures of a trained UPerNet (section 2.2's metrics), and the parsing of one's own photos.
+
+    python evaluate.py ckpt.pt                             # on the validation images of the checkpoint's own data
+    python evaluate.py ckpt.pt --photo a.jpg b.png         # one picture per photo: every level, with a legend
+    python evaluate.py ckpt.pt --json m.json --pictures d  # metrics as JSON, validation images with truth and prediction
+"""
+
+import argparse
+import colorsys
+import json
+import os
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.utils import draw_segmentation_masks
+from tqdm import tqdm
+
+from balance_split import balanced_validation, official_validation, read_split, split_path
+from datasets import (
+    SOURCE_LEVELS,
+    Index,
+    Parser,
+    Reader,
+    UserError,
+    Whole,
+    add_data_options,
+    chosen_sources,
+    data_root,
+    open_sources,
+    padded,
+    padded_image,
+    positive,
+    resized,
+    rgb,
+)
+from upernet import LEVELS, UPerNet, from_checkpoint, read_tensors
+
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# ---------------------------------------------------------------- from logits to classes
+
+
+def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """The best class of every pixel of a picture, (height, width) int64.
+
+    logits: (K, h, w) at a quarter of the padded input; `filled` is the (height, width) of the input that the picture
+    took before padding, `size` the (height, width) asked for. The logits are enlarged bilinearly by size / filled and the
+    padding is cut off. Rows are made a few at a time: the full-size logits of all classes would not fit for large photos.
+    """
+    (top, bottom, down), (left, right, across) = (
+        taps(length, asked, cells, logits) for length, asked, cells in zip(filled, size, logits.shape[1:])
+    )
+    best = torch.empty(size, dtype=torch.int64, device=logits.device)
+    strip = max(1, 2**24 // (len(logits) * size[1]))  # about 64 MiB at a time
+    for start in range(0, size[0], strip):
+        rows = slice(start, start + strip)
+        tall = torch.lerp(logits[:, top[rows]], logits[:, bottom[rows]], down[rows, None])  # (K, strip, w)
+        best[rows] = torch.lerp(tall[:, :, left], tall[:, :, right], across).argmax(dim=0)
+    return best
+
+
+def taps(filled: int, size: int, cells: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bilinear interpolation along one axis: of each of `size` pixels its two neighbours among `cells` and the second's weight.
+
+    A cell is four input pixels wide, `filled` input pixels are stretched over the `size` pixels, corners not aligned.
+    """
+    centre = (torch.arange(size, device=like.device, dtype=torch.float64) + 0.5) * (filled / size / 4) - 0.5
+    centre = centre.clamp(0, cells - 1)
+    first = centre.floor().long()
+    return first, (first + 1).clamp(max=cells - 1), (centre - first).to(like.dtype)
+
+
+def part_map(logits: Tensor, objects: Tensor, part_slices: dict[int, slice], filled: tuple[int, int]) -> Tensor:
+    """The best part of every pixel among those of the object that `objects` (H, W) has there: its channel in the part
+    logits (sum of parts, h, w), or -1 for background and where the object has no parts."""
+    parts = torch.full_like(objects, -1)
+    for index in torch.unique(objects).tolist():
+        if index in part_slices:
+            best = class_map(logits[part_slices[index]], filled, tuple(objects.shape))
+            inside = (objects == index) & (best > 0)
+            parts[inside] = part_slices[index].start + best[inside]
+    return parts
+
+
+def prepare(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 images as batches carry them -> the network's input."""
+    return images.to(device, non_blocking=True).float() / 255
+
+
+# ---------------------------------------------------------------- metrics
+
+
+class Metrics:
+    """Section 2.2's metrics, counted image by image.
+
+    Object, material: pixel accuracy and mean IoU over labelled pixels. Part: within the true object's region, for the
+    images' objects that have an annotated part, with background as a class (mIoU-bg), averaged over an object's parts
+    first, then over objects. Scene, texture: top-1. A class without a labelled pixel has no IoU and is in no mean.
+    """
+
+    def __init__(self, vocabulary: dict):
+        self.vocabulary = vocabulary
+        self.confusion = {
+            level: torch.zeros(len(vocabulary[level]), len(vocabulary[level]), dtype=torch.int64)
+            for level in ("object", "material")
+            if level in vocabulary
+        }  # (truth, prediction)
+        self.part_confusion = {
+            vocabulary["object"].index(name): torch.zeros(len(parts), len(parts), dtype=torch.int64)
+            for name, parts in vocabulary.get("part", {}).items()
+        }
+        self.right = {"scene": 0, "texture": 0}
+        self.judged = {"scene": 0, "texture": 0}
+        self.seen: set[str] = set()
+
+    def add_map(self, level: str, predicted: Tensor, truth: Tensor) -> None:
+        """Object or material: (H, W) class indices, truth -1 where unlabelled."""
+        self.seen.add(level)
+        labelled = truth >= 0
+        count(self.confusion[level], truth[labelled], predicted[labelled])
+
+    def add_parts(self, index: int, predicted: Tensor, truth: Tensor) -> None:
+        """The pixels of one object in one image, (pixels,) indices in its list of parts."""
+        count(self.part_confusion[index], truth, predicted)
+
+    def add_tag(self, level: str, predicted: int, truth: int) -> None:
+        """Scene or texture of one image; truth -1 is none."""
+        self.seen.add(level)
+        if truth >= 0:
+            self.judged[level] += 1
+            self.right[level] += predicted == truth
+
+    def results(self) -> dict:
+        """Fractions in [0, 1], None where there is nothing to count: the format of `evaluate.py --json`."""
+        results: dict = {}
+        for level in LEVELS:
+            if level not in self.seen:
+                continue
+            if level in self.confusion:
+                iou = class_iou(self.confusion[level])
+                results[level] = {
+                    "pixel_accuracy": accuracy([self.confusion[level]]),
+                    "mean_iou": mean(iou),
+                    "iou": dict(zip(self.vocabulary[level], iou)),
+                }
+            elif level == "part":
+                of_objects = {self.vocabulary["object"][i]: class_iou(c) for i, c in self.part_confusion.items()}
+                results[level] = {
+                    "pixel_accuracy": accuracy(self.part_confusion.values()),
+                    "mean_iou_bg": mean([mean(iou) for iou in of_objects.values()]),
+                    "iou": {name: dict(zip(self.vocabulary["part"][name], iou)) for name, iou in of_objects.items()},
+                }
+            else:
+                n = self.judged[level]
+                results[level] = {"top1": self.right[level] / n if n else None, "n": n}
+        return results
+
+
+def count(confusion: Tensor, truth: Tensor, predicted: Tensor) -> None:
+    """Adds pairs of (truth, predicted) indices to a confusion matrix, in place."""
+    k = len(confusion)
+    confusion += torch.bincount(truth.long() * k + predicted.long(), minlength=k * k).view(k, k).to(confusion.device)
+
+
+def class_iou(confusion: Tensor) -> list[float | None]:
+    """Intersection over union of each class; None for one that has no labelled pixel."""
+    intersection, labelled = confusion.diag(), confusion.sum(dim=1)
+    union = labelled + confusion.sum(dim=0) - intersection
+    return [i / u if n else None for i, u, n in zip(intersection.tolist(), union.tolist(), labelled.tolist())]
+
+
+def accuracy(confusions) -> float | None:
+    right, total = (sum(int(f(c)) for c in confusions) for f in (torch.trace, torch.sum))
+    return right / total if total else None
+
+
+def mean(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise UserError(f"--device {name}: not to be had here ({str(e).splitlines()[0]})") from None
+
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The type of `torch.autocast` for `--amp`; None is off."""
+    if name == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return AMP_TYPES.get(name)
+
+
+def autocast(device: torch.device, amp: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None)
+
+
+def evaluate(
+    net: UPerNet,
+    vocabulary: dict,
+    readers: dict[str, Reader],
+    chosen: list[tuple[str, int]],
+    short: int,
+    longest: int,
+    levels: list[str] | None = None,
+    amp: torch.dtype | None = None,
+    pictures: str | None = None,
+    shown: int = 12,
+) -> dict:
+    """The metrics of `net` on the chosen (source, image number)s, in the format of `evaluate.py --json`.
+
+    Images are resized to a short side of `short` and padded as in training; predictions are judged at the label maps' own
+    size. With `pictures`, a folder, up to `shown` of each source's images are drawn there, truth beside prediction.
+    """
+    device = next(net.parameters()).device
+    was_training = net.training
+    net.eval()
+    metrics = Metrics(vocabulary)
+    levels = [level for level in (levels or LEVELS) if level in vocabulary]
+    chosen = [(source, i) for source, i in chosen if set(readers[source].levels) & set(levels)]
+    drawn = set()
+    for source in readers if pictures else ():
+        of_source = [pair for pair in chosen if pair[0] == source]
+        drawn |= set(of_source[:: max(1, len(of_source) // shown)][:shown])
+    workers = min(8, os.cpu_count() or 1) if len(chosen) > 500 else 0
+    loader = DataLoader(Whole(readers, chosen, short, longest), batch_size=None, num_workers=workers)
+    with torch.inference_mode():
+        for pair, image in zip(chosen, tqdm(loader, desc="evaluating", unit=" images", disable=None, leave=False)):
+            reader, filled = readers[pair[0]], image["size"]
+            asked = [level for level in reader.levels if level in levels]
+            with autocast(device, amp):
+                logits = net(prepare(image["images"], device), levels=asked)
+            logits = {level: value[0].float() for level, value in logits.items()}
+            labels = {level: image[level].to(device) for level in reader.levels}
+            maps = {}  # object, material: the class of each pixel
+            for level in asked:
+                if level in ("scene", "texture"):
+                    metrics.add_tag(level, int(logits[level].argmax()), int(labels[level]))
+                elif level == "part":
+                    add_parts(metrics, logits["part"], labels["object"], labels["part"], net.part_slices, filled)
+                else:
+                    maps[level] = class_map(logits[level], filled, tuple(labels[level].shape))
+                    metrics.add_map(level, maps[level], labels[level])
+            if pair in drawn:
+                if "part" in asked:
+                    maps["part"] = part_map(logits["part"], maps.get("object", labels["object"].long()), net.part_slices, filled)
+                    starts = torch.zeros(len(vocabulary["object"]) + 1, dtype=torch.int64, device=device)
+                    for index, channels in net.part_slices.items():
+                        starts[index] = channels.start
+                    parts = labels["part"].long()
+                    labels["part"] = torch.where(parts > 0, starts[labels["object"].long()] + parts, -1)
+                name = os.path.splitext(image["file"])[0].replace("/", "_")[-80:]
+                sheet = comparison(reader.photo(pair[1]), maps, logits, labels, asked, vocabulary)
+                save_picture(sheet, os.path.join(pictures, f"{pair[0]}_{name}.png"))
+    net.train(was_training)
+    return metrics.results()
+
+
+def add_parts(metrics: Metrics, logits: Tensor, objects: Tensor, parts: Tensor, part_slices: dict, filled: tuple) -> None:
+    """Counts the parts of one image, object by object, for the objects that have an annotated part there."""
+    metrics.seen.add("part")
+    for index in torch.unique(objects[parts > 0]).tolist():
+        inside = objects == index
+        predicted = class_map(logits[part_slices[index]], filled, tuple(objects.shape))
+        metrics.add_parts(index, predicted[inside], parts[inside])
+
+
+def table(results: dict, untrained: dict | None = None, all_classes: bool = False) -> str:
+    """The metrics as text: levels first, then the classes, best first; `untrained` adds that network's figures."""
+    percent = lambda value: "     -" if value is None else f"{100 * value:6.2f}"
+    titles = {"pixel_accuracy": "pixel accuracy", "mean_iou": "mean IoU", "mean_iou_bg": "mIoU-bg", "top1": "top-1"}
+    lines = [f"{'level':10s}{'metric':16s}{'%':>7s}{'  untrained' if untrained else ''}"]
+    for level, metrics in results.items():
+        for metric, title in titles.items():
+            if metric in metrics:
+                beside = f"     {percent(untrained[level][metric])}" if untrained else ""
+                lines.append(f"{level:10s}{title:16s} {percent(metrics[metric])}{beside}")
+    for level in ("object", "part", "material"):
+        if level not in results:
+            continue
+        iou = results[level]["iou"]
+        flat = {f"{o}: {p}": v for o, parts in iou.items() for p, v in parts.items()} if level == "part" else iou
+        ranked = sorted(((n, v) for n, v in flat.items() if v is not None), key=lambda nv: -nv[1])
+        if not all_classes and len(ranked) > 20:
+            ranked = [*ranked[:10], (f".. {len(ranked) - 20} more, with --classes", None), *ranked[-10:]]
+        lines += ["", f"IoU of each {level}, %"]
+        lines += [f"  {n}" if v is None else f"  {n[:38]:38s} {percent(v)}" for n, v in ranked]
+        if absent := len(flat) - sum(v is not None for v in flat.values()):
+            lines.append(f"  without a labelled pixel among these images: {absent}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- pictures
+
+PANEL, LINE, MARGIN = 380, 19, 10  # width of a panel, height of a line of text, space between panels; pixels
+
+
+def class_colour(number: int) -> tuple[int, int, int]:
+    """The colour of a class, the same in every picture; neighbouring numbers are far apart on the wheel."""
+    red, green, blue = colorsys.hsv_to_rgb(number * 0.381966 % 1, (0.95, 0.6)[number // 2 % 2], (1.0, 0.75)[number // 4 % 2])
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def overlay(photo: Image.Image, classes: np.ndarray) -> Image.Image:
+    """The photo with each class (H, W), -1 for none, in its colour and outlined, PANEL pixels wide."""
+    size = (PANEL, max(1, round(photo.height / photo.width * PANEL)))
+    shown = torch.from_numpy(np.asarray(photo.resize(size, Image.Resampling.LANCZOS)).transpose(2, 0, 1).copy())
+    fitted = Image.fromarray(classes.astype(np.int32)).resize(size, Image.Resampling.NEAREST)
+    classes = np.asarray(fitted)
+    present = [int(c) for c in np.unique(classes) if c >= 0]
+    if present:
+        masks = torch.from_numpy(np.stack([classes == c for c in present]))
+        shown = draw_segmentation_masks(shown, masks, alpha=0.6, colors=[class_colour(c) for c in present])
+    picture = shown.numpy().transpose(1, 2, 0).copy()
+    edge = np.zeros(classes.shape, bool)
+    edge[:, 1:] |= classes[:, 1:] != classes[:, :-1]
+    edge[1:] |= classes[1:] != classes[:-1]
+    picture[edge] = 255
+    return Image.fromarray(picture)
+
+
+def panel(title: str, picture: Image.Image, entries: list[tuple[tuple[int, int, int] | None, str, float | None]]) -> Image.Image:
+    """A titled picture with a legend below: (colour or None, text, length of a bar in [0, 1] or None) a line."""
+    font = ImageFont.load_default(14)
+    whole = Image.new("RGB", (PANEL, LINE + 4 + picture.height + 6 + LINE * len(entries)), "white")
+    draw = ImageDraw.Draw(whole)
+    draw.text((0, 2), title, fill="black", font=font)
+    whole.paste(picture, (0, LINE + 4))
+    y = LINE + 4 + picture.height + 6
+    for colour, text, bar in entries:
+        if bar is not None:
+            draw.rectangle([PANEL - 130, y + 3, PANEL - 130 + round(128 * bar), y + LINE - 4], fill="#6688bb")
+        if colour is not None:
+            draw.rectangle([0, y + 3, 12, y + LINE - 4], fill=colour, outline="black")
+        room = PANEL - (140 if bar is not None else 0) - 18
+        while draw.textlength(text, font=font) > room:
+            text = text[:-2].rstrip(" .") + "\u2026"
+        draw.text((18, y + 1), text, fill="black", font=font)
+        y += LINE
+    return whole
+
+
+def map_panel(title: str, photo: Image.Image, classes: np.ndarray, names: list[str], most: int = 12) -> Image.Image:
+    """A level's overlay with a legend of what is there, largest first."""
+    numbers, pixels = np.unique(classes[classes >= 0], return_counts=True)
+    order = np.argsort(-pixels, kind="stable")
+    entries = [
+        (class_colour(int(numbers[k])), f"{names[int(numbers[k])]}  {pixels[k] / classes.size:.1%}", None) for k in order[:most]
+    ]
+    if len(order) > most:
+        entries.append((None, f"and {len(order) - most} more", None))
+    return panel(title, overlay(photo, classes), entries or [(None, "nothing", None)])
+
+
+def tag_panel(title: str, photo: Image.Image, scores: dict[str, np.ndarray], vocabulary: dict) -> Image.Image:
+    """The photo with the five best guesses of scene (and texture) as bars; scores are probabilities (K,)."""
+    entries = []
+    for level, values in scores.items():
+        entries.append((None, f"{level}:", None))
+        best = np.argsort(-values, kind="stable")[:5]
+        entries += [(None, f"{vocabulary[level][k]}  {values[k]:.0%}", float(values[k])) for k in best]
+    size = (PANEL, max(1, round(photo.height / photo.width * PANEL)))
+    return panel(title, photo.resize(size, Image.Resampling.LANCZOS), entries)
+
+
+def sheet_of(rows: list[list[Image.Image]]) -> Image.Image:
+    """Panels on white, row by row."""
+    width = max(len(row) for row in rows) * (PANEL + MARGIN) + MARGIN
+    heights = [max(p.height for p in row) + MARGIN for row in rows]
+    sheet, y = Image.new("RGB", (width, sum(heights) + MARGIN), "white"), MARGIN
+    for row, height in zip(rows, heights):
+        for k, p in enumerate(row):
+            sheet.paste(p, (MARGIN + k * (PANEL + MARGIN), y))
+        y += height
+    return sheet
+
+
+def part_channel_names(vocabulary: dict) -> list[str]:
+    """A name for every channel of the part logits."""
+    return [f"{name}: {part}" for name, parts in vocabulary.get("part", {}).items() for part in parts]
+
+
+def comparison(photo: Image.Image, maps: dict, logits: dict, labels: dict, levels: list[str], vocabulary: dict) -> Image.Image:
+    """One validation image: the truth in the upper row, the prediction in the lower."""
+    above, below = [], []
+    for level in levels:
+        if level in ("scene", "texture"):
+            names, truth = vocabulary[level], int(labels[level])
+            known = f"{level}: {names[truth] if truth >= 0 else 'unlabelled'}"
+            size = (PANEL, max(1, round(photo.height / photo.width * PANEL)))
+            above.insert(0, panel(f"truth, {known}", photo.resize(size, Image.Resampling.LANCZOS), []))
+            scores = {level: logits[level].softmax(dim=0).cpu().numpy()}
+            below.insert(0, tag_panel("prediction", photo, scores, vocabulary))
+        else:
+            names = part_channel_names(vocabulary) if level == "part" else vocabulary[level]
+            above.append(map_panel(f"{level}s, truth", photo, labels[level].cpu().numpy(), names))
+            below.append(map_panel(f"{level}s, prediction", photo, maps[level].cpu().numpy(), names))
+    return sheet_of([above, below])
+
+
+def save_picture(picture: Image.Image, path: str) -> None:
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        picture.save(path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror or e})") from None
+
+
+# ---------------------------------------------------------------- one's own photos
+
+
+def open_photo(path: str) -> Image.Image:
+    """A photo of any format and mode as upright 8-bit RGB. Raises UserError with its name if it cannot be read."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as picture:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture.load()
+            return rgb(ImageOps.exif_transpose(picture))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as e:  # whatever a decoder makes of a damaged file
+        raise UserError(f"{path}: cannot be read as a picture ({type(e).__name__}: {e})") from None
+
+
+def parse(net: UPerNet, photo: Image.Image, short: int, longest: int, amp: torch.dtype | None = None, levels=None) -> dict[str, np.ndarray]:
+    """All that the network sees in a photo (RGB), of the levels asked for, as numpy arrays.
+
+    object, material, texture_map (H, W) class indices; part (H, W) channels of the part logits within the predicted
+    object, -1 for none; scene, texture (K,) probabilities. Maps have the photo's size.
+    """
+    device = next(net.parameters()).device
+    size = resized((photo.height, photo.width), short, longest)
+    images = torch.from_numpy(padded_image(photo, size, padded(size[0]), padded(size[1])))[None]
+    levels = [level for level in net.classes if levels is None or level in levels]
+    needed = list(net.classes) if "part" in levels and "object" in net.classes else levels
+    seen = {}
+    with torch.inference_mode(), autocast(device, amp):
+        logits = net(prepare(images, device), levels=[level for level in needed if level in levels or level == "object"])
+    with torch.inference_mode():
+        for level, value in logits.items():
+            value = value[0].float()
+            if level in ("scene", "texture"):
+                seen[level] = value.softmax(dim=0)
+            elif level != "part":
+                seen[level] = class_map(value, size, (photo.height, photo.width))
+        if "part" in logits and "object" in seen:
+            seen["part"] = part_map(logits["part"][0].float(), seen["object"], net.part_slices, size)
+    return {level: value.cpu().numpy() for level, value in seen.items() if level.removesuffix("_map") in levels}
+
+
+def photo_sheet(photo: Image.Image, seen: dict[str, np.ndarray], vocabulary: dict) -> Image.Image:
+    """One picture of all that `parse` found."""
+    scores = {level: seen[level] for level in ("scene", "texture") if level in seen}
+    panels = [tag_panel("photo", photo, scores, vocabulary)]
+    for level, title in (("object", "objects"), ("part", "parts"), ("material", "materials"), ("texture_map", "textures")):
+        if level in seen:
+            names = part_channel_names(vocabulary) if level == "part" else vocabulary[level.removesuffix("_map")]
+            panels.append(map_panel(title, photo, seen[level], names))
+    return sheet_of([panels[:3], panels[3:]] if len(panels) > 3 else [panels])
+
+
+def parse_photos(net: UPerNet, vocabulary: dict, args: argparse.Namespace, short: int, longest: int, amp) -> None:
+    """Writes <name>_upernet.png and .npz for each of --photo; one that cannot be read is named at the end."""
+    failed = []
+    folder = args.pictures or "."
+    for path in args.photo:
+        try:
+            photo = open_photo(path)
+        except UserError as e:
+            failed.append(str(e))
+            continue
+        seen = parse(net, photo, short, longest, amp, args.levels)
+        stem = os.path.join(folder, f"{os.path.splitext(os.path.basename(path))[0]}_upernet")
+        save_picture(photo_sheet(photo, seen, vocabulary), f"{stem}.png")
+        names = {f"{level}_names": np.array(vocabulary[level]) for level in ("scene", "object", "material", "texture") if level in vocabulary}
+        names["part_names"] = np.array(part_channel_names(vocabulary))
+        arrays = {level: value.astype(np.int16 if value.ndim == 2 else np.float32) for level, value in seen.items()}
+        try:
+            np.savez_compressed(f"{stem}.npz", **arrays, **names)
+        except OSError as e:
+            raise UserError(f"{stem}.npz: cannot be written ({e.strerror or e})") from None
+        print(f"wrote {stem}.png and {stem}.npz")
+    if failed:
+        raise UserError("; ".join(failed))
+
+
+# ---------------------------------------------------------------- the command
+
+
+def validation_images(indexes: dict[str, Index], split: dict, args: argparse.Namespace, vocabulary: dict) -> list[tuple[str, int]]:
+    """The (source, image number)s to evaluate: the checkpoint's own validation images, or those that --split names.
+
+    Says what is not there any more, and how many were no validation images of the checkpoint.
+    """
+    chosen = []
+    for source, index in indexes.items():
+        own = set(split.get(source, ()))
+        names = own
+        if args.split == "official" and source != "os":
+            names = official_validation(index)
+        elif args.split:
+            path = split_path(data_root(args), args.cache)
+            if source not in read_split(path)["sources"]:
+                raise UserError(f"{path}: has no split of {source}; python balance_split.py --data {source} makes one")
+            names = balanced_validation({source: index}, vocabulary, path)[source]
+        elif not own:
+            raise UserError(f"the checkpoint has no validation images of {source}; name some with --split")
+        there = [i for i, image in enumerate(index.images) if image in names]
+        if lacking := len(names) - len(there):
+            print(f"{source}: {lacking} of {len(names)} validation images are not there")
+        if foreign := sum(index.images[i] not in own for i in there):
+            print(f"{source}: {foreign} of {len(there)} images were not validation images of the checkpoint, which may have learnt from them")
+        chosen += [(source, i) for i in there]
+    if not chosen:
+        raise UserError("no image to evaluate: none of the validation images is there (see --root and --data)")
+    return chosen
+
+
+def write_json(results: dict, path: str) -> None:
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "w") as file:
+            json.dump(results, file, indent=1, allow_nan=False)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+
+
+def levels_of(text: str) -> list[str]:
+    levels = [level.strip() for level in text.split(",")]
+    if unknown := set(levels) - set(LEVELS):
+        raise argparse.ArgumentTypeError(f"'{sorted(unknown)[0]}' is not one of {', '.join(LEVELS)}")
+    return levels
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--amp", choices=("auto", *AMP_TYPES, "off"), default="auto", help="mixed precision (auto: on CUDA alone)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto (cuda, mps, cpu) or one by name")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("Metrics and pictures of a trained network, or of one's own photos.")
+    parser.add_argument("checkpoint", metavar="ckpt.pt", help="a checkpoint of train.py")
+    parser.add_argument("--photo", nargs="+", metavar="FILE", help="parse these photos instead of validation images")
+    parser.add_argument("--pictures", metavar="DIR", help="write pictures there (of photos: default .)")
+    parser.add_argument("--json", metavar="FILE", help="write the metrics there")
+    parser.add_argument("--classes", action="store_true", help="all classes in the table, not the best and worst ten")
+    parser.add_argument("--levels", type=levels_of, metavar="LIST", help=f"comma list of {','.join(LEVELS)} (all)")
+    parser.add_argument("--size", type=positive, metavar="N", help="short side (the middle one of training's sizes)")
+    parser.add_argument("--split", choices=("balanced", "official"), help="validation images (the checkpoint's own)")
+    add_device_options(parser)
+    add_data_options(parser, data=None)
+    args = parser.parse_args(argv)
+    try:
+        device = pick_device(args.device)
+        amp = pick_amp(args.amp, device)
+        try:
+            checkpoint = read_tensors(args.checkpoint)
+            net, vocabulary = from_checkpoint(checkpoint, args.checkpoint, str(device))
+        except ValueError as e:
+            raise UserError(str(e)) from None
+        trained = checkpoint.get("arguments", {})
+        sizes = trained.get("sizes", [450])
+        short, longest = args.size or sorted(sizes)[len(sizes) // 2], trained.get("max_size", 1200)
+        if args.levels and (lacking := set(args.levels) - set(vocabulary)):
+            raise UserError(f"{args.checkpoint}: no head for {', '.join(sorted(lacking))}; it has {', '.join(vocabulary)}")
+        run = torch.compile(net) if args.compile else net
+        if args.photo:
+            parse_photos(run, vocabulary, args, short, longest, amp)
+            return
+        for option in ("data", "root", "cache"):
+            if getattr(args, option) is None:
+                setattr(args, option, trained.get(option))
+        if args.data is None or args.root is None:
+            raise UserError(f"{args.checkpoint}: does not say what data it was trained on; name them with --data and --root")
+        wanted = [s for s in chosen_sources(args.data) if set(SOURCE_LEVELS[s]) & set(args.levels or LEVELS) & set(vocabulary)]
+        if not wanted:
+            raise UserError(f"--data {args.data}: has no labels for the levels of this network")
+        indexes, _ = open_sources(args)
+        indexes = {source: indexes[source] for source in wanted}
+        readers = {source: Reader(index, vocabulary) for source, index in indexes.items()}
+        chosen = validation_images(indexes, checkpoint.get("split", {}), args, vocabulary)
+        results = evaluate(run, vocabulary, readers, chosen, short, longest, args.levels, amp, args.pictures)
+        print(table(results, all_classes=args.classes))
+        if args.json:
+            write_json(results, args.json)
+            print(f"wrote {args.json}")
+        if args.pictures:
+            print(f"wrote pictures to {args.pictures}")
+    except UserError as e:
+        parser.error(str(e))
+
+
+if __name__ == "__main__":
+    main()

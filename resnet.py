@@ -1,0 +1,150 @@
+"""ResNet-18/34/50/101 that returns the stages C2..C5 (He et al., CVPR 2016), the backbone of UPerNet.
+
+    from resnet import ResNet, load_imagenet
+    net = ResNet(50)
+    load_imagenet(net)
+    c2, c3, c4, c5 = net(images)  # at 1/4, 1/8, 1/16 and 1/32 of the images' size
+
+Keys of the state dict are torchvision's (those of the authors' own encoder with `stem="deep"`).
+"""
+
+import torch
+from torch import Tensor, nn
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # residual blocks in C2..C5
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: ResNet-18 and 34. `dilations` are those of the two."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, stride: int, dilations: tuple[int, int]):
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, width, stride, dilations[0])
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width, 1, dilations[1])
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample(in_channels, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions and a shortcut: ResNet-50 and 101. The 3x3 has the stride, as in torchvision."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int, dilations: tuple[int, int]):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width, stride, dilations[0])
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample(in_channels, 4 * width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+def downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
+    """The projection on the shortcut, where a block changes the shape."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+
+
+class ResNet(nn.Module):
+    """The four stages of a ResNet without its classifier.
+
+    depth: 18, 34, 50 or 101.
+    stem: "7x7", the paper's and torchvision's, or "deep", the three 3x3 convolutions of the authors' released encoder.
+    output_stride: 32, or 16 or 8: the last one or two stages keep their input's size, dilated instead (DilatedNet).
+    `channels` holds the widths of C2..C5. Raises ValueError for any other argument.
+    """
+
+    def __init__(self, depth: int = 50, stem: str = "7x7", output_stride: int = 32):
+        super().__init__()
+        if depth not in BLOCKS:
+            raise ValueError(f"ResNet depth {depth}: choose one of {', '.join(map(str, BLOCKS))}")
+        if stem not in ("7x7", "deep"):
+            raise ValueError(f"ResNet stem {stem!r}: choose '7x7' or 'deep'")
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"ResNet output stride {output_stride}: choose 8, 16 or 32")
+        self.depth, self.stem = depth, stem
+        block = BasicBlock if depth < 50 else Bottleneck
+        self.channels = [width * block.expansion for width in (64, 128, 256, 512)]
+
+        if stem == "7x7":
+            self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
+            self.bn1 = nn.BatchNorm2d(64)
+            in_channels = 64
+        else:
+            self.conv1 = conv3x3(3, 64, stride=2)
+            self.bn1 = nn.BatchNorm2d(64)
+            self.conv2 = conv3x3(64, 64)
+            self.bn2 = nn.BatchNorm2d(64)
+            self.conv3 = conv3x3(64, 128)
+            self.bn3 = nn.BatchNorm2d(128)
+            in_channels = 128
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+
+        reached, dilation = 4, 1  # the stride so far; what the convolutions skip instead of a larger one
+        for stage, blocks in enumerate(BLOCKS[depth]):
+            stride, first = (1 if stage == 0 else 2), dilation
+            if reached * stride > output_stride:  # the convolution that loses its stride still sees the old spacing
+                dilation, stride = dilation * stride, 1
+            reached *= stride
+            layers = []
+            for b in range(blocks):
+                if b > 0:
+                    stride, first = 1, dilation
+                layers.append(block(in_channels, 64 * 2**stage, stride, (first, dilation)))
+                in_channels = self.channels[stage]
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor, last: int = 5) -> list[Tensor]:
+        """Images (N, 3, H, W), normalised -> [C2, .., C<last>], each (N, channels, H / stride, W / stride)."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        if self.stem == "deep":
+            x = self.relu(self.bn2(self.conv2(x)))
+            x = self.relu(self.bn3(self.conv3(x)))
+        x = self.maxpool(x)  # (N, 64 or 128, H/4, W/4)
+        stages = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4)[: last - 1]:
+            x = layer(x)
+            stages.append(x)
+        return stages
+
+
+def load_imagenet(net: ResNet) -> None:
+    """Loads torchvision's ImageNet weights into `net`, in place; torchvision downloads and caches them.
+
+    Its first set (IMAGENET1K_V1): the classic 90-epoch training that the paper's figures rest on. Raises ValueError for
+    the deep stem, which torchvision does not have, and OSError when the download fails.
+    """
+    from torchvision.models import get_model_weights
+
+    if net.stem != "7x7":
+        raise ValueError("torchvision has ImageNet weights for the 7x7 stem alone; the deep stem needs a file of weights")
+    weights = get_model_weights(f"resnet{net.depth}")["IMAGENET1K_V1"].get_state_dict(progress=True, check_hash=True)
+    net.load_state_dict({key: value for key, value in weights.items() if not key.startswith("fc.")})

@@ -1,0 +1,429 @@
+"""Training of UPerNet on sources that each label only some of the levels (section 3.1).
+
+    python train.py                                             # the toy, made on the spot; all five heads; minutes on a CPU
+    python train.py --data ade20k,dtd,os                        # the real thing, under ./data
+    torchrun --nproc_per_node=8 train.py --data ade20k,dtd,os   # several GPUs
+
+At each iteration one source is drawn, and only what lies on the path to its labels is updated. Textures come last: their
+branch alone, on a trunk that stands still.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from balance_split import balanced_validation, official_validation, split_path
+from datasets import (
+    Batches,
+    Index,
+    Parser,
+    Reader,
+    UserError,
+    add_data_options,
+    build_vocabulary,
+    data_root,
+    natural,
+    open_sources,
+    plan_batches,
+    positive,
+    save_atomically,
+)
+from evaluate import add_device_options, autocast, evaluate, pick_amp, pick_device, prepare, table, write_json
+from resnet import load_imagenet
+from upernet import LOSS_WEIGHTS, UPerNet, class_counts, fill, losses, read_tensors
+
+PAPER = {  # section 3.1 and the released code
+    "data": "toy", "root": "data", "split": "balanced", "backbone": "resnet50", "channels": 512, "stem": "7x7",
+    "output_stride": 32, "no_ppm": False, "fpn": 2, "no_fusion": False, "weights": "imagenet", "iters": None,
+    "texture_iters": None, "batch_size": 2, "accumulate": 1, "lr": 0.02, "sizes": [300, 375, 450, 525, 600], "max_size": 1200,
+    "seed": 304, "workers": os.cpu_count() or 1, "save_every": 500, "eval_every": 0, "amp": "auto", "device": "auto",
+}  # fmt: skip
+TOY = {  # what two cores learn in minutes
+    "backbone": "resnet18", "channels": 96, "weights": "none", "iters": 700, "texture_iters": 60, "batch_size": 8,
+    "lr": 0.05, "sizes": [84, 96, 108], "max_size": 160, "save_every": 200,
+}  # fmt: skip
+FREE = {"root", "cache", "workers", "save_every", "eval_every", "amp", "compile", "device", "allow_broken", "out", "resume"}
+TEXTURE_IMAGES = 8  # images of the texture stage for each of --batch-size: they have a fiftieth of the area (our choice)
+
+
+# ---------------------------------------------------------------- pieces of the loop
+
+
+def learning_rate(lr: float, iteration: int, iterations: int) -> float:
+    """The poly policy."""
+    return lr * (1 - iteration / iterations) ** 0.9
+
+
+def parameter_groups(module: nn.Module) -> list[dict]:
+    """No weight decay on biases and norms (as released)."""
+    parameters = list(module.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 1e-4},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def load_weights(net: UPerNet, weights: str) -> None:
+    """The start: `imagenet`, `none`, a file with a backbone's state dict, or one of our checkpoints, as far as they fit."""
+    if weights == "none":
+        return
+    if weights == "imagenet":
+        try:
+            load_imagenet(net.backbone)
+        except OSError as e:
+            raise UserError(f"--weights imagenet: the download failed ({e}); give --weights none, or a file") from None
+        except ValueError as e:
+            raise UserError(f"--weights imagenet: {e}; give --weights none, or a file") from None
+        return
+    try:
+        content = read_tensors(weights)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    ours = isinstance(content.get("model"), dict)
+    found = content["model"] if ours else {f"backbone.{k}": v for k, v in content.items() if not k.startswith("fc.")}
+    wanted = net.state_dict()
+    if not ours:
+        wanted = {key: value for key, value in wanted.items() if key.startswith("backbone.")}
+    fitting = {k: v for k, v in found.items() if k in wanted and isinstance(v, Tensor) and v.shape == wanted[k].shape}
+    if not any(key.endswith("weight") for key in fitting):
+        raise UserError(f"{weights}: nothing in it fits this network; its first key is {next(iter(content), 'missing')}")
+    net.load_state_dict(fitting, strict=False)
+    rest = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
+    print(f"{weights}: loaded {len(fitting)} tensors" + (f"; {len(rest)} start anew: {', '.join(rest)}" if rest else ""))
+
+
+def build_network(args: argparse.Namespace, network: dict) -> UPerNet:
+    """The network as it is before the first step, a function of the options alone."""
+    torch.manual_seed(args.seed)
+    try:
+        net = UPerNet(**network)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    load_weights(net, args.weights)
+    return net
+
+
+def validation_split(args: argparse.Namespace, indexes: dict[str, Index], vocabulary: dict) -> dict[str, list[str]]:
+    """The validation images of each source, sorted paths."""
+    path = split_path(data_root(args), args.cache)
+    official = [s for s in indexes if args.split == "official" and s != "os"]  # OpenSurfaces has no split of its own
+    rest = {source: index for source, index in indexes.items() if source not in official}
+    split = {source: official_validation(indexes[source]) for source in official}
+    if rest:
+        split |= balanced_validation(rest, vocabulary, path)
+    return {source: sorted(split[source]) for source in indexes}
+
+
+def training_sizes(index: Index, validation: list[str]) -> dict[int, tuple[int, int]]:
+    """Number -> (height, width) of the images to train on. DTD's images are all cut to squares."""
+    held = set(validation)
+    sizes = index.sizes.tolist()
+    return {
+        i: (1, 1) if index.source == "dtd" else tuple(sizes[i]) for i, image in enumerate(index.images) if image not in held
+    }
+
+
+# ---------------------------------------------------------------- the run
+
+
+def run(args: argparse.Namespace, given: set[str]) -> None:
+    ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    first = rank == 0
+    device = pick_device(args.device)
+    if ranks > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    say = print if first else lambda *_: None
+    amp = pick_amp(args.amp, device)
+    checkpoint_path, log_path = os.path.join(args.out, "ckpt.pt"), os.path.join(args.out, "log.jsonl")
+
+    # Data, vocabulary, split: of the first process, then of the others from what it wrote.
+    checkpoint = read_checkpoint(checkpoint_path) if args.resume else None
+    if checkpoint and checkpoint["stage"] == "done":
+        say(f"{args.out}: this run is finished; python evaluate.py {checkpoint_path} evaluates it")
+        return
+    if not first:
+        dist.barrier()
+    indexes, minima = open_sources(args)
+    vocabulary = checkpoint["vocabulary"] if checkpoint else build_vocabulary(indexes, minima)
+    split = checkpoint["split"] if checkpoint else validation_split(args, indexes, vocabulary)
+    if first and ranks > 1:
+        dist.barrier()
+    for source, index in indexes.items():
+        if not Reader(index, vocabulary).levels:
+            raise UserError(f"{source}: no class is large enough to be kept; lower the --min- options")
+    readers = {source: Reader(index, vocabulary) for source, index in indexes.items()}
+    sizes = {source: training_sizes(index, split[source]) for source, index in indexes.items()}
+    for source in sizes:
+        say(f"{source}: {len(sizes[source])} images to train on, {len(split[source])} to validate on")
+        if not sizes[source]:
+            raise UserError(f"{source}: every image is a validation image, none is left to train on")
+    described = {k: sum(len(p) - 1 for p in v.values()) if k == "part" else len(v) for k, v in vocabulary.items()}
+    say("classes: " + ", ".join(f"{n} {level}" for level, n in described.items()))
+
+    # The network and the length of the stages.
+    network = {
+        "classes": class_counts(vocabulary),
+        "backbone": args.backbone,
+        "channels": args.channels,
+        "ppm": not args.no_ppm,
+        "fpn": args.fpn,
+        "fusion": not args.no_fusion,
+        "stem": args.stem,
+        "output_stride": args.output_stride,
+    }
+    net = build_network(args, network).to(device)
+    main_sources = {source: sizes[source] for source in sizes if source != "dtd"}
+    texture_sources = {source: sizes[source] for source in sizes if source == "dtd"}
+    step_images = args.batch_size * args.accumulate * ranks
+    if args.iters is None:  # 5 per training image at 16 images a step: the paper's 100k for ADE20K's 20k
+        args.iters = math.ceil(5 * 16 * sum(map(len, main_sources.values())) / step_images)
+    if args.texture_iters is None:
+        args.texture_iters = math.ceil(5 * sum(map(len, texture_sources.values())) / (step_images * TEXTURE_IMAGES))
+    stages = {
+        "main": (main_sources, args.iters if main_sources else 0, args.batch_size),
+        "texture": (texture_sources, args.texture_iters if texture_sources else 0, args.batch_size * TEXTURE_IMAGES),
+    }
+    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+
+    start_stage, start = "main", 0
+    if checkpoint:
+        fill(net, checkpoint["model"], checkpoint_path)
+        scaler.load_state_dict(checkpoint["scaler"])
+        torch.set_rng_state(checkpoint["random"])
+        start_stage, start = checkpoint["stage"], checkpoint["iteration"]
+        done = start + (stages["main"][1] if start_stage == "texture" else 0)
+        if first:
+            cut_log(log_path, done)
+        say(f"{args.out}: goes on in the {start_stage} stage at iteration {start}")
+
+    def save(stage: str, iteration: int, optimizer: torch.optim.Optimizer | None) -> None:
+        if first:
+            content = {
+                "model": net.state_dict(),
+                "network": network,
+                "vocabulary": vocabulary,
+                "optimizer": optimizer.state_dict() if optimizer else {},
+                "scaler": scaler.state_dict(),
+                "stage": stage,
+                "iteration": iteration,
+                "random": torch.get_rng_state(),
+                "split": split,
+                "arguments": {key: value for key, value in vars(args).items() if key != "resume"},
+            }
+            save_atomically(content, checkpoint_path, "the last good one, if any, is kept; choose another folder with --out")
+
+    def judge(model: UPerNet, pictures: str | None = None) -> dict:
+        chosen = [(s, i) for s, index in indexes.items() for i, image in enumerate(index.images) if image in set(split[s])]
+        short = sorted(args.sizes)[len(args.sizes) // 2]
+        return evaluate(model, vocabulary, readers, chosen, short, args.max_size, amp=amp, pictures=pictures)
+
+    if device.type == "cuda":
+        net.to(memory_format=torch.channels_last)
+        if ranks > 1:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for stage, (sources, iterations, batch_size) in stages.items():
+        if stage == "main" and start_stage == "texture":
+            continue
+        # Section 3.1: textures are learnt after everything else, their head alone; the trunk's statistics stand still too.
+        trained = net if stage == "main" else net.heads["texture"] if sources else None
+        if trained is not None:
+            net.requires_grad_(False)
+            trained.requires_grad_(True)
+        optimizer = torch.optim.SGD(parameter_groups(trained), lr=args.lr, momentum=0.9) if iterations else None
+        if checkpoint and stage == start_stage and start and optimizer:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        if not (checkpoint and stage == start_stage):
+            start = 0
+            save(stage, 0, None)
+        if not iterations:
+            continue
+
+        plan = plan_batches(sources, iterations, batch_size * args.accumulate * ranks, args.seed)
+        batches = Batches(readers, plan, args.sizes, args.max_size, args.seed, args.accumulate, rank, ranks)
+        rest = Subset(batches, range(start * args.accumulate, len(batches)))
+        pinned = device.type == "cuda"
+        loader = iter(DataLoader(rest, batch_size=None, num_workers=args.workers, pin_memory=pinned))
+        model = torch.compile(net) if args.compile else net
+        if ranks > 1:
+            own = [device.index] if device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=own, find_unused_parameters=True)
+        bar = tqdm(total=iterations, initial=start, desc=stage, unit="it", disable=None if first else True, smoothing=0.05)
+        for iteration in range(start, iterations):
+            began = time.perf_counter()
+            net.eval()
+            trained.train()
+            lr = learning_rate(args.lr, iteration, iterations)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            # Gradients start as None, and what is off the path of the drawn source keeps None: SGD leaves it alone, with
+            # its weight decay and its momentum too.
+            optimizer.zero_grad(set_to_none=True)
+            logged: dict[str, float] = {}
+            for piece in range(args.accumulate):
+                batch = next(loader)
+                levels = readers[batch["source"]].levels
+                labels = {level: batch[level].to(device, non_blocking=True) for level in levels}
+                synchronise = ranks == 1 or piece == args.accumulate - 1
+                with contextlib.nullcontext() if synchronise else model.no_sync():
+                    with autocast(device, amp):
+                        logits = model(prepare(batch["images"], device), levels=levels)
+                    loss = losses(logits, labels, net.part_slices)
+                    total = sum(LOSS_WEIGHTS[level] * value for level, value in loss.items()) / args.accumulate
+                    if not torch.isfinite(total):
+                        files = ", ".join(batch["files"])
+                        raise UserError(
+                            f"the loss is not finite at iteration {iteration} of the {stage} stage ({batch['source']}: {files}); "
+                            f"{checkpoint_path} is the last good checkpoint; try a lower --lr"
+                        )
+                    scaler.scale(total).backward()
+                for level, value in loss.items():
+                    logged[level] = logged.get(level, 0.0) + value.item() / args.accumulate
+            scaler.step(optimizer)
+            scaler.update()
+
+            if first:
+                line = {"stage": stage, "iteration": iteration, "source": batch["source"], "lr": lr, "loss": logged}
+                with open(log_path, "a") as log:
+                    log.write(json.dumps({**line, "seconds": round(time.perf_counter() - began, 4)}) + "\n")
+                bar.set_postfix({level: f"{value:.2f}" for level, value in logged.items()}, refresh=False)
+                bar.update()
+                if bar.disable and (iteration + 1) % 50 == 0:
+                    shown = ", ".join(f"{level} {value:.3f}" for level, value in logged.items())
+                    say(f"{stage} {iteration + 1}/{iterations}: {batch['source']}, {shown}", flush=True)
+            if (iteration + 1) % args.save_every == 0 and iteration + 1 < iterations:
+                save(stage, iteration + 1, optimizer)
+            if args.eval_every and (iteration + 1) % args.eval_every == 0 and first:
+                bar.clear()
+                say(table(judge(net)))
+        bar.close()
+    save("done", 0, None)
+
+    if first and any(split.values()):
+        net.eval()
+        results = judge(net, os.path.join(args.out, "pictures"))
+        untrained = judge(build_network(args, network).to(device)) if args.data == "toy" else None
+        say(table(results, untrained))
+        write_json(results, os.path.join(args.out, "metrics.json"))
+        say(f"wrote {checkpoint_path}, metrics.json, log.jsonl and pictures/ beside it")
+    say(f"next: python evaluate.py {checkpoint_path} --photo YOUR.jpg")
+
+
+def read_checkpoint(path: str) -> dict:
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no checkpoint to go on from; start without --resume")
+    try:
+        checkpoint = read_tensors(path)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    keys = ("model", "network", "vocabulary", "optimizer", "scaler", "stage", "iteration", "random", "split", "arguments")
+    if missing := [key for key in keys if key not in checkpoint]:
+        raise UserError(f"{path}: not a checkpoint of train.py (no {missing[0]} in it)")
+    return checkpoint
+
+
+def cut_log(path: str, lines: int) -> None:
+    """Keeps the first `lines` lines: those of the iterations that the checkpoint has seen."""
+    if os.path.exists(path):
+        with open(path, "r+") as log:
+            for _ in range(lines):
+                log.readline()
+            log.truncate(log.tell())
+
+
+# ---------------------------------------------------------------- the command
+
+
+def sizes_of(text: str) -> list[int]:
+    sizes = [positive(size.strip()) for size in text.split(",")]
+    if min(sizes) < 32:
+        raise argparse.ArgumentTypeError(f"{text!r}: short sides of at least 32 pixels are needed")
+    return sizes
+
+
+def rate(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace, set[str]]:
+    """(parser, all options, names of those that were given). What is not given comes from the checkpoint with --resume,
+    from TOY with --data toy, from PAPER."""
+    parser = Parser("Trains UPerNet. Defaults are the paper's; the toy, which is the default data, has its own.")
+    add_data_options(parser)
+    parser.add_argument("--split", choices=("balanced", "official"), help="validation images: <root>/split.json, or the sources' own")
+    parser.add_argument("--backbone", metavar="NAME", help="resnet18, resnet34, resnet50 (default) or resnet101")
+    parser.add_argument("--channels", type=positive, metavar="N", help="width of all after the backbone (512)")
+    parser.add_argument("--stem", choices=("7x7", "deep"), help="the backbone's first layers (7x7)")
+    parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), help="stride of the backbone's last stage (32)")
+    parser.add_argument("--no-ppm", action="store_true", help="without the Pyramid Pooling Module")
+    parser.add_argument("--fpn", type=int, choices=(0, 2, 3, 4), help="finest level of the feature pyramid, 0 for none (2)")
+    parser.add_argument("--no-fusion", action="store_true", help="objects and parts on the finest level alone")
+    parser.add_argument("--weights", metavar="START", help="imagenet (default), none, a backbone's state dict, a checkpoint")
+    parser.add_argument("--iters", type=natural, metavar="N", help="main stage; 0 skips it (5 per image at 16 a step)")
+    parser.add_argument("--texture-iters", type=natural, metavar="N", help="texture stage; 0 skips it (5 passes over DTD)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="images per process (2)")
+    parser.add_argument("--accumulate", type=positive, metavar="N", help="batches of the drawn source per step (1)")
+    parser.add_argument("--lr", type=rate, metavar="RATE", help="learning rate at the start (0.02)")
+    parser.add_argument("--sizes", type=sizes_of, metavar="LIST", help="short sides to draw from (300,375,450,525,600)")
+    parser.add_argument("--max-size", type=positive, metavar="N", help="longest side (1200)")
+    parser.add_argument("--seed", type=natural, metavar="N", help="of weights, batches and augmentation (304)")
+    parser.add_argument("--workers", type=natural, metavar="N", help="processes that read images (one per core)")
+    parser.add_argument("--save-every", type=positive, metavar="N", help="iterations between checkpoints (500)")
+    parser.add_argument("--eval-every", type=natural, metavar="N", help="iterations between validations (0: at the end alone)")
+    add_device_options(parser)
+    parser.add_argument("--out", metavar="DIR", help="folder for checkpoint, log, metrics, pictures (runs/<data>)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+
+    parser.set_defaults(**{action.dest: None for action in parser._actions if action.dest != "help"})
+    args = parser.parse_args(argv)
+    given = {key for key, value in vars(args).items() if value is not None}
+    data = args.data or PAPER["data"]
+    out = args.out or os.path.join("runs", "+".join(sorted(name.strip() for name in data.split(","))))
+    stored = {}
+    try:
+        if args.resume:
+            stored = read_checkpoint(os.path.join(out, "ckpt.pt"))["arguments"]
+            for key in sorted(given - FREE):
+                if stored.get(key) != getattr(args, key):
+                    option = "--" + key.replace("_", "-")
+                    raise UserError(f"{option}: {out} was begun with {stored.get(key)}, and a run that goes on keeps it; leave {option} out")
+        elif os.path.exists(os.path.join(out, "ckpt.pt")):
+            raise UserError(f"{out}: holds a run already; go on with it by --resume, or choose another folder with --out")
+        usual = {**PAPER, **(TOY if data == "toy" else {}), **stored, "out": out}
+        for key, value in vars(args).items():
+            if value is None:
+                setattr(args, key, usual.get(key))
+    except UserError as e:
+        parser.error(str(e))
+    return parser, args, given
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, args, given = parse_arguments(argv)
+    try:
+        run(args, given)
+    except UserError as e:
+        parser.error(str(e))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,468 @@
+"""UPerNet: one network for scene, objects, parts, materials and textures (Xiao et al., ECCV 2018, section 3, figure 4).
+
+    from upernet import UPerNet
+    net = UPerNet({"scene": 365, "object": 335, "part": {11: 4, 20: 7}, "material": 25, "texture": 47})
+    net(images)["object"]                      # images (N, 3, H, W), RGB in [0, 1] -> logits (N, 335, H/4, W/4)
+    net(images, levels=["scene", "material"])  # computes what these two need, no more
+
+    from upernet import load
+    net, vocabulary = load("ckpt.pt")
+
+    python upernet.py                          # parameters, operations and speed of the network on this machine
+
+This file and resnet.py work on their own, copied anywhere; with `backbone=` a module, this file alone.
+"""
+
+import argparse
+import csv
+import inspect
+import os
+import pickle
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEVELS = ("scene", "object", "part", "material", "texture")
+LOSS_WEIGHTS = {"scene": 0.25, "object": 1.0, "part": 0.5, "material": 1.0, "texture": 1.0}  # as released; texture is ours
+UNLABELLED = -1  # in every label map and list of labels
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
+
+
+# ---------------------------------------------------------------- pieces
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 3) -> nn.Sequential:
+    """Section 3.1: every convolution that is no classifier is followed by batch norm and ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+    """Bilinear, corners not aligned: (N, C, h, w) -> (N, C, *size)."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def prroi_weights(bins: int, n: int, like: Tensor) -> Tensor:
+    """Precise RoI pooling along one axis, over the whole of it, as a matrix (bins, n).
+
+    n samples stand at 0..n-1, linear between them and falling to zero one beyond; bin b is the mean of that curve
+    from b*n/bins to (b+1)*n/bins (Jiang et al., ECCV 2018). The curve reaches from 0 to n: half of the first sample's
+    triangle is outside, and the weights of the last bin sum to less than one.
+    """
+
+    def area_left_of(t: Tensor) -> Tensor:  # under the triangle of height 1 on [-1, 1]
+        t = t.clamp(-1, 1)
+        return torch.where(t < 0, (t + 1) ** 2 / 2, 1 - (1 - t) ** 2 / 2)
+
+    edges = torch.arange(bins + 1, dtype=torch.float64, device="cpu") * n / bins
+    area = area_left_of(edges[:, None] - torch.arange(n, dtype=torch.float64, device="cpu"))  # (bins + 1, n)
+    return ((area[1:] - area[:-1]) * bins / n).to(like)
+
+
+def prroi_pool(x: Tensor, bins: int) -> Tensor:
+    """Precise RoI pooling of the whole map: (N, C, h, w) -> (N, C, bins, bins); two small matrix products."""
+    rows, columns = (prroi_weights(bins, n, x) for n in x.shape[2:])
+    return rows @ x @ columns.T
+
+
+# ---------------------------------------------------------------- the network, from C5 upwards
+
+
+class PPM(nn.Module):
+    """Pyramid Pooling Module on C5 (PSPNet's, Zhao et al., CVPR 2017): C5 -> P5."""
+
+    BINS = (1, 2, 3, 6)
+
+    def __init__(self, in_channels: int, channels: int, pool: str):
+        super().__init__()
+        self.pool = prroi_pool if pool == "prroi" else F.adaptive_avg_pool2d
+        self.branches = nn.ModuleList(conv_bn_relu(in_channels, channels, 1) for _ in self.BINS)
+        self.last = conv_bn_relu(in_channels + len(self.BINS) * channels, channels)
+
+    def forward(self, c5: Tensor) -> Tensor:
+        # Resized before the convolution, as released, so that batch norm has more than one value of a single image.
+        pooled = [
+            branch(resize(self.pool(c5, bins), c5.shape[2:])) for bins, branch in zip(self.BINS, self.branches)
+        ]  # 4 x (N, channels, H/32, W/32)
+        return self.last(torch.cat([c5, *pooled], dim=1))
+
+
+class FPN(nn.Module):
+    """Feature Pyramid Network's top-down path (Lin et al., CVPR 2017): C<finest>..C4 and P5 -> P<finest>..P5.
+
+    The map that is handed down is the one before the 3x3 convolution. With `all_maps` false only the finest map is
+    ever asked for, and only its 3x3 convolution is built.
+    """
+
+    def __init__(self, in_channels: list[int], channels: int, all_maps: bool):
+        super().__init__()
+        self.laterals = nn.ModuleList(conv_bn_relu(c, channels, 1) for c in in_channels)
+        self.convs = nn.ModuleList(conv_bn_relu(channels, channels) for _ in range(len(in_channels) if all_maps else 1))
+
+    def forward(self, stages: list[Tensor], p5: Tensor, only_finest: bool = False) -> list[Tensor]:
+        """[P<finest>, .., P5], or [P<finest>] alone: nothing beside the path to it is computed."""
+        f, maps = p5, [p5]
+        for i in reversed(range(len(self.laterals))):
+            lateral = self.laterals[i](stages[i])
+            f = lateral + resize(f, lateral.shape[2:])
+            if i == 0 or not only_finest:
+                maps.insert(0, self.convs[i](f))
+        return maps[:1] if only_finest else maps
+
+
+class Fusion(nn.Module):
+    """P<finest>..P5, resized to the finest and concatenated, through one 3x3 convolution: the map of objects and parts."""
+
+    def __init__(self, maps: int, channels: int):
+        super().__init__()
+        self.conv = conv_bn_relu(maps * channels, channels)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.conv(torch.cat([maps[0], *(resize(p, maps[0].shape[2:]) for p in maps[1:])], dim=1))
+
+
+class Head(nn.Module):
+    """A level's own convolutions and its classifier; `pool_first` averages over the map in between (scene)."""
+
+    def __init__(self, in_channels: int, channels: int, classes: int, convs: int, pool_first: bool = False):
+        super().__init__()
+        widths = [in_channels] + [channels] * convs
+        self.conv = nn.Sequential(*(conv_bn_relu(a, b) for a, b in zip(widths, widths[1:])))
+        self.pool_first = pool_first
+        self.classifier = nn.Conv2d(widths[-1], classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.classifier(x.mean(dim=(2, 3), keepdim=True) if self.pool_first else x)
+
+
+class UPerNet(nn.Module):
+    """The network of figure 4.
+
+    classes: level -> number of classes, for any of scene, object, part, material, texture; for part a dict, object's
+        class index -> number of its parts with the object's background (index 0 among them) counted.
+    backbone: "resnet18", "resnet34", "resnet50", "resnet101" (resnet.py beside this file), or a module with `.channels`,
+        the widths of the four maps C2..C5 that its forward returns.
+    channels: width of all that follows the backbone.
+    head_conv: a 3x3 convolution before each classifier, as in the paper; without it the network of most other code
+        bases. The texture head keeps its own convolutions in any case.
+    pool: the PPM's pooling, "prroi" as released or "adaptive" as in PSPNet.
+    ppm, fpn, fusion, output_stride: the rows of the paper's table 2. `fpn` is the finest level built (2, 3 or 4; 0 for
+        none, then everything sits on P5); without `fusion` the object head sits on that level; without `ppm` P5 is C5
+        through a 1x1 lateral of its own.
+    stem, output_stride: see `resnet.ResNet`; for a backbone that is named.
+
+    Parameters are named `backbone.*`, `ppm.*`, `fpn.*`, `fusion.*`, `heads.<level>.*`. `part_slices[object index]` is the
+    slice of that object's channels in the part logits. Raises ValueError for an argument that is not as above.
+    """
+
+    TEXTURE_CONVS = 4  # "several" in the paper; the released code has no texture head; the number is our choice
+
+    def __init__(
+        self,
+        classes: dict,
+        backbone: str | nn.Module = "resnet50",
+        channels: int = 512,
+        head_conv: bool = True,
+        pool: str = "prroi",
+        ppm: bool = True,
+        fpn: int = 2,
+        fusion: bool = True,
+        stem: str = "7x7",
+        output_stride: int = 32,
+    ):
+        super().__init__()
+        if not classes or set(classes) - set(LEVELS):
+            raise ValueError(f"classes {list(classes)}: give one or more of {', '.join(LEVELS)}")
+        if pool not in ("prroi", "adaptive"):
+            raise ValueError(f"pool {pool!r}: choose 'prroi' or 'adaptive'")
+        if fpn not in (0, 2, 3, 4):
+            raise ValueError(f"fpn {fpn!r}: choose 2, 3 or 4, or 0 for none")
+        self.classes = {level: classes[level] for level in LEVELS if level in classes}
+        self.fpn_level = fpn
+
+        if isinstance(backbone, str):
+            if not backbone.removeprefix("resnet").isdecimal():
+                raise ValueError(f"backbone {backbone!r}: choose resnet18, resnet34, resnet50 or resnet101, or give a module")
+            from resnet import ResNet
+
+            backbone = ResNet(int(backbone.removeprefix("resnet")), stem, output_stride)
+        self.backbone = backbone
+        self.stops_early = "last" in inspect.signature(backbone.forward).parameters  # ours does, at the stage asked for
+
+        c2, *_, c5 = backbone.channels
+        self.ppm = PPM(c5, channels, pool) if ppm else conv_bn_relu(c5, channels, 1)
+        self.fpn = FPN(backbone.channels[fpn - 2 : 3], channels, all_maps=fusion) if fpn else None
+        self.fusion = Fusion(6 - fpn, channels) if fpn and fusion else None
+        self.heads = nn.ModuleDict()
+        for level, n in self.classes.items():
+            if level == "texture":
+                self.heads[level] = Head(c2, channels, n, self.TEXTURE_CONVS)
+            else:
+                n = sum(n.values()) if level == "part" else n
+                self.heads[level] = Head(channels, channels, n, int(head_conv), pool_first=level == "scene")
+
+        self.part_slices, start = {}, 0
+        for index, n in self.classes.get("part", {}).items():
+            self.part_slices[index] = slice(start, start + n)
+            start += n
+
+        for module in (self.ppm, self.fpn, self.fusion, self.heads):  # as released; biases of classifiers as PyTorch's
+            for m in module.modules() if module is not None else ():
+                if isinstance(m, nn.Conv2d):
+                    nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+                elif isinstance(m, nn.BatchNorm2d):
+                    nn.init.constant_(m.bias, 1e-4)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
+
+    def forward(self, images: Tensor, levels: list[str] | None = None) -> dict[str, Tensor]:
+        """Logits of the asked levels (all by default), and only the work that they need.
+
+        images: (N, 3, H, W), RGB in [0, 1], H and W at least 32 (64 in training mode with a single image).
+        Returns a dict:
+          scene         (N, classes)
+          object        (N, classes, H/4, W/4)
+          part          (N, sum of part counts, H/4, W/4); softmax within `part_slices[object]`
+          material      (N, classes, H/4, W/4)
+          texture       (N, classes), the mean over texture_map
+          texture_map   (N, classes, H/4, W/4)
+        Raises ValueError for a level that the network does not have.
+        """
+        levels = list(self.classes) if levels is None else levels
+        if unknown := set(levels) - set(self.classes):
+            raise ValueError(f"no head for {', '.join(sorted(unknown))}: this network has {', '.join(self.classes)}")
+        x = (images - self.mean) / self.std
+        only_texture = set(levels) == {"texture"}
+        stages = self.backbone(x, last=2) if only_texture and self.stops_early else self.backbone(x)  # C2..
+        quarter = stages[0].shape[2:]
+        logits = {}
+
+        if "texture" in levels:  # section 3.1: trained apart, on C2, without a gradient into the backbone
+            logits["texture_map"] = self.heads["texture"](stages[0].detach())
+            logits["texture"] = logits["texture_map"].mean(dim=(2, 3))
+        if only_texture:
+            return logits
+
+        p5 = self.ppm(stages[-1])
+        if "scene" in levels:
+            logits["scene"] = self.heads["scene"](p5).flatten(1)
+
+        # Material sits on P2, object and part on the fused map; in a network that stops before P2, or has no fusion,
+        # all three sit on what is its finest map.
+        on_fused = {"object", "part"} if self.fpn_level == 2 else {"object", "part", "material"}
+        needs_fused = self.fusion is not None and bool(on_fused & set(levels))
+        if {"object", "part", "material"} & set(levels):
+            pyramid = self.fpn(stages[self.fpn_level - 2 : 3], p5, only_finest=not needs_fused) if self.fpn else [p5]
+            fused = self.fusion(pyramid) if needs_fused else pyramid[0]
+            for level in ("object", "part", "material"):
+                if level in levels:
+                    y = self.heads[level](fused if level in on_fused else pyramid[0])
+                    logits[level] = y if y.shape[2:] == quarter else resize(y, quarter)
+        return logits
+
+
+# ---------------------------------------------------------------- losses
+
+
+def losses(logits: dict[str, Tensor], labels: dict[str, Tensor], part_slices: dict[int, slice] = {}) -> dict[str, Tensor]:
+    """The loss of every level in `logits`, before `LOSS_WEIGHTS`: float32 scalars, 0 for a level without a label here.
+
+    labels, with UNLABELLED (-1) where there is none:
+      scene, texture     (N,) class indices
+      object, material   (N, H/4, W/4) class indices
+      part               (N, H/4, W/4) index in the list of parts of the object at that pixel; 0, background, elsewhere
+    A loss of 0 is still connected to the graph: the level's parameters get gradients of zero.
+    """
+    result = {}
+    for level in ("scene", "object", "material"):
+        if level in logits:
+            result[level] = mean_cross_entropy(logits[level], labels[level])
+    if "part" in logits:
+        result["part"] = part_loss(logits["part"], labels["object"], labels["part"], part_slices)
+    if "texture_map" in logits:  # predicted at every pixel, each with the image's label
+        texture_map = logits["texture_map"]
+        everywhere = labels["texture"][:, None, None].expand(-1, *texture_map.shape[2:])
+        result["texture"] = mean_cross_entropy(texture_map, everywhere)
+    return result
+
+
+def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy, mean over what is labelled; 0 where nothing is."""
+    total = F.cross_entropy(logits.float(), labels.long(), ignore_index=UNLABELLED, reduction="sum")
+    return total / (labels != UNLABELLED).sum().clamp(min=1)
+
+
+def part_loss(logits: Tensor, objects: Tensor, parts: Tensor, part_slices: dict[int, slice]) -> Tensor:
+    """Cross entropy over the parts of each object, within that object's pixels, summed over the objects.
+
+    An object counts in an image where at least one pixel of it has a part; there all its pixels count, those without
+    a part as background. Per object the mean over its pixels in all such images of the batch (as released).
+    """
+    annotated = parts > 0
+    total = logits.float().sum() * 0
+    for index in torch.unique(objects[annotated]).tolist():
+        inside = objects == index  # (N, H/4, W/4)
+        counts = (inside & annotated).flatten(1).any(dim=1)  # (N,)
+        where = inside & counts[:, None, None]
+        of_object = logits[:, part_slices[index]].permute(0, 2, 3, 1)[where].float()  # (pixels, parts of this object)
+        total = total + F.cross_entropy(of_object, parts[where].long())
+    return total
+
+
+# ---------------------------------------------------------------- loading
+
+
+def read_tensors(path: str, device: str = "cpu") -> dict:
+    """What `torch.load` finds in a file of tensors and plain values; it runs no code. ValueError names a file that is none."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: not a file of PyTorch weights, or a damaged one ({type(e).__name__})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds no dictionary of weights")
+    return content
+
+
+def fill(net: nn.Module, state: dict, path: str) -> None:
+    """Loads `state` into `net`; ValueError names the first key that does not fit."""
+    wanted = net.state_dict()
+    for key in [*wanted, *state]:
+        if key not in state:
+            raise ValueError(f"{path}: {key} is missing")
+        if key not in wanted:
+            raise ValueError(f"{path}: {key} is not a part of this network")
+        if not isinstance(state[key], Tensor) or state[key].shape != wanted[key].shape:
+            found = tuple(state[key].shape) if isinstance(state[key], Tensor) else type(state[key]).__name__
+            raise ValueError(f"{path}: {key} is {found}, not {tuple(wanted[key].shape)}")
+    net.load_state_dict(state)
+
+
+def load(path: str, device: str = "cpu") -> tuple[UPerNet, dict]:
+    """(network in eval mode, vocabulary) from a checkpoint of train.py.
+
+    The vocabulary maps each level to its class names; for part, object name -> part names, "background" first.
+    Raises ValueError, with the file's name and what is wrong, for anything that is no such checkpoint.
+    """
+    return from_checkpoint(read_tensors(path, device), path, device)
+
+
+def from_checkpoint(checkpoint: dict, path: str, device: str = "cpu") -> tuple[UPerNet, dict]:
+    """`load`, from a checkpoint that has been read; `path` is for the messages."""
+    if missing := [key for key in ("model", "network", "vocabulary") if not isinstance(checkpoint.get(key), dict)]:
+        raise ValueError(f"{path}: not a checkpoint of train.py (no {', '.join(missing)} in it)")
+    vocabulary = checkpoint["vocabulary"]
+    try:
+        net = UPerNet(**checkpoint["network"])
+        counted = class_counts(vocabulary)
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e:
+        raise ValueError(f"{path}: its network or vocabulary is not one of ours ({e})") from None
+    if counted != net.classes:
+        raise ValueError(f"{path}: the vocabulary does not have the network's numbers of classes")
+    fill(net, checkpoint["model"], path)
+    return net.to(device).eval(), vocabulary
+
+
+def class_counts(vocabulary: dict) -> dict:
+    """The `classes` argument of the network that goes with a vocabulary."""
+    counts = {level: len(vocabulary[level]) for level in LEVELS if level in vocabulary and level != "part"}
+    if "part" in vocabulary:
+        index = {name: i for i, name in enumerate(vocabulary["object"])}
+        counts["part"] = {index[name]: len(parts) for name, parts in vocabulary["part"].items()}
+    return {level: counts[level] for level in LEVELS if level in counts}
+
+
+RELEASED_NAMES = {  # the authors' decoder -> ours
+    "ppm_conv.": "ppm.branches.",
+    "ppm_last_conv.": "ppm.last.",
+    "fpn_in.": "fpn.laterals.",
+    "fpn_out.": "fpn.convs.",
+    "conv_fusion.": "fusion.conv.",
+    "scene_head.0.": "heads.scene.conv.0.",
+    "scene_head.2.": "heads.scene.classifier.",
+    **{f"{level}_head.0.": f"heads.{level}.conv.0." for level in ("object", "part", "material")},
+    **{f"{level}_head.1.": f"heads.{level}.classifier." for level in ("object", "part", "material")},
+    "conv_last.0.": "fusion.conv.",  # these two: their ADE20K network, which has objects alone
+    "conv_last.1.": "heads.object.classifier.",
+}
+
+
+def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict]:
+    """(network in eval mode, vocabulary) of a network that the authors released, from its two .pth files.
+
+    The network of the paper (unifiedparsing) with `labels` their folder `joint_dataset` of class tables: 336 objects and
+    26 materials with a background at index 0, 427 part channels, 365 scenes. Or their ADE20K network
+    (semantic-segmentation-pytorch), 150 objects, with `labels` their `object150_info.csv`. ResNet-50 or 101.
+    Their input (BGR in [0, 255] minus a mean, or ImageNet's normalisation) is folded in: call it as any other network.
+    Raises ValueError with the file and the first key that does not fit.
+    """
+    body, top = read_tensors(encoder), read_tensors(decoder)
+    for path, state, key in ((encoder, body, "layer1.0.conv1.weight"), (decoder, top, "ppm_last_conv.0.weight")):
+        if key not in state:
+            raise ValueError(f"{path}: {key} is missing (encoder first, decoder second)")
+    paper = "object_head.1.weight" in top
+    vocabulary = release_vocabulary(labels, paper)
+    net = UPerNet(
+        class_counts(vocabulary),
+        "resnet101" if "layer3.22.conv1.weight" in body else "resnet50",
+        channels=len(top["ppm_last_conv.0.weight"]),
+        head_conv=paper,
+        pool="prroi" if paper else "adaptive",
+        stem="deep",
+    )
+    if paper:  # RGB in [0, 1] instead of BGR in [0, 255]: other constants, and the first filters' channels turned round
+        net.mean.copy_(torch.tensor([122.7717, 115.9465, 102.9801]).view(3, 1, 1) / 255)
+        net.std.fill_(1 / 255)
+        body = {**body, "conv1.weight": body["conv1.weight"].flip(1)}
+    fill(net.backbone, without_extra_buffers(body), encoder)
+
+    renamed, names = {}, {}
+    for key, value in without_extra_buffers(top).items():
+        ours = next((new + key[len(old) :] for old, new in RELEASED_NAMES.items() if key.startswith(old)), key)
+        ours = ours.replace("fpn.convs.", "fpn.convs.", 1)
+        if ours.startswith("fpn.convs."):  # theirs are wrapped once more: fpn_out.<i>.0.<conv or norm>
+            level, _, rest = ours.removeprefix("fpn.convs.").split(".", 2)
+            ours = f"fpn.convs.{level}.{rest}"
+        renamed[ours], names[ours] = value, key
+    rest = {key: value for key, value in net.state_dict().items() if key.startswith(("backbone.", "mean", "std"))}
+    fill(net, {**renamed, **rest}, decoder)
+    return net.eval(), vocabulary
+
+
+def without_extra_buffers(state: dict) -> dict:
+    """The authors' synchronised batch norm keeps sums of its own (`_tmp_running_mean`, ..); eval mode never reads them."""
+    return {k: v for k, v in state.items() if not k.endswith(("_tmp_running_mean", "_tmp_running_var", "_running_iter"))}
+
+
+def release_vocabulary(labels: str, paper: bool) -> dict:
+    """Class names from the authors' tables: a folder of CSV files, or object150_info.csv."""
+
+    def rows(path: str) -> list[dict]:
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                return list(csv.DictReader(file))
+        except (OSError, UnicodeDecodeError, csv.Error) as e:
+            raise ValueError(f"{path}: cannot be read as a table of classes ({e})") from None
+
+    try:
+        if not paper:
+            return {"object": [row["Name"].split(";")[0].strip() for row in rows(labels)]}
+        vocabulary = {level: [r["name"] for r in rows(os.path.join(labels, f"{level}.csv"))] for level in ("scene", "object", "material")}
+        vocabulary["object"][0] = vocabulary["material"][0] = "background"
+        vocabulary["part"] = {
+            row["object_name"]: ["background", *row["part_names"].split(";")[1:]]
+            for row in rows(os.path.join(labels, "object_part_hierarchy.csv"))
+        }
+        return vocabulary
+    except KeyError as e:
+        raise ValueError(f"{labels}: its table has no column {e}") from None
+
+
+# ---------------------------------------------------------------- speed
