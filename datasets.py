@@ -290,10 +290,10 @@ def scan_all(source: str, layout: str, folder: str, files: list[dict]) -> Index:
         names = {int(row[0]): row[-1].strip() for row in rows}
     if layout == "os":
         names = substance_names(folder)
-    for record in found:
+    for entry, record in zip(files, found):
         seen = [row[:-1] for key in ("objects", "parts", "materials") for row in record.get(key, ())]
         if unknown := sorted({n for row in seen for n in row if n not in names}):
-            record["broken"] = f"class number {unknown[0]} in its labels, which the tables do not know"
+            record["broken"] = f"{entry['labels']}: class number {unknown[0]}, which the tables do not know"
 
     good = [(entry, record) for entry, record in zip(files, found) if "broken" not in record]
 
@@ -312,7 +312,7 @@ def scan_all(source: str, layout: str, folder: str, files: list[dict]) -> Index:
         parts=rows("parts", 4),
         materials=rows("materials", 3),
         names=names,
-        broken=[[e["image"], f"{e['image']}: {r['broken']}"] for e, r in zip(files, found) if "broken" in r],
+        broken=[[e["image"], r["broken"]] for e, r in zip(files, found) if "broken" in r],
     )
 
 
@@ -686,13 +686,13 @@ TOY_SCENES = {  # ADE20K names a scene from broad to fine
     "dining_room": ["indoor", "home", "dining_room"],
 }
 TOY_OBJECTS = (  # ADE20K's way of naming: synonyms after the first
-    "sky,road; route,building; edifice,tree,car; auto,person; individual,streetlight; street lamp,grass,bench,mountain; mount,"
+    "sky,road; route,building; edifice,tree,car; auto,person; individual,grass,mountain; mount,"
     "sea,sand,boat,sunshade; parasol,wall,floor; flooring,bed,lamp,painting; picture,table,chair,window,door,roof,wheel,head,"
     "torso,left leg,right leg,trunk,crown,hull,sail,canopy,pole,headboard,pillow,shade,base,top,leg,back,seat,frame,canvas"
 ).split(",")
 TOY_NUMBERS = {name.split(";")[0]: 61 * (k + 1) for k, name in enumerate(TOY_OBJECTS)}  # beyond 255: both colour channels
 TOY_SUBSTANCES = (
-    "Brick,Wood,Tile,Stone,Fabric/Cloth,Metal,Foliage,Glass,Painted,Rubber/Latex,Skin,Concrete,Sky,Water,Dirt"
+    "Brick,Wood,Tile,Stone,Fabric/Cloth,Metal,Foliage,Glass,Painted,Concrete,Sky,Water,Dirt,Wax"
 ).split(",")
 
 
@@ -707,34 +707,34 @@ def surface(substance: str, height: int, width: int, rng: np.random.Generator) -
     y, x = np.mgrid[:height, :width].astype(np.float32) + rng.random(2).astype(np.float32)[:, None, None] * 20
     grain = noise(rng, height, width, 2, 2)
     if substance == "Brick":
-        tall = rng.uniform(5, 8)
+        tall = rng.uniform(7, 10)
         row = np.floor(y / tall)
         along = (x + row % 2 * tall) % (2 * tall)
-        return np.where((y % tall < 1.3) | (along < 1.3), 1, 0.25 * grain + 0.15 * noise(rng, height, width, tall, 2 * tall))
+        return np.where((y % tall < 1.7) | (along < 1.7), 1, 0.25 * grain + 0.15 * noise(rng, height, width, tall, 2 * tall))
     if substance == "Tile":
-        side = rng.uniform(8, 13)
-        return np.where((x % side < 1.3) | (y % side < 1.3), 0, 0.75 + 0.15 * noise(rng, height, width, side, side))
+        side = rng.uniform(10, 15)
+        return np.where((x % side < 1.8) | (y % side < 1.8), 0, 0.75 + 0.15 * noise(rng, height, width, side, side))
     if substance == "Wood":
         warped = y + 5 * noise(rng, height, width, 20, 40)
-        return 0.5 + 0.3 * np.sin(warped * rng.uniform(0.9, 1.4)) + 0.3 * (noise(rng, height, width, 1.5, 25) - 0.5)
+        return 0.5 + 0.3 * np.sin(warped * rng.uniform(0.65, 0.95)) + 0.3 * (noise(rng, height, width, 1.5, 25) - 0.5)
     if substance in ("Stone", "Concrete"):
-        return 0.5 * noise(rng, height, width, 6, 6) + 0.5 * noise(rng, height, width, 1.5, 1.5)
+        return 0.4 * noise(rng, height, width, 7, 7) + 0.6 * noise(rng, height, width, 2.5, 2.5)
     if substance == "Fabric/Cloth":
-        period = rng.uniform(4, 6)
+        period = rng.uniform(6, 9)
         return 0.5 + 0.25 * np.sin(2 * np.pi * x / period) + 0.25 * np.sin(2 * np.pi * y / period)
     if substance == "Metal":
         return 0.5 + 0.45 * np.sin(y / height * rng.uniform(5, 9) + rng.uniform(0, 6)) + 0.1 * (noise(rng, height, width, 1, 30) - 0.5)
     if substance == "Foliage":
-        return np.clip((noise(rng, height, width, 3.5, 3.5) - 0.5) * 2.5 + 0.5, 0, 1)
+        return np.clip((noise(rng, height, width, 5, 5) - 0.5) * 2.5 + 0.5, 0, 1)
     if substance == "Glass":
         return 0.25 + 0.6 * (np.sin((x + y) / rng.uniform(3.5, 5)) > 0.55) + 0.1 * grain
     if substance == "Water":
-        return 0.5 + 0.35 * np.sin(y * 0.9 + 3 * noise(rng, height, width, 6, 12)) * noise(rng, height, width, 3, 10)
+        return 0.5 + 0.35 * np.sin(y * 0.7 + 3 * noise(rng, height, width, 6, 12)) * noise(rng, height, width, 3, 10)
     if substance == "Sky":
         return np.clip(1.6 * noise(rng, height, width, 20, 45) - 0.5, 0, 1) * 0.9
     if substance == "Dirt":
         return 0.4 + 0.35 * (grain - 0.5)
-    return 0.5 + 0.06 * (noise(rng, height, width, 15, 15) - 0.5)  # paint, skin, rubber: plain
+    return 0.5 + 0.06 * (noise(rng, height, width, 15, 15) - 0.5)  # paint and wax: plain
 
 
 def hsv(hue: float, saturation: float, value: float) -> np.ndarray:
@@ -752,10 +752,10 @@ class Canvas:
         self.objects, self.parts, self.substances = (np.zeros((height, width), np.int32) for _ in range(3))
         self.listed: list[tuple[str, str | None]] = []  # (object, part) in the order of painting
 
-    def colour(self, *hues: tuple[float, float]) -> np.ndarray:
-        """Any colour, or one of the given ranges of hue."""
-        hue = self.rng.uniform(*hues[self.rng.integers(len(hues))]) if hues else self.rng.random()
-        return hsv(hue % 1, self.rng.uniform(0.15, 0.65), self.rng.uniform(0.35, 0.95))
+    def colour(self, hues=(0.0, 1.0), saturation=(0.15, 0.65), value=(0.35, 0.95)) -> np.ndarray:
+        """A colour at random within ranges of hue, saturation and value."""
+        hue, saturation, value = (self.rng.uniform(*bounds) for bounds in (hues, saturation, value))
+        return hsv(hue % 1, saturation, value)
 
     def paint(self, shape: str, points: list, thing: str, part: str | None, substance: str, colour: np.ndarray) -> None:
         """Paints a "polygon" or an "ellipse" (two corners of its box), points in pixels, made of a substance."""
@@ -790,7 +790,7 @@ class Canvas:
 
     def building(self, x, y, s) -> None:
         w, r = s * self.rng.uniform(0.5, 0.8), self.rng
-        facade, colour = self.pick("Brick", "Stone", "Wood", "Painted"), self.colour()
+        facade, colour = self.pick("Brick", "Stone", "Wood", "Painted", "Glass", "Metal"), self.colour((0, 1), (0.1, 0.5))
         self.rectangle(x - w / 2, y - 0.8 * s, x + w / 2, y, "building", None, facade, colour)
         roof = [(x - 0.58 * w, y - 0.78 * s), (x - 0.3 * w, y - s), (x + 0.3 * w, y - s), (x + 0.58 * w, y - 0.78 * s)]
         self.paint("polygon", roof, "building", "roof", self.pick("Tile", "Metal"), self.colour())
@@ -803,7 +803,7 @@ class Canvas:
 
     def tree(self, x, y, s) -> None:
         self.rectangle(x - 0.06 * s, y - 0.5 * s, x + 0.06 * s, y, "tree", "trunk", "Wood", self.colour((0.03, 0.12)))
-        green, w = self.colour((0.1, 0.45)), self.rng.uniform(0.26, 0.38)
+        green, w = self.colour((0.08, 0.42), (0.25, 0.7), (0.35, 0.85)), self.rng.uniform(0.26, 0.38)
         for dx, dy in ((0, 0), (-0.12, 0.1), (0.12, 0.12)):
             box = [(x + (dx - w) * s, y - s + dy * s), (x + (dx + w) * s, y - 0.42 * s + dy * s)]
             self.paint("ellipse", box, "tree", "crown", "Foliage", green)
@@ -817,7 +817,7 @@ class Canvas:
         self.paint("polygon", glass, "car", "window", "Glass", self.colour((0.5, 0.65)))
         for dx in (-0.28, 0.28):
             box = [(x + dx * w - 0.24 * s, y - 0.46 * s), (x + dx * w + 0.24 * s, y + 0.02 * s)]
-            self.paint("ellipse", box, "car", "wheel", "Rubber/Latex", hsv(0, 0, 0.3))
+            self.paint("ellipse", box, "car", "wheel", "Metal", hsv(0, 0, 0.3))
 
     def person(self, x, y, s) -> None:
         trousers, side = self.colour(), self.pick("left", "right")
@@ -826,19 +826,7 @@ class Canvas:
         shirt = [(x - 0.2 * s, y - 0.76 * s), (x + 0.2 * s, y - 0.76 * s), (x + 0.14 * s, y - 0.4 * s), (x - 0.14 * s, y - 0.4 * s)]
         self.paint("polygon", shirt, "person", "torso", "Fabric/Cloth", self.colour())
         skin = hsv(self.rng.uniform(0.04, 0.09), self.rng.uniform(0.3, 0.55), self.rng.uniform(0.45, 1))
-        self.paint("ellipse", [(x - 0.11 * s, y - s), (x + 0.11 * s, y - 0.75 * s)], "person", "head", "Skin", skin)
-
-    def streetlight(self, x, y, s) -> None:
-        grey = hsv(0, 0.05, self.rng.uniform(0.3, 0.7))
-        self.rectangle(x - 0.025 * s, y - 0.9 * s, x + 0.025 * s, y, "streetlight", None, "Metal", grey)
-        self.paint("ellipse", [(x - 0.13 * s, y - s), (x + 0.13 * s, y - 0.84 * s)], "streetlight", None, "Glass", self.colour((0.12, 0.17)))
-
-    def bench(self, x, y, s) -> None:
-        wood, w = self.colour(), 1.6 * s
-        for dx in (-0.36, 0.36):
-            self.rectangle(x + (dx - 0.05) * w, y - 0.5 * s, x + (dx + 0.05) * w, y, "bench", None, "Metal", hsv(0, 0, 0.4))
-        self.rectangle(x - w / 2, y - s, x + w / 2, y - 0.68 * s, "bench", None, "Wood", wood)
-        self.rectangle(x - w / 2, y - 0.55 * s, x + w / 2, y - 0.35 * s, "bench", None, "Wood", wood)
+        self.paint("ellipse", [(x - 0.11 * s, y - s), (x + 0.11 * s, y - 0.75 * s)], "person", "head", "Wax", skin)
 
     def boat(self, x, y, s) -> None:
         hull = [(x - 0.55 * s, y - 0.28 * s), (x + 0.55 * s, y - 0.28 * s), (x + 0.38 * s, y), (x - 0.38 * s, y)]
@@ -876,17 +864,17 @@ class Canvas:
     def table(self, x, y, s) -> None:
         w, made = s * self.rng.uniform(1.5, 2.2), self.pick("Wood", "Metal")
         for dx in (-0.4, 0.4):
-            self.rectangle(x + (dx - 0.04) * w, y - 0.8 * s, x + (dx + 0.04) * w, y, "table", "leg", made, self.colour())
+            self.rectangle(x + (dx - 0.06) * w, y - 0.8 * s, x + (dx + 0.06) * w, y, "table", "leg", made, self.colour())
         edge = [(x - 0.42 * w, y - s), (x + 0.42 * w, y - s), (x + w / 2, y - 0.72 * s), (x - w / 2, y - 0.72 * s)]
         self.paint("polygon", edge, "table", "top", self.pick("Wood", "Glass", "Stone"), self.colour())
 
     def chair(self, x, y, s) -> None:
         colour, side = self.colour(), 1 if self.rng.random() < 0.5 else -1
         for dx in (-0.2, 0.2):
-            self.rectangle(x + (dx - 0.04) * s, y - 0.4 * s, x + (dx + 0.04) * s, y, "chair", "leg", "Metal", hsv(0, 0, 0.5))
-        back = sorted((x - side * 0.26 * s, x - side * 0.12 * s))
+            self.rectangle(x + (dx - 0.06) * s, y - 0.4 * s, x + (dx + 0.06) * s, y, "chair", "leg", "Metal", hsv(0, 0, 0.5))
+        back = sorted((x - side * 0.3 * s, x - side * 0.1 * s))
         self.rectangle(back[0], y - s, back[1], y - 0.35 * s, "chair", "back", "Wood", colour)
-        self.rectangle(x - 0.28 * s, y - 0.5 * s, x + 0.28 * s, y - 0.34 * s, "chair", "seat", self.pick("Wood", "Fabric/Cloth"), colour)
+        self.rectangle(x - 0.3 * s, y - 0.56 * s, x + 0.3 * s, y - 0.34 * s, "chair", "seat", self.pick("Wood", "Fabric/Cloth"), colour)
 
     # Scenes. Sizes are shares of the short side; what is nearer is larger and painted later.
 
@@ -894,58 +882,56 @@ class Canvas:
         """Between `least` and `most` of a thing, feet between two shares of the ground, which begins at y = `ground`."""
         for depth in sorted(self.rng.uniform(*nearness, self.rng.integers(least, most + 1))):
             s = self.rng.uniform(*sizes) * (0.8 + 0.4 * depth) * min(self.width, self.height)
-            getattr(self, thing)(self.rng.uniform(0.05, 0.95) * self.width, ground + depth * (self.height - ground), s)
+            getattr(self, thing)(self.rng.uniform(0.1, 0.9) * self.width, ground + depth * (self.height - ground), s)
 
     def band(self, top: float, bottom: float, thing: str, substance: str, colour: np.ndarray) -> None:
         self.rectangle(-1, top, self.width + 1, bottom, thing, None, substance, colour)
 
     def mountains(self, y: float) -> None:
-        for _ in range(self.rng.integers(0, 3)):
-            x, s = self.rng.uniform(0, self.width), self.rng.uniform(0.2, 0.45) * self.height
-            self.paint("polygon", [(x - 1.6 * s, y), (x, y - s), (x + 1.6 * s, y)], "mountain", None, "Stone", self.colour())
+        for _ in range(self.rng.integers(1, 3)):
+            x, s = self.rng.uniform(0, self.width), self.rng.uniform(0.3, 0.5) * self.height
+            self.paint("polygon", [(x - 1.6 * s, y), (x, y - s), (x + 1.6 * s, y)], "mountain", None, "Stone", self.colour((0, 1), (0.05, 0.35)))
 
     def scene(self, kind: str) -> None:
         h, w, r = self.height, self.width, self.rng
         if kind in ("street", "park", "beach"):
             y = h * r.uniform(0.42, 0.6)
-            self.band(-1, y + 1, "sky", "Sky", self.colour((0.5, 0.65), (0.95, 1.15), (0.6, 0.9)))
+            self.band(-1, y + 1, "sky", "Sky", self.colour(*[((0.5, 0.66), (0.15, 0.6), (0.6, 1)), ((0.92, 1.12), (0.15, 0.5), (0.6, 1))][int(r.random() < 0.3)]))
         else:
             y = h * r.uniform(0.58, 0.72)
-            self.band(-1, y + 1, "wall", self.pick("Painted", "Brick", "Tile"), self.colour())
-            self.band(y, h + 1, "floor", self.pick("Wood", "Tile", "Stone"), self.colour())
+            self.band(-1, y + 1, "wall", self.pick("Painted", "Brick", "Tile"), self.colour((0, 1), (0.05, 0.4), (0.6, 1)))
+            self.band(y, h + 1, "floor", self.pick("Wood", "Tile", "Stone"), self.colour((0.95, 1.15), (0.1, 0.6), (0.3, 0.8)))
         if kind == "street":
-            self.band(y, h + 1, "road", self.pick("Stone", "Concrete", "Brick"), self.colour())
+            self.band(y, h + 1, "road", self.pick("Stone", "Concrete", "Brick"), self.colour((0, 1), (0, 0.2), (0.3, 0.75)))
             for place in np.arange(r.uniform(0, 0.3), 1.1, 0.42):
                 if r.random() < 0.8:
                     self.building(place * w, y + r.uniform(0, 0.06) * h, r.uniform(0.42, 0.62) * min(w, h))
             self.many("tree", 0, 2, (0, 0.15), (0.4, 0.6), y)
-            self.many("streetlight", 0, 2, (0.05, 0.2), (0.5, 0.75), y)
-            self.many("car", 1, 3, (0.3, 0.9), (0.16, 0.28), y)
-            self.many("person", 0, 2, (0.3, 0.95), (0.35, 0.5), y)
+            self.many("car", 1, 2, (0.4, 0.9), (0.24, 0.34), y)
+            self.many("person", 0, 2, (0.5, 0.95), (0.5, 0.7), y)
         elif kind == "park":
             self.mountains(y + 1)
-            self.band(y, h + 1, "grass", "Foliage", self.colour((0.12, 0.45)))
+            self.band(y, h + 1, "grass", "Foliage", self.colour((0.16, 0.36), (0.3, 0.7), (0.4, 0.85)))
             self.many("tree", 2, 4, (0, 0.6), (0.45, 0.75), y)
-            self.many("bench", 0, 2, (0.3, 0.8), (0.18, 0.26), y)
-            self.many("person", 0, 2, (0.3, 0.95), (0.35, 0.5), y)
+            self.many("person", 0, 2, (0.5, 0.95), (0.5, 0.7), y)
         elif kind == "beach":
             shore = y + (h - y) * r.uniform(0.35, 0.55)
             self.mountains(y + 1)
-            self.band(y, shore + 1, "sea", "Water", self.colour((0.42, 0.65)))
-            self.many("boat", 1, 2, (0.1, 0.35), (0.3, 0.45), y)
-            self.band(shore, h + 1, "sand", "Dirt", self.colour((0.06, 0.16)))
-            self.many("sunshade", 0, 2, (0.2, 0.8), (0.38, 0.55), shore)
-            self.many("person", 0, 2, (0.3, 0.95), (0.35, 0.5), shore)
+            self.band(y, shore + 1, "sea", "Water", self.colour((0.46, 0.62), (0.3, 0.7), (0.4, 0.85)))
+            self.many("boat", 1, 2, (0.1, 0.35), (0.45, 0.6), y)
+            self.band(shore, h + 1, "sand", "Dirt", self.colour((0.07, 0.15), (0.2, 0.5), (0.65, 1)))
+            self.many("sunshade", 1, 2, (0.2, 0.8), (0.5, 0.7), shore)
+            self.many("person", 0, 2, (0.5, 0.95), (0.5, 0.7), shore)
         elif kind == "bedroom":
-            self.many("painting", 0, 2, (0, 0), (0.18, 0.3), h * 0.38)
-            self.many("lamp", 1, 2, (0.05, 0.3), (0.4, 0.6), y)
-            self.many("bed", 1, 1, (0.5, 0.9), (0.4, 0.55), y)
+            self.many("painting", 1, 2, (0, 0), (0.3, 0.4), h * 0.4)
+            self.many("lamp", 1, 2, (0.05, 0.3), (0.55, 0.7), y)
+            self.many("bed", 1, 1, (0.5, 0.9), (0.5, 0.6), y)
         else:
-            self.many("painting", 0, 2, (0, 0), (0.18, 0.3), h * 0.38)
-            self.many("lamp", 0, 1, (0.05, 0.2), (0.4, 0.6), y)
-            self.many("chair", 1, 2, (0.1, 0.4), (0.42, 0.55), y)
-            self.many("table", 1, 1, (0.5, 0.8), (0.32, 0.45), y)
-            self.many("chair", 0, 2, (0.85, 0.95), (0.42, 0.55), y)
+            self.many("painting", 1, 2, (0, 0), (0.3, 0.4), h * 0.4)
+            self.many("lamp", 0, 1, (0.05, 0.2), (0.55, 0.7), y)
+            self.many("chair", 0, 1, (0.1, 0.4), (0.5, 0.65), y)
+            self.many("table", 1, 1, (0.5, 0.8), (0.4, 0.5), y)
+            self.many("chair", 1, 2, (0.85, 0.95), (0.5, 0.65), y)
 
     def finished(self) -> Image.Image:
         """The picture under an uneven light."""
@@ -956,7 +942,7 @@ class Canvas:
 def texture_relief(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
     """A procedural texture in [0, 1], (size, size), at any angle and scale; the names are DTD's."""
     y, x = np.mgrid[:size, :size].astype(np.float32) - size / 2
-    angle, step = rng.uniform(0, np.pi), rng.uniform(9, 15)
+    angle, step = rng.uniform(0, np.pi), rng.uniform(11, 17)
     u, v = (x * np.cos(angle) + y * np.sin(angle)) / step, (y * np.cos(angle) - x * np.sin(angle)) / step
     u, v = u + rng.random(), v + rng.random()
     if kind == "banded":
@@ -988,7 +974,7 @@ def texture_relief(kind: str, size: int, rng: np.random.Generator) -> np.ndarray
 TOY_TEXTURES = "banded bubbly chequered cracked crosshatched grid marbled polka-dotted spiralled zigzagged".split()
 
 
-def make_toy(folder: str, scenes: int = 400, photos: int = 320, textures: int = 40) -> None:
+def make_toy(folder: str, scenes: int = 400, photos: int = 320, textures: int = 100) -> None:
     """Writes the toy under `folder`: ade20k/, os/ and dtd/ with `scenes` and `photos` pictures and `textures` of each kind.
 
     The layouts are those of ADE20K 2021_17_01, of OpenSurfaces and of DTD. Always the same files. Nothing is done when
@@ -1025,7 +1011,7 @@ def make_toy(folder: str, scenes: int = 400, photos: int = 320, textures: int = 
 def toy_canvas(stream: int, k: int) -> tuple[Canvas, str]:
     """The k-th scene of a stream of them: a painted canvas, a quarter of them upright, and its kind."""
     rng = np.random.default_rng((TOY_SEED, stream, k))
-    size = (120, 160) if rng.random() < 0.25 else (160, 120)
+    size = (96, 144) if rng.random() < 0.25 else (144, 96)
     kind = list(TOY_SCENES)[k % len(TOY_SCENES)]
     canvas = Canvas(*size, rng)
     canvas.scene(kind)

@@ -49,8 +49,8 @@ PAPER = {  # section 3.1 and the released code
     "seed": 304, "workers": os.cpu_count() or 1, "save_every": 500, "eval_every": 0, "amp": "auto", "device": "auto",
 }  # fmt: skip
 TOY = {  # what two cores learn in minutes
-    "backbone": "resnet18", "channels": 96, "weights": "none", "iters": 700, "texture_iters": 60, "batch_size": 8,
-    "lr": 0.05, "sizes": [84, 96, 108], "max_size": 160, "save_every": 200,
+    "backbone": "resnet18", "channels": 64, "weights": "none", "iters": 2000, "texture_iters": 200, "batch_size": 8,
+    "lr": 0.05, "sizes": [56, 60, 64], "max_size": 160, "save_every": 200,
 }  # fmt: skip
 FREE = {"root", "cache", "workers", "save_every", "eval_every", "amp", "compile", "device", "allow_broken", "out", "resume"}
 TEXTURE_IMAGES = 8  # images of the texture stage for each of --batch-size: they have a fiftieth of the area (our choice)

@@ -1,0 +1,1216 @@
+"""The tests: `python test_upernet.py`, or pytest. Each compares with something independent: a plain loop, torchvision, numpy's
+integration, the answers of the authors' network."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import balance_split
+import datasets
+import evaluate
+import train
+import upernet
+from datasets import Index, Reader, UserError
+from resnet import ResNet, load_imagenet
+from upernet import UPerNet
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SHARED = os.path.join(os.path.dirname(HERE), "shared")  # real samples; what needs them is skipped where they are not
+CLASSES = {"scene": 5, "object": 7, "part": {1: 3, 4: 2}, "material": 6, "texture": 4}
+
+folder = None  # one for all tests, with the toy under data/
+
+
+def setUpModule():
+    global folder
+    folder = tempfile.mkdtemp(prefix="upernet-test-")
+    datasets.make_toy(os.path.join(folder, "data", "toy"))
+
+
+def tearDownModule():
+    shutil.rmtree(folder)
+
+
+def new_folder(*names: str) -> str:
+    """An empty folder of its own below the tests' one."""
+    return tempfile.mkdtemp(dir=folder, prefix="-".join(names) + "-")
+
+
+def command(main, *argv) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a script's main, called in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(a) for a in argv])
+            status = 0
+        except SystemExit as e:
+            status = e.code or 0
+    return status, out.getvalue(), err.getvalue()
+
+
+def toy_arguments(root: str, **given) -> object:
+    """The namespace that the scripts make of `--data toy`."""
+    _, args, _ = train.parse_arguments(["--root", root, "--out", new_folder("out")])
+    for key, value in given.items():
+        setattr(args, key, value)
+    return args
+
+
+def save_jpeg(path: str, height: int, width: int, seed: int = 0) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 255, (height // 4, width // 4, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((width, height)).save(path)
+
+
+def write(path: str, text: str, encoding: str = "utf-8") -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding=encoding) as file:
+        file.write(text)
+
+
+class Ade:
+    """ADE20K 2021 as a folder that a test fills image by image."""
+
+    def __init__(self):
+        self.root = new_folder("ade")
+        self.folder = os.path.join(self.root, "ade20k", "ADE20K_2021_17_01")
+        self.count = 0
+
+    def add(self, objects: np.ndarray, names: dict[int, str], scene: list[str], parts: np.ndarray | None = None, encoding="utf-8"):
+        """One image with its class numbers; `names` are those of the JSON."""
+        stem = os.path.join(self.folder, "images", "ADE", "training", "a", "b", f"ADE_train_{self.count:08d}")
+        self.count += 1
+        save_jpeg(f"{stem}.jpg", *objects.shape)
+        for ending, numbers in (("seg", objects), ("parts_1", parts)):
+            if numbers is not None:
+                coded = np.stack([numbers // 256 * 10, numbers % 256, numbers * 0], axis=-1).astype(np.uint8)
+                Image.fromarray(coded).save(f"{stem}_{ending}.png")
+        things = [{"name": name, "name_ndx": number, "parts": {"part_level": 0}} for number, name in names.items()]
+        write(f"{stem}.json", json.dumps({"annotation": {"scene": scene, "object": things}}, ensure_ascii=False), encoding)
+        return stem
+
+    def index(self) -> Index:
+        return datasets.scan(self.root, "ade20k", os.path.join(self.root, ".cache"))
+
+
+def least(images=1, pixels=1, parts=1, scenes=1) -> dict[str, int]:
+    return {"min_images": images, "min_pixels": pixels, "min_part_images": parts, "min_scene_images": scenes}
+
+
+# ---------------------------------------------------------------- the network
+
+
+class TestResNet(unittest.TestCase):
+    def torchvision_pair(self, depth, **dilation):
+        theirs = getattr(torchvision.models, f"resnet{depth}")(**dilation).eval()
+        for module in theirs.modules():  # statistics of their own, or batch norm would hide mistakes
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_mean, -0.1, 0.1)
+                nn.init.uniform_(module.running_var, 0.5, 1.5)
+        stride = 32 // 2 ** sum(dilation.get("replace_stride_with_dilation", ()))
+        ours = ResNet(depth, output_stride=stride).eval()
+        ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
+        return ours, create_feature_extractor(theirs, [f"layer{i}" for i in range(1, 5)])
+
+    def assert_same_features(self, ours, theirs, x):
+        with torch.inference_mode():
+            for mine, other in zip(ours(x), theirs(x).values(), strict=True):
+                self.assertEqual(mine.shape, other.shape)
+                self.assertLessEqual((mine - other).abs().max().item(), 1e-6 * other.abs().max().item())
+
+    def test_stages_are_torchvisions(self):
+        for depth in (18, 34, 50, 101):
+            with self.subTest(depth=depth):
+                ours, theirs = self.torchvision_pair(depth)
+                self.assert_same_features(ours, theirs, torch.randn(1, 3, 70, 101))
+                self.assertEqual([f.shape[1] for f in ours(torch.randn(1, 3, 64, 64))], ours.channels)
+
+    def test_dilated_stages_are_torchvisions(self):
+        for dilated in ([False, False, True], [False, True, True]):
+            with self.subTest(dilated=dilated):
+                ours, theirs = self.torchvision_pair(50, replace_stride_with_dilation=dilated)
+                self.assert_same_features(ours, theirs, torch.randn(1, 3, 65, 97))
+
+    def test_basic_blocks_keep_their_weights_and_spacing_at_stride_8(self):
+        plain, dilated = ResNet(18).eval(), ResNet(18, output_stride=8).eval()
+        dilated.load_state_dict(plain.state_dict())
+        x = torch.randn(1, 3, 128, 128)
+        with torch.inference_mode():
+            coarse, fine = plain(x), dilated(x)
+        self.assertEqual([f.shape[-1] for f in fine], [32, 16, 16, 16])
+        torch.testing.assert_close(fine[2][:, :, ::2, ::2][:, :, 2:-2, 2:-2], coarse[2][:, :, 2:-2, 2:-2], rtol=1e-4, atol=1e-4)
+
+    def test_stops_at_the_stage_that_is_asked_for(self):
+        net = ResNet(18)
+        net.layer3.register_forward_hook(lambda *_: self.fail("layer3 was computed"))
+        self.assertEqual(len(net(torch.randn(1, 3, 64, 64), last=3)), 2)
+
+    def test_refuses_what_it_is_not(self):
+        for wrong in ({"depth": 20}, {"stem": "3x3"}, {"output_stride": 4}):
+            with self.assertRaises(ValueError):
+                ResNet(**wrong)
+
+    def test_imagenet_weights_are_torchvisions(self):
+        theirs = torchvision.models.resnet18().state_dict()
+        with mock.patch("torch.hub.load_state_dict_from_url", return_value=theirs) as download, mock.patch(
+            "torchvision.models._api.load_state_dict_from_url", download
+        ):
+            net = ResNet(18)
+            load_imagenet(net)
+        self.assertIn("resnet18", str(download.call_args))
+        for key, value in net.state_dict().items():
+            torch.testing.assert_close(value, theirs[key], rtol=0, atol=0)
+        with self.assertRaises(ValueError):
+            load_imagenet(ResNet(18, stem="deep"))
+
+
+class TestNetwork(unittest.TestCase):
+    def test_shapes_of_every_level(self):
+        net = UPerNet(CLASSES, "resnet18", channels=16).eval()
+        for size in ((32, 32), (64, 96), (65, 97), (33, 130)):
+            with torch.inference_mode():
+                logits = net(torch.rand(2, 3, *size))
+            quarter = tuple(-(-n // 4) for n in size)
+            expected = {"scene": (5,), "object": (7, *quarter), "part": (5, *quarter), "material": (6, *quarter)}
+            expected |= {"texture": (4,), "texture_map": (4, *quarter)}
+            self.assertEqual({k: tuple(v.shape) for k, v in logits.items()}, {k: (2, *v) for k, v in expected.items()})
+        self.assertEqual(net.part_slices, {1: slice(0, 3), 4: slice(3, 5)})
+
+    def test_computes_only_what_the_levels_need(self):
+        net = UPerNet(CLASSES, "resnet18", channels=16).eval()
+        ran = set()
+        for name, module in net.named_modules():
+            if not list(module.children()):
+                module.register_forward_hook(lambda *_, name=name: ran.add(name))
+
+        def parts_of_net(levels):
+            ran.clear()
+            net(torch.rand(1, 3, 64, 64), levels=levels)
+            return {prefix for prefix in prefixes if any(name.startswith(prefix) for name in ran)}
+
+        body = [f"backbone.layer{i}" for i in range(1, 5)]
+        prefixes = [*body, "ppm", "fpn.laterals", "fpn.convs.0", "fpn.convs.1", "fusion"] + [f"heads.{n}" for n in CLASSES]
+        down = {*body, "ppm", "fpn.laterals", "fpn.convs.0"}
+        self.assertEqual(parts_of_net(["scene"]), {*body, "ppm", "heads.scene"})
+        self.assertEqual(parts_of_net(["material"]), {*down, "heads.material"})
+        self.assertEqual(parts_of_net(["object"]), {*down, "fpn.convs.1", "fusion", "heads.object"})
+        self.assertEqual(parts_of_net(["part"]), {*down, "fpn.convs.1", "fusion", "heads.part"})
+        self.assertEqual(parts_of_net(["texture"]), {"backbone.layer1", "heads.texture"})
+        self.assertEqual(parts_of_net(None), set(prefixes))
+
+    def test_a_levels_logits_do_not_depend_on_the_others(self):
+        net = UPerNet(CLASSES, "resnet18", channels=16).eval()
+        x = torch.rand(1, 3, 64, 96)
+        with torch.inference_mode():
+            together = net(x)
+            for level in CLASSES:
+                torch.testing.assert_close(net(x, levels=[level])[level], together[level])
+
+    def test_parameter_names(self):
+        net = UPerNet(CLASSES, "resnet18", channels=16)
+        for name in net.state_dict():
+            inside = [level for level in CLASSES if level in name]
+            if name.startswith("heads."):
+                self.assertEqual(inside, [name.split(".")[1]])
+            else:
+                self.assertEqual(inside, [])
+                self.assertTrue(name in ("mean", "std") or name.startswith(("backbone.", "ppm.", "fpn.", "fusion.")), name)
+
+    def test_rows_of_table_2(self):
+        quarter = (1, 9, 16, 24)
+        for arguments in (
+            {"ppm": False, "fpn": 4, "fusion": False},
+            {"ppm": False, "fpn": 3, "fusion": False},
+            {"ppm": False, "fpn": 2, "fusion": False},
+            {"fpn": 2, "fusion": False},
+            {"fpn": 2},
+            {"fpn": 3},
+            {"fpn": 4},
+            {"ppm": False, "fpn": 0, "output_stride": 8},
+            {"fpn": 0, "output_stride": 8, "pool": "adaptive"},
+        ):
+            with self.subTest(**arguments):
+                net = UPerNet({"object": 9, "material": 3, "part": {2: 4}}, "resnet18", channels=16, **arguments)
+                logits = net(torch.rand(2, 3, 64, 96))
+                self.assertEqual(tuple(logits["object"].shape[1:]), quarter[1:])
+                self.assertEqual(tuple(logits["material"].shape[2:]), quarter[2:])
+                sum(v.sum() for v in logits.values()).backward()
+                idle = [n for n, p in net.named_parameters() if p.grad is None]
+                self.assertEqual(idle, [])
+
+    def test_works_on_another_backbone(self):
+        class Foreign(nn.Module):
+            channels = [8, 12, 16, 20]
+
+            def __init__(self):
+                super().__init__()
+                self.stages = nn.ModuleList(nn.Conv2d(3, c, 1, 2 ** (i + 2)) for i, c in enumerate(self.channels))
+
+            def forward(self, x):
+                return [stage(x) for stage in self.stages]
+
+        net = UPerNet(CLASSES, Foreign(), channels=16).eval()
+        logits = net(torch.rand(1, 3, 64, 64))
+        self.assertEqual(tuple(logits["object"].shape), (1, 7, 16, 16))
+        self.assertEqual(set(net(torch.rand(1, 3, 64, 64), levels=["texture"])), {"texture", "texture_map"})
+
+    def test_the_two_files_work_alone(self):
+        place = new_folder("copied")
+        shutil.copy(os.path.join(HERE, "upernet.py"), place)
+        code = "import sys; sys.modules['torchvision'] = None; import torch, upernet; "
+        code += "b = torch.nn.Identity(); b.channels = [3, 3, 3, 3]; b.forward = lambda x: [x[:, :, ::s, ::s] for s in (4, 8, 16, 32)]; "
+        code += "print(tuple(upernet.UPerNet({'object': 5}, b, channels=8).eval()(torch.rand(1, 3, 64, 64))['object'].shape))"
+        run = lambda code: subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True)
+        self.assertEqual(run(code).stdout.strip(), "(1, 5, 16, 16)")
+        shutil.copy(os.path.join(HERE, "resnet.py"), place)
+        code = "import sys; sys.modules['torchvision'] = None; import torch, upernet; "
+        code += "print(tuple(upernet.UPerNet({'scene': 4}, 'resnet18', channels=8).eval()(torch.rand(1, 3, 64, 64))['scene'].shape))"
+        self.assertEqual(run(code).stdout.strip(), "(1, 4)")
+
+    def test_single_image_of_64_pixels_trains(self):
+        net = UPerNet(CLASSES, "resnet18", channels=16).train()
+        self.assertEqual(tuple(net(torch.rand(1, 3, 64, 64))["scene"].shape), (1, 5))
+
+    def test_texture_sends_no_gradient_into_the_backbone(self):
+        net = UPerNet(CLASSES, "resnet18", channels=16).train()
+        net(torch.rand(2, 3, 64, 64), levels=["texture"])["texture_map"].square().sum().backward()
+        moved = {name.split(".")[0] + "." + name.split(".")[1] for name, p in net.named_parameters() if p.grad is not None}
+        self.assertEqual(moved, {"heads.texture"})
+
+    def test_refuses_what_it_is_not(self):
+        for wrong in ({"classes": {}}, {"classes": {"colour": 3}}, {"pool": "max"}, {"fpn": 5}, {"backbone": "vgg16"}, {"backbone": "resnet9"}):
+            with self.subTest(**wrong), self.assertRaises(ValueError):
+                UPerNet(**{"classes": {"object": 3}, "backbone": "resnet18", "channels": 8, **wrong})
+        with self.assertRaisesRegex(ValueError, "no head for material"):
+            UPerNet({"object": 3}, "resnet18", channels=8)(torch.rand(1, 3, 64, 64), levels=["material"])
+
+    def test_initialisation(self):
+        net = UPerNet({"object": 50}, "resnet18", channels=64)
+        conv, norm = net.fusion.conv[0], net.fusion.conv[1]
+        self.assertAlmostEqual(conv.weight.std().item(), math.sqrt(2 / (256 * 9)), delta=2e-4)
+        self.assertTrue((norm.weight == 1).all() and torch.allclose(norm.bias, torch.tensor(1e-4)))
+        self.assertAlmostEqual(net.heads["object"].classifier.weight.std().item(), math.sqrt(2 / 64), delta=6e-3)
+
+
+class TestPooling(unittest.TestCase):
+    def test_precise_roi_pooling_is_the_integral(self):
+        x = torch.randn(1, 2, 5, 7, dtype=torch.float64)
+        fine = 600  # midpoints for every sample; bins of a sixth end between them
+
+        def means(n, bins):  # (bins, n): the mean of each sample's triangle over each bin
+            t = (np.arange(n * fine) + 0.5) / fine
+            triangles = np.maximum(0, 1 - np.abs(t[:, None] - np.arange(n)))
+            return torch.from_numpy(triangles.reshape(bins, -1, n).mean(axis=1))
+
+        for bins in (1, 2, 3, 6):
+            expected = torch.einsum("bh,nchw,dw->ncbd", means(5, bins), x, means(7, bins))
+            torch.testing.assert_close(upernet.prroi_pool(x, bins), expected, rtol=0, atol=1e-5)
+
+    def test_last_bin_loses_what_lies_outside(self):
+        pooled = upernet.prroi_pool(torch.ones(1, 1, 6, 6, dtype=torch.float64), 6)[0, 0, 0]
+        torch.testing.assert_close(pooled, torch.tensor([1, 1, 1, 1, 1, 0.5], dtype=torch.float64))
+
+    def test_adaptive_pooling_is_pytorchs(self):
+        ppm = upernet.PPM(6, 4, "adaptive").eval()
+        c5 = torch.rand(1, 6, 5, 7)
+        pools = [nn.AdaptiveAvgPool2d(bins)(c5) for bins in (1, 2, 3, 6)]
+        enlarged = [branch(F.interpolate(p, (5, 7), mode="bilinear")) for branch, p in zip(ppm.branches, pools)]
+        torch.testing.assert_close(ppm(c5), ppm.last(torch.cat([c5, *enlarged], dim=1)))
+
+
+# ---------------------------------------------------------------- losses and metrics
+
+
+def plain_cross_entropy(logits, label) -> float:
+    logits = np.asarray(logits, np.float64)
+    return float(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[label])
+
+
+class TestLosses(unittest.TestCase):
+    def setUp(self):
+        torch.manual_seed(1)
+        self.slices = {1: slice(0, 3), 4: slice(3, 5), 6: slice(5, 9)}
+
+    def test_part_loss_is_the_plain_loop(self):
+        logits = torch.randn(3, 9, 6, 7)
+        objects = torch.randint(-1, 8, (3, 6, 7))
+        objects[2][objects[2] == 4] = 0
+        parts = torch.zeros_like(objects)
+        for index, channels in self.slices.items():
+            inside = objects == index
+            parts[inside] = torch.randint(0, channels.stop - channels.start, (int(inside.sum()),))
+        parts[1][objects[1] == 1] = 0  # object 1 has no part in image 1: not valid there
+        parts[objects == 6] = 0  # and object 6 in none
+        total = 0.0
+        for index, channels in self.slices.items():
+            pixels = []
+            for n in range(3):
+                here = [(y, x) for y in range(6) for x in range(7) if objects[n, y, x] == index]
+                if any(parts[n, y, x] > 0 for y, x in here):
+                    pixels += [plain_cross_entropy(logits[n, channels, y, x], int(parts[n, y, x])) for y, x in here]
+            total += sum(pixels) / len(pixels) if pixels else 0
+        self.assertGreater(total, 0)
+        self.assertAlmostEqual(upernet.part_loss(logits, objects, parts, self.slices).item(), total, places=4)
+
+    def test_part_loss_loops_over_present_objects_only(self):
+        many = {index: slice(2 * index, 2 * index + 2) for index in range(300)}
+        objects = torch.full((1, 4, 4), 7)
+        objects[0, 0] = 5
+        parts = (objects == 7).long()
+        with mock.patch("upernet.F.cross_entropy", wraps=F.cross_entropy) as called:
+            upernet.part_loss(torch.randn(1, 600, 4, 4), objects, parts, many)
+        self.assertEqual(called.call_count, 1)
+
+    def test_maps_ignore_unlabelled_pixels(self):
+        logits, labels = torch.randn(2, 5, 4, 6), torch.randint(-1, 5, (2, 4, 6), dtype=torch.int16)
+        expected = np.mean(
+            [
+                plain_cross_entropy(logits[n, :, y, x], int(labels[n, y, x]))
+                for n in range(2) for y in range(4) for x in range(6) if labels[n, y, x] >= 0
+            ]
+        )  # fmt: skip
+        found = upernet.losses({"material": logits}, {"material": labels})["material"]
+        self.assertAlmostEqual(found.item(), expected, places=5)
+
+    def test_texture_is_judged_at_every_pixel(self):
+        texture_map = torch.randn(2, 4, 3, 3)
+        expected = np.mean([plain_cross_entropy(texture_map[n, :, y, x], (2, 0)[n]) for n in range(2) for y in range(3) for x in range(3)])
+        labels = {"texture": torch.tensor([2, 0], dtype=torch.int16)}
+        self.assertAlmostEqual(upernet.losses({"texture_map": texture_map}, labels)["texture"].item(), expected, places=5)
+
+    def test_levels_without_a_label_cost_nothing_and_stay_in_the_graph(self):
+        net = UPerNet({"scene": 3, "object": 4, "part": {1: 3}}, "resnet18", channels=8).train()
+        logits = net(torch.rand(2, 3, 64, 64))
+        labels = {"scene": torch.tensor([-1, -1]), "object": torch.full((2, 16, 16), -1), "part": torch.zeros(2, 16, 16)}
+        loss = upernet.losses(logits, labels, net.part_slices)
+        self.assertEqual({k: v.item() for k, v in loss.items()}, {"scene": 0, "object": 0, "part": 0})
+        sum(loss.values()).backward()
+        self.assertTrue(all(p.grad is not None and not p.grad.any() for p in net.parameters()))
+
+
+class TestMetrics(unittest.TestCase):
+    VOCABULARY = {
+        "scene": ["beach", "street"],
+        "object": ["wall", "car", "sky", "person"],
+        "part": {"car": ["background", "wheel", "door"], "person": ["background", "head"]},
+        "material": ["wood", "brick"],
+        "texture": ["dotted", "banded", "grid"],
+    }
+
+    def test_maps_against_a_loop_over_pixels(self):
+        rng = np.random.default_rng(0)
+        metrics = evaluate.Metrics(self.VOCABULARY)
+        pairs = []
+        for n in range(3):
+            truth = rng.integers(-1, 3, (9, 11)) if n < 2 else np.full((4, 5), -1)  # no person anywhere, the last one empty
+            predicted = rng.integers(0, 4, truth.shape)
+            metrics.add_map("object", torch.from_numpy(predicted), torch.from_numpy(truth))
+            pairs += [(int(t), int(p)) for t, p in zip(truth.ravel(), predicted.ravel()) if t >= 0]
+        results = metrics.results()["object"]
+        self.assertAlmostEqual(results["pixel_accuracy"], sum(t == p for t, p in pairs) / len(pairs))
+        iou = {}
+        for k, name in enumerate(self.VOCABULARY["object"]):
+            both = sum(t == k and p == k for t, p in pairs)
+            either = sum(t == k or p == k for t, p in pairs)
+            iou[name] = both / either if any(t == k for t, _ in pairs) else None
+        self.assertIsNone(iou["person"])
+        self.assertEqual(results["iou"], iou)
+        self.assertAlmostEqual(results["mean_iou"], np.mean([v for v in iou.values() if v is not None]))
+
+    def test_parts_against_a_loop_over_pixels(self):
+        rng = np.random.default_rng(1)
+        metrics = evaluate.Metrics(self.VOCABULARY)
+        slices, widths = {1: slice(0, 3), 3: slice(3, 5)}, {1: 3, 3: 2}
+        counted = {1: [], 3: []}
+        for n in range(4):
+            logits = torch.from_numpy(rng.standard_normal((5, 4, 5)))
+            objects = torch.from_numpy(rng.integers(-1, 4, (16, 20)))
+            parts = torch.zeros_like(objects)
+            for index, width in widths.items():
+                if not (n == 1 and index == 3):  # person without any annotated part in image 1: not judged there
+                    inside = objects == index
+                    parts[inside] = torch.from_numpy(rng.integers(0, width, int(inside.sum())))
+            evaluate.add_parts(metrics, logits, objects, parts, slices, (16, 20))
+            full = F.interpolate(logits[None], (16, 20), mode="bilinear")[0].numpy()
+            for index, channels in slices.items():
+                if (parts[objects == index] > 0).any():
+                    for y, x in np.argwhere((objects == index).numpy()):
+                        counted[index].append((int(parts[y, x]), int(full[channels, y, x].argmax())))
+        results = metrics.results()["part"]
+        everything = counted[1] + counted[3]
+        self.assertAlmostEqual(results["pixel_accuracy"], sum(t == p for t, p in everything) / len(everything))
+        means = []
+        for index, name in ((1, "car"), (3, "person")):
+            iou = []
+            for k in range(widths[index]):
+                both = sum(t == k and p == k for t, p in counted[index])
+                either = sum(t == k or p == k for t, p in counted[index])
+                iou.append(both / either)
+            self.assertEqual(list(results["iou"][name].values()), iou)
+            means.append(np.mean(iou))
+        self.assertAlmostEqual(results["mean_iou_bg"], np.mean(means))
+
+    def test_tags(self):
+        metrics = evaluate.Metrics(self.VOCABULARY)
+        for predicted, truth in ((0, 0), (1, 0), (1, -1), (1, 1)):
+            metrics.add_tag("scene", predicted, truth)
+        self.assertEqual(metrics.results(), {"scene": {"top1": 2 / 3, "n": 3}})
+
+    def test_nothing_labelled_is_null_in_json(self):
+        metrics = evaluate.Metrics(self.VOCABULARY)
+        metrics.add_map("material", torch.zeros(3, 3, dtype=torch.long), torch.full((3, 3), -1))
+        metrics.add_tag("texture", 0, -1)
+        evaluate.add_parts(metrics, torch.zeros(5, 2, 2), torch.ones(4, 4).long(), torch.zeros(4, 4).long(), {1: slice(0, 3)}, (4, 4))
+        results = json.loads(json.dumps(metrics.results(), allow_nan=False))
+        self.assertEqual(results["material"], {"pixel_accuracy": None, "mean_iou": None, "iou": {"wood": None, "brick": None}})
+        self.assertEqual(results["texture"], {"top1": None, "n": 0})
+        self.assertIsNone(results["part"]["mean_iou_bg"])
+        self.assertIn("-", evaluate.table(metrics.results()))
+
+    def test_class_map_is_the_argmax_of_the_enlarged_logits(self):
+        torch.manual_seed(0)
+        for filled, padded, size in (((64, 96), (64, 96), (100, 150)), ((50, 70), (64, 96), (333, 421)), ((45, 90), (64, 96), (20, 31))):
+            logits = torch.randn(7, padded[0] // 4, padded[1] // 4, dtype=torch.float64)
+            scale = (4 * size[0] / filled[0], 4 * size[1] / filled[1])
+            bordered = F.pad(logits[None], (0, 1, 0, 1), mode="replicate")
+            plain = F.interpolate(bordered, scale_factor=scale, mode="bilinear", recompute_scale_factor=False)
+            plain = plain[0, :, : size[0], : size[1]].argmax(dim=0)
+            self.assertTrue(torch.equal(evaluate.class_map(logits, filled, size), plain))
+
+
+# ---------------------------------------------------------------- data
+
+
+class TestVocabulary(unittest.TestCase):
+    def test_objects_need_images_and_pixels_after_merging(self):
+        ade = Ade()
+        names = {7: "car, auto", 8: "cars", 300: "wall", 9: "sky", 10: "dot"}
+        for k in range(4):
+            objects = np.full((40, 40), 300)
+            objects[:10] = 9 if k < 2 else 0
+            objects[10:20] = 7 if k % 2 else 8  # two images each of car and cars: four of the merged class
+            objects[39, 39] = 10
+            ade.add(objects, names, ["a", "street"])
+        vocabulary = datasets.build_vocabulary({"ade20k": ade.index()}, least(images=3, pixels=100))
+        self.assertEqual(vocabulary["object"], ["wall", "car"])  # sky is in two images, dot has four pixels
+
+    def test_first_synonym_plural_and_sides(self):
+        names = {1: "Building, edifice", 2: "buildings", 3: "bus", 4: "box", 5: "boxes", 6: "berry", 7: "berries", 8: "glasses"}
+        merged = datasets.merged_names(names, "ade20k")
+        self.assertEqual(list(merged.values()), ["building", "building", "bus", "box", "box", "berry", "berry", "glasses"])
+        parts = datasets.merged_names({1: "left arm", 2: "right arm", 3: "arms", 4: "upright leg"}, "ade20k", part=True)
+        self.assertEqual(list(parts.values()), ["arm", "arm", "arm", "upright leg"])
+
+    def test_parts_are_kept_per_object_on_the_first_level(self):
+        ade = Ade()
+        names = {5: "car", 6: "house", 20: "left wheel", 21: "right wheel", 22: "door", 23: "knob"}
+        for k in range(3):
+            objects = np.full((40, 40), 5)
+            objects[20:] = 6
+            parts = np.zeros((40, 40), int)
+            parts[0, :5], parts[1, :5], parts[25, :5] = 20, 21, 22
+            if k == 0:
+                parts[5, :5] = 22  # a car's door in a single image
+            stem = ade.add(objects, names, ["street"], parts)
+            deeper = np.full((40, 40, 3), 0, np.uint8)
+            deeper[25, :2, 1] = 23
+            Image.fromarray(deeper).save(f"{stem}_parts_2.png")
+        index = ade.index()
+        vocabulary = datasets.build_vocabulary({"ade20k": index}, least(parts=2))
+        self.assertEqual(vocabulary["part"], {"car": ["background", "wheel"], "house": ["background", "door"]})
+        labels = Reader(index, vocabulary).labels(0)
+        self.assertEqual(labels["part"][0, 0], 1)
+        self.assertEqual(labels["part"][1, 4], 1)
+        self.assertEqual(labels["part"][5, 0], 0)  # the car's list lacks the door: background
+        self.assertEqual(labels["part"][25, 0], 1)
+        everything = datasets.build_vocabulary({"ade20k": index}, least())
+        self.assertEqual(everything["part"]["car"], ["background", "wheel", "door"])
+
+    def test_scenes_are_the_most_specific_name(self):
+        ade = Ade()
+        for scene in (["outdoor", "urban", "Street"], ["outdoor", "street"], ["indoor", "misc"], [], ["attic"]):
+            ade.add(np.full((40, 40), 5), {5: "wall"}, scene)
+        index = ade.index()
+        self.assertEqual(index.tags, ["street", "street", "", "", "attic"])
+        vocabulary = datasets.build_vocabulary({"ade20k": index}, least(scenes=2))
+        self.assertEqual(vocabulary["scene"], ["street"])
+        reader = Reader(index, vocabulary)
+        self.assertEqual([reader.labels(i)["scene"] for i in range(5)], [0, 0, -1, -1, -1])
+
+    def test_latin_1_names(self):
+        ade = Ade()
+        ade.add(np.full((40, 40), 5), {5: "café"}, ["street"], encoding="latin-1")
+        ade.add(np.full((40, 40), 6), {6: "façade"}, ["street"])
+        self.assertEqual(set(datasets.build_vocabulary({"ade20k": ade.index()}, least())["object"]), {"café", "façade"})
+
+    def test_opensurfaces_merges(self):
+        root = new_folder("surfaces")
+        raw = ["Concrete", "Stone", "Plastic - clear", "Plastic - opaque", "Granite/Marble", "Carpet/Rug", "Fabric/Cloth", "Paper/Tissue"]
+        raw += ["Rubber/Latex", "Wood", "Sky", "Wood-painted", "Brick"]
+        os.makedirs(os.path.join(root, "os", "photos-labels"))
+        table = "substance_id,substance_name,red_color\n" + "".join(f"{100 + k},{n},{k}\n" for k, n in enumerate(raw, start=1))
+        write(os.path.join(root, "os", "label-substance-colors.csv"), table)
+        for n in range(2):
+            save_jpeg(os.path.join(root, "os", "photos", f"{n}.jpg"), 48, 64)
+            labels = np.zeros((60, 65, 3), np.uint8)  # not the photo's size
+            labels[:, :, 0] = np.arange(65) // 5 + 1
+            if n == 1:
+                labels[labels == 13] = 0  # brick is in one image alone
+            Image.fromarray(labels).save(os.path.join(root, "os", "photos-labels", f"{n}.png"))
+        index = datasets.scan(root, "os", os.path.join(root, ".cache"))
+        self.assertEqual(index.broken, [])
+        materials = datasets.build_vocabulary({"os": index}, least(images=2))["material"]
+        self.assertEqual(materials, ["carpet", "fabric", "paper", "plastic", "polished stone", "rubber/latex", "stone", "wood"])
+        labels = Reader(index, {"material": materials}).labels(0)["material"]
+        self.assertEqual(labels.shape, (60, 65))
+        expected = ["stone", "stone", "plastic", "plastic", "polished stone", "carpet", "fabric", "paper", "rubber/latex", "wood", None, None, None]
+        found = [materials[v] if (v := labels[3, 5 * k + 2]) >= 0 else None for k in range(13)]
+        self.assertEqual(found, expected)
+
+    def test_sceneparsing_has_its_own_table(self):
+        root = new_folder("sceneparsing")
+        top = os.path.join(root, "ade20k", "ADEChallengeData2016")
+        write(os.path.join(top, "objectInfo150.txt"), "Idx\tRatio\tTrain\tVal\tName\n1\t0.1\t9\t1\twall\n2\t0.1\t9\t1\tbuilding, edifice   \n3\t0\t0\t0\tsky\n")
+        write(os.path.join(top, "sceneCategories.txt"), "a street\nb misc\nc street\n")
+        for name, part in (("a", "training"), ("b", "training"), ("c", "validation")):
+            save_jpeg(os.path.join(top, "images", part, f"{name}.jpg"), 40, 60)
+            os.makedirs(os.path.join(top, "annotations", part), exist_ok=True)
+            labels = np.full((40, 60), 2, np.uint8)
+            labels[:5] = 0
+            Image.fromarray(labels).save(os.path.join(top, "annotations", part, f"{name}.png"))
+        index = datasets.scan(root, "ade20k", os.path.join(root, ".cache"))
+        self.assertEqual((index.layout, index.tags, index.official), ("sceneparsing", ["street", "", "street"], ["training", "training", "validation"]))
+        vocabulary = datasets.build_vocabulary({"ade20k": index}, least(images=50, pixels=10**6, scenes=2))
+        self.assertEqual(vocabulary, {"scene": ["street"], "object": ["wall", "building", "sky"]})
+        labels = Reader(index, vocabulary).labels(0)["object"]
+        self.assertEqual((labels[0, 0], labels[20, 20]), (-1, 1))
+
+
+class TestScan(unittest.TestCase):
+    def test_broken_files_are_set_aside_with_their_reason(self):
+        ade = Ade()
+        stems = [ade.add(np.full((40, 40), 5), {5: "wall"}, ["street"]) for _ in range(6)]
+        content = open(f"{stems[0]}.jpg", "rb").read()
+        open(f"{stems[0]}.jpg", "wb").write(content[: len(content) // 2])
+        os.remove(f"{stems[1]}_seg.png")
+        Image.fromarray(np.zeros((40, 41, 3), np.uint8)).save(f"{stems[2]}_seg.png")
+        write(f"{stems[3]}.json", "{")
+        Image.fromarray(np.full((40, 40, 3), 77, np.uint8)).save(f"{stems[4]}_seg.png")
+        cache = os.path.join(ade.root, ".cache")
+        with contextlib.redirect_stderr(io.StringIO()):
+            with self.assertRaisesRegex(UserError, "--allow-broken"):
+                datasets.scan(ade.root, "ade20k", cache)
+            index = datasets.scan(ade.root, "ade20k", cache, allow_broken=True)
+        self.assertEqual(index.images, ["images/ADE/training/a/b/ADE_train_00000005.jpg"])
+        reasons = dict(index.broken)
+        for k, word in enumerate(("0.jpg: OSError", "_seg.png: missing", "its photo", ".json", "class number 1869")):
+            self.assertIn(word, reasons[f"images/ADE/training/a/b/ADE_train_{k:08d}.jpg"])
+
+    def test_a_changed_data_set_is_noticed_and_an_unchanged_one_not_read_again(self):
+        ade = Ade()
+        ade.add(np.full((40, 40), 5), {5: "wall"}, ["street"])
+        self.assertEqual(len(ade.index().images), 1)
+        with mock.patch("datasets.scan_image", side_effect=AssertionError("read again")):
+            self.assertEqual(len(ade.index().images), 1)
+        ade.add(np.full((40, 40), 6), {6: "sky"}, ["street"])
+        index = ade.index()
+        self.assertEqual(len(index.images), 2)
+        self.assertEqual(sorted(index.names.values()), ["sky", "wall"])
+
+
+class TestToy(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        args = toy_arguments(os.path.join(folder, "data"))
+        cls.indexes, minima = datasets.open_sources(args)
+        cls.vocabulary = datasets.build_vocabulary(cls.indexes, minima)
+        path = os.path.join(folder, "data", "toy", "split.json")
+        cls.held = balance_split.balanced_validation(cls.indexes, cls.vocabulary, path)
+
+    def test_has_what_it_promises(self):
+        self.assertGreaterEqual(len(self.vocabulary["scene"]), 4)
+        self.assertGreaterEqual(len(self.vocabulary["object"]), 10)
+        self.assertGreaterEqual(len(self.vocabulary["part"]), 4)
+        self.assertGreaterEqual(len(self.vocabulary["material"]), 6)
+        self.assertGreaterEqual(len(self.vocabulary["texture"]), 8)
+        self.assertEqual([index.broken for index in self.indexes.values()], [[], [], []])
+
+    def test_colour_alone_does_not_solve_it(self):
+        """Nearest mean colour, fitted on the training images: of pixels for objects and materials, of images for the rest."""
+        for source, level, bound in (("ade20k", "object", 0.3), ("os", "material", 0.3), ("ade20k", "scene", 0.5), ("dtd", "texture", 0.4)):
+            reader = Reader(self.indexes[source], self.vocabulary)
+            n = len(self.vocabulary[level])
+            total, pixels, confusion = np.zeros((n, 3)), np.zeros(n), np.zeros((n, n))
+            for training in (True, False):
+                means = total / np.maximum(pixels, 1)[:, None]
+                for i, image in enumerate(reader.index.images):
+                    if training == (image in self.held[source]):
+                        continue
+                    colours, labels = np.asarray(reader.photo(i), np.float64), reader.labels(i)[level]
+                    if level in ("scene", "texture"):
+                        colours, labels = colours.mean(axis=(0, 1))[None], np.array([labels])
+                    else:
+                        height, width = colours.shape[:2]
+                        labels = labels[np.arange(height)[:, None] * labels.shape[0] // height, np.arange(width) * labels.shape[1] // width]
+                        colours, labels = colours[labels >= 0], labels[labels >= 0].astype(int)
+                    if training:
+                        pixels += np.bincount(labels, minlength=n)
+                        total += np.stack([np.bincount(labels, c, minlength=n) for c in colours.T], axis=1)
+                    else:
+                        nearest = ((colours[:, None] - means) ** 2).sum(axis=2).argmin(axis=1)
+                        confusion += np.bincount(labels * n + nearest, minlength=n * n).reshape(n, n)
+            self.assertTrue(confusion.sum() and pixels.all())
+            if level in ("scene", "texture"):
+                score = confusion.trace() / confusion.sum()
+            else:
+                seen = confusion.sum(axis=1) > 0
+                score = (confusion.diagonal() / (confusion.sum(axis=0) + confusion.sum(axis=1) - confusion.diagonal()))[seen].mean()
+            with self.subTest(level=level):
+                self.assertLess(score, bound)
+                self.assertGreater(score, 0)
+
+    def test_is_always_the_same(self):
+        first, second = (datasets.toy_canvas(0, 7)[0] for _ in range(2))
+        self.assertTrue((first.picture == second.picture).all() and (first.objects == second.objects).all())
+
+
+class TestBatches(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        args = toy_arguments(os.path.join(folder, "data"))
+        cls.indexes, minima = datasets.open_sources(args)
+        cls.vocabulary = datasets.build_vocabulary(cls.indexes, minima)
+        cls.readers = {source: Reader(index, cls.vocabulary) for source, index in cls.indexes.items()}
+
+    def test_sources_are_drawn_by_their_number_of_images(self):
+        sizes = {"ade20k": {i: (3, 4) for i in range(300)}, "os": {i: (4, 3) if i % 3 else (3, 4) for i in range(100)}}
+        plan = datasets.plan_batches(sizes, 4000, 2, seed=0)
+        self.assertAlmostEqual(sum(source == "ade20k" for source, _ in plan) / 4000, 0.75, delta=0.03)
+        self.assertTrue(all(len({sizes[s][i][0] > sizes[s][i][1] for i in images}) == 1 for s, images in plan))
+        drawn = [i for s, images in plan for i in images if s == "ade20k"]
+        self.assertEqual(sorted(drawn[:300]), list(range(300)))  # once each before any twice
+        self.assertEqual(plan, datasets.plan_batches(sizes, 4000, 2, seed=0))
+        self.assertNotEqual(plan, datasets.plan_batches(sizes, 4000, 2, seed=1))
+
+    def batches(self, **arguments) -> datasets.Batches:
+        plan = [("ade20k", [0, 3, 5, 6]), ("os", [0, 1, 2, 3]), ("dtd", [4, 5, 6, 7])]
+        return datasets.Batches(self.readers, plan, [64, 80], 200, seed=3, **arguments)
+
+    def test_workers_change_nothing(self):
+        for one, other in zip(*(torch.utils.data.DataLoader(self.batches(), batch_size=None, num_workers=n) for n in (0, 2)), strict=True):
+            self.assertEqual(one.keys(), other.keys())
+            for key, value in one.items():
+                self.assertTrue(torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key])
+
+    def test_ranks_and_accumulation_share_out_the_same_images(self):
+        whole = self.batches()[0]["files"]
+        shares = [self.batches(rank=rank, ranks=2)[0]["files"] for rank in range(2)]
+        self.assertEqual(shares[0] + shares[1], whole)
+        pieces = [self.batches(accumulate=2)[k]["files"] for k in range(2)]
+        self.assertEqual(pieces[0] + pieces[1], whole)
+
+    def test_shapes_types_and_padding(self):
+        scenes, photos, textures = (self.batches()[k] for k in range(3))
+        for batch in (scenes, photos):
+            self.assertEqual(batch["images"].dtype, torch.uint8)
+            self.assertTrue(all(n % 32 == 0 for n in batch["images"].shape[2:]))
+        quarter = tuple(n // 4 for n in scenes["images"].shape[2:])
+        self.assertEqual({k: (tuple(v.shape), v.dtype) for k, v in scenes.items() if k in ("scene", "object", "part")},
+                         {"scene": ((4,), torch.int16), "object": ((4, *quarter), torch.int16), "part": ((4, *quarter), torch.uint8)})  # fmt: skip
+        self.assertEqual(tuple(textures["images"].shape), (4, 3, 64, 64))
+        self.assertEqual(set(photos), {"source", "files", "images", "material"})
+        empty = datasets.padded_image(Image.new("RGB", (10, 10)), (40, 50), 64, 64)
+        self.assertTrue((empty[:, 40:] == np.array(datasets.MEAN_COLOUR)[:, None, None]).all() and not empty[:, :40, :50].any())
+
+    def test_labels_lie_on_what_they_label(self):
+        """A picture whose colour is its label, through resizing, flipping, padding and the quarter map."""
+        rng = np.random.default_rng(0)
+        for height, width, short in ((97, 141, 60), (300, 200, 64), (64, 64, 64)):
+            blocks = rng.integers(1, 5, (5, 7))
+            labels = blocks[np.arange(height)[:, None] * 5 // height, np.arange(width) * 7 // width]
+            picture = Image.fromarray((labels * 50).astype(np.uint8)).convert("RGB")
+            size = datasets.resized((height, width), short, 200)
+            big = datasets.padded(size[0]), datasets.padded(size[1])
+            image = datasets.padded_image(picture, size, *big)
+            quarter = datasets.quarter_labels(labels.astype(np.int16), size, *big, -1)
+            seen = image[0, 2::4, 2::4] / 50
+            inside = quarter >= 0
+            self.assertEqual(inside.sum(), len(range(2, size[0], 4)) * len(range(2, size[1], 4)))
+            agree = np.abs(seen - quarter)[inside] < 0.3
+            self.assertGreater(agree.mean(), 0.8)  # all but cells on an edge between two blocks
+            if short == min(height, width):
+                self.assertTrue((quarter[: size[0] // 4, : size[1] // 4] == labels[2::4, 2::4]).all())
+
+    def test_flips_go_with_the_labels(self):
+        batches = self.batches()
+        reader = self.readers["ade20k"]
+        flips = 0
+        for seed in range(6):
+            picture, _, labels = batches.sample(reader, "ade20k", 2, 64, np.random.default_rng(seed))
+            straight, plain = reader.photo(2, (picture.width, picture.height)), reader.labels(2)
+            flipped = np.array_equal(np.asarray(picture), np.asarray(straight)[:, ::-1])
+            flips += flipped
+            self.assertTrue(np.array_equal(labels["object"], plain["object"][:, ::-1] if flipped else plain["object"]))
+            self.assertTrue(np.array_equal(labels["part"], plain["part"][:, ::-1] if flipped else plain["part"]))
+        self.assertTrue(0 < flips < 6)
+
+
+class TestSplit(unittest.TestCase):
+    def table(self, images=300, classes=12, seed=0) -> torch.Tensor:
+        rng = np.random.default_rng(seed)
+        dense = rng.random((images, classes)) ** 8 * 1000 * (rng.random((images, classes)) < 0.15)
+        return torch.from_numpy(dense).to_sparse().coalesce()
+
+    def plain_deviation(self, counts, validation, fraction) -> float:
+        dense = counts.to_dense().numpy()
+        shares = [dense[validation.numpy(), k].sum() / dense[:, k].sum() for k in range(dense.shape[1]) if dense[:, k].sum()]
+        return float(np.mean([abs(s - fraction) for s in shares]))
+
+    def test_brings_every_class_near_its_share(self):
+        counts = self.table()
+        at_random, swapped, annealed = (
+            balance_split.balance(counts, swaps=swaps, seed=1, chance=chance) for swaps, chance in ((0, 0), (20000, 0), (20000, 0.5))
+        )
+        before, paper, ours = (self.plain_deviation(counts, v, 0.1) for v in (at_random, swapped, annealed))
+        self.assertLess(paper, before / 4)
+        self.assertLess(ours, before / 4)
+        self.assertAlmostEqual(balance_split.deviation(balance_split.class_shares(counts), swapped.numpy(), 0.1), paper, places=5)
+
+    def test_exact_size_same_seed_same_answer(self):
+        for images, fraction in ((300, 0.1), (7, 0.5), (33, 0.01), (100, 0.25)):
+            validation = balance_split.balance(self.table(images), fraction, swaps=500, seed=3)
+            self.assertEqual(int(validation.sum()), round(fraction * images))
+            self.assertTrue(torch.equal(validation, balance_split.balance(self.table(images), fraction, swaps=500, seed=3)))
+        self.assertFalse(torch.equal(*(balance_split.balance(self.table(), seed=s, swaps=500) for s in (1, 2))))
+
+    def test_the_papers_procedure_never_makes_it_worse(self):
+        counts = self.table()
+        values = [self.plain_deviation(counts, balance_split.balance(counts, swaps=n, seed=0, chance=0), 0.1) for n in (0, 500, 5000)]
+        self.assertEqual(values, sorted(values, reverse=True))
+
+    def test_odd_tables(self):
+        empty = torch.zeros(20, 3).to_sparse().coalesce()
+        self.assertEqual(int(balance_split.balance(empty, swaps=100).sum()), 2)
+        self.assertEqual(int(balance_split.balance(torch.ones(20, 1).to_sparse().coalesce(), swaps=100).sum()), 2)
+        for wrong in (0, 1, -0.5, 2):
+            with self.assertRaises(ValueError):
+                balance_split.balance(empty, wrong)
+
+    def test_split_json_keeps_other_sources_and_notices_change(self):
+        root = new_folder("split")
+        shutil.copytree(os.path.join(folder, "data", "toy"), os.path.join(root, "toy"), ignore=shutil.ignore_patterns("split.json", ".cache"))
+        root = os.path.join(root, "toy")
+        options = ("--root", root, "--min-images", 5, "--min-pixels", 50)
+        plot = os.path.join(root, "plot.png")
+        self.assertEqual(command(balance_split.main, "--data", "dtd", *options, "--plot", plot)[0], 0)
+        self.assertEqual(Image.open(plot).format, "PNG")
+        first = json.load(open(os.path.join(root, "split.json")))
+        self.assertEqual(command(balance_split.main, "--data", "os", *options)[0], 0)
+        split = json.load(open(os.path.join(root, "split.json")))
+        self.assertEqual(split["sources"]["dtd"], first["sources"]["dtd"])
+        entry = split["sources"]["os"]
+        self.assertEqual(set(entry), {"images", "fingerprint", "validation", "deviation_before", "deviation_after"})
+        self.assertEqual(len(entry["validation"]), round(0.1 * entry["images"]))
+        self.assertTrue(all(os.path.isfile(os.path.join(root, "os", path)) for path in entry["validation"]))
+        self.assertLess(entry["deviation_after"], entry["deviation_before"])
+        os.remove(os.path.join(root, "os", "photos", "1.jpg"))
+        status, _, err = command(train.main, "--data", "os", *options, "--out", os.path.join(root, "out"), "--weights", "none")
+        self.assertEqual(status, 2)
+        self.assertIn("split.json: its split of os", err)
+
+
+# ---------------------------------------------------------------- training and evaluation
+
+
+def small_toy() -> str:
+    """A root whose toy has few images, for runs of a few iterations."""
+    root = new_folder("small")
+    datasets.make_toy(os.path.join(root, "toy"), scenes=40, photos=30, textures=3)
+    return root
+
+
+SMALL = ("--channels", 8, "--sizes", 32, "--batch-size", 2, "--workers", 0, "--min-images", 3, "--min-pixels", 500, "--min-part-images", 3, "--min-scene-images", 3)  # fmt: skip
+
+
+class TestTraining(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.root = small_toy()
+        cls.options = ("--root", cls.root, *SMALL)
+
+    def train(self, *argv):
+        status, out, err = command(train.main, *self.options, *argv)
+        self.assertEqual((status, err), (0, ""))
+        return out
+
+    def test_a_run_writes_what_it_promises(self):
+        out = new_folder("run")
+        said = self.train("--iters", 6, "--texture-iters", 2, "--accumulate", 2, "--save-every", 4, "--out", out, "--eval-every", 5)
+        self.assertIn("untrained", said)
+        self.assertEqual(set(os.listdir(out)), {"ckpt.pt", "log.jsonl", "metrics.json", "pictures"})
+        log = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+        self.assertEqual([(line["stage"], line["iteration"]) for line in log], [("main", k) for k in range(6)] + [("texture", k) for k in range(2)])
+        levels = {"ade20k": {"scene", "object", "part"}, "os": {"material"}, "dtd": {"texture"}}
+        for line in log:
+            self.assertEqual(set(line), {"stage", "iteration", "source", "lr", "loss", "seconds"})
+            self.assertEqual(set(line["loss"]), levels[line["source"]])
+        self.assertAlmostEqual(log[3]["lr"], train.TOY["lr"] * (1 - 3 / 6) ** 0.9)
+        metrics = json.load(open(os.path.join(out, "metrics.json")))
+        self.assertEqual(set(metrics), set(upernet.LEVELS))
+        checkpoint = torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
+        keys = {"model", "network", "vocabulary", "optimizer", "scaler", "stage", "iteration", "random", "split", "arguments"}
+        self.assertEqual((set(checkpoint), checkpoint["stage"]), (keys, "done"))
+        net, vocabulary = upernet.load(os.path.join(out, "ckpt.pt"))
+        self.assertFalse(net.training)
+        self.assertEqual(vocabulary, checkpoint["vocabulary"])
+        self.assertEqual(len(net(torch.rand(1, 3, 64, 64))["object"][0]), len(vocabulary["object"]))
+
+        again = os.path.join(out, "again.json")
+        status, table, _ = command(evaluate.main, os.path.join(out, "ckpt.pt"), "--json", again)
+        self.assertEqual((status, json.load(open(again))), (0, metrics))
+        self.assertIn("mIoU-bg", table)
+        status, table, _ = command(evaluate.main, os.path.join(out, "ckpt.pt"), "--levels", "material", "--json", again)
+        self.assertEqual(json.load(open(again)), {"material": metrics["material"]})
+        status, table, _ = command(evaluate.main, os.path.join(out, "ckpt.pt"), "--split", "official", "--levels", "scene")
+        self.assertIn("were not validation images of the checkpoint", table)
+        said = self.train("--resume", "--out", out)
+        self.assertIn("finished", said)
+
+    def test_a_run_that_was_stopped_goes_on_bit_for_bit(self):
+        whole, stopped = new_folder("whole"), new_folder("stopped")
+        arguments = ("--iters", 7, "--texture-iters", 3, "--save-every", 2)
+        self.train(*arguments, "--out", whole)
+        step = train.losses
+        for stop_at in (5, 9):  # in the main stage, then in the texture stage: after the checkpoint, the log ahead of it
+            calls = [0 if stop_at == 5 else 4]
+
+            def until(*values):
+                calls[0] += 1
+                if calls[0] > stop_at:
+                    raise KeyboardInterrupt
+                return step(*values)
+
+            with mock.patch("train.losses", until), self.assertRaises(KeyboardInterrupt):
+                command(train.main, *self.options, *(arguments if stop_at == 5 else ("--resume",)), "--out", stopped)
+        self.train("--resume", "--out", stopped)
+        one, other = (torch.load(os.path.join(out, "ckpt.pt"), weights_only=True) for out in (whole, stopped))
+        for key, value in one["model"].items():
+            self.assertTrue(torch.equal(value, other["model"][key]), key)
+        logs = [[json.loads(line) for line in open(os.path.join(out, "log.jsonl"))] for out in (whole, stopped)]
+        for lines in logs:
+            for line in lines:
+                del line["seconds"]
+        self.assertEqual(*logs)
+
+    def test_only_the_path_of_the_drawn_source_moves(self):
+        paths = {
+            "ade20k": ("backbone.", "ppm.", "fpn.", "fusion.", "heads.scene.", "heads.object.", "heads.part."),
+            "os": ("backbone.", "ppm.", "fpn.laterals.", "fpn.convs.0.", "heads.material."),
+            "dtd": ("heads.texture.",),
+        }
+        seen, made = {}, []
+        real_build, real_step = train.build_network, torch.optim.SGD.step
+
+        def build(*arguments):
+            made.append(real_build(*arguments))
+            return made[-1]
+
+        def state(optimizer):
+            net = made[0]
+            names = {id(p): name for name, p in net.named_parameters()}
+            values = {name: value.clone() for name, value in net.state_dict().items()}
+            for p, s in optimizer.state.items():
+                if s.get("momentum_buffer") is not None:
+                    values[names[id(p)] + " momentum"] = s["momentum_buffer"].clone()
+            return values
+
+        before = {}
+
+        def step(optimizer, *rest, **more):
+            # forward has updated batch norm's statistics already: compare from step to step
+            result = real_step(optimizer, *rest, **more)
+            after = state(optimizer)
+            moved = {k for k, v in after.items() if k not in before or not torch.equal(v, before[k])} if before else None
+            before.clear()
+            before.update(after)
+            if moved is not None:
+                seen.setdefault(len(seen), moved)
+            return result
+
+        out = new_folder("paths")
+        with mock.patch("train.build_network", build), mock.patch("torch.optim.SGD.step", step):
+            self.train("--iters", 8, "--texture-iters", 3, "--out", out)
+        sources = [json.loads(line)["source"] for line in open(os.path.join(out, "log.jsonl"))][1:]
+        self.assertEqual(set(sources), {"ade20k", "os", "dtd"})
+        for k, source in enumerate(sources):
+            off = {name for name in seen[k] if not name.startswith(paths[source])}
+            self.assertEqual(off, set(), f"step {k + 1}, {source}")
+            for prefix in paths[source]:
+                self.assertTrue(any(name.startswith(prefix) for name in seen[k]), f"{prefix} stood still in a step of {source}")
+
+    def test_weights_from_a_file(self):
+        torch.manual_seed(5)
+        theirs = torchvision.models.resnet18().state_dict()
+        path = os.path.join(new_folder("weights"), "r18.pth")
+        torch.save(theirs, path)
+        args = toy_arguments(self.root, weights=path, seed=1)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            net = train.build_network(args, {"classes": {"object": 4}, "backbone": "resnet18", "channels": 8})
+        self.assertTrue(torch.equal(net.backbone.layer3[0].conv1.weight, theirs["layer3.0.conv1.weight"]))
+        self.assertNotIn("anew", said.getvalue())
+        torch.save({"model": net.state_dict()}, path)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            other = train.build_network(args, {"classes": {"object": 5}, "backbone": "resnet18", "channels": 8})
+        self.assertTrue(torch.equal(other.ppm.last[0].weight, net.ppm.last[0].weight))
+        self.assertIn("2 start anew: heads.object.classifier.weight, heads.object.classifier.bias", said.getvalue())
+
+    def test_no_decay_on_biases_and_norms(self):
+        net = UPerNet(CLASSES, "resnet18", channels=8)
+        decayed, spared = (set(map(id, g["params"])) for g in train.parameter_groups(net))
+        norms = {id(p) for m in net.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+        biases = {id(p) for name, p in net.named_parameters() if name.endswith("bias")}
+        self.assertEqual(spared, norms | biases)
+        self.assertEqual(decayed, {id(p) for p in net.parameters()} - spared)
+        self.assertEqual([g["weight_decay"] for g in train.parameter_groups(net)], [1e-4, 0])
+
+
+class TestPhotos(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        root, cls.out = small_toy(), new_folder("photos")
+        command(train.main, "--root", root, *SMALL, "--iters", 1, "--texture-iters", 1, "--out", cls.out)
+        cls.checkpoint = os.path.join(cls.out, "ckpt.pt")
+
+    def test_any_mode(self):
+        place = new_folder("modes")
+        colours = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 80, 3), dtype=np.uint8))
+        rotated = Image.Exif()
+        rotated[0x0112] = 6
+        photos = {
+            "grey.png": (colours.convert("L"), {}),
+            "cmyk.jpg": (colours.convert("CMYK"), {}),
+            "alpha.png": (colours.convert("RGBA"), {}),
+            "palette.gif": (colours.convert("P"), {}),
+            "deep.png": (Image.fromarray((np.arange(4000).reshape(50, 80) * 16).astype(np.uint16)), {}),
+            "bilevel.png": (colours.convert("1"), {}),
+            "turned.jpg": (colours, {"exif": rotated}),
+            "webp.webp": (colours, {}),
+        }
+        for name, (picture, options) in photos.items():
+            picture.save(os.path.join(place, name), **options)
+        status, said, err = command(evaluate.main, self.checkpoint, "--photo", *(os.path.join(place, n) for n in photos), "--pictures", place)
+        self.assertEqual((status, err), (0, ""))
+        for name in photos:
+            stem = os.path.join(place, name.split(".")[0] + "_upernet")
+            with np.load(f"{stem}.npz") as maps:
+                size = (80, 50) if name == "turned.jpg" else (50, 80)
+                for level in ("object", "part", "material", "texture_map"):
+                    self.assertEqual(maps[level].shape, size, name)
+                self.assertEqual(maps["scene"].shape, maps["scene_names"].shape)
+                self.assertAlmostEqual(float(maps["scene"].sum()), 1, places=4)
+                self.assertLess(maps["part"].max(), len(maps["part_names"]))
+            self.assertEqual(Image.open(f"{stem}.png").mode, "RGB")
+
+    def test_sixteen_bits_and_transparency(self):
+        deep = datasets.rgb(Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)))
+        self.assertEqual(np.asarray(deep)[0, :, 0].tolist(), [0, 100, 255])
+        clear = datasets.rgb(Image.fromarray(np.array([[[10, 20, 30, 0], [10, 20, 30, 255]]], np.uint8)))
+        self.assertEqual(np.asarray(clear)[0].tolist(), [[255, 255, 255], [10, 20, 30]])
+
+    def test_maps_are_those_of_the_network(self):
+        photo = Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 96, 3), dtype=np.uint8))
+        net, _ = upernet.load(self.checkpoint)
+        seen = evaluate.parse(net, photo, 64, 96)
+        with torch.inference_mode():
+            logits = net(torch.from_numpy(np.asarray(photo).transpose(2, 0, 1).copy())[None] / 255)
+        for level in ("object", "material", "texture_map"):
+            full = F.interpolate(logits[level], (64, 96), mode="bilinear")[0].argmax(dim=0).numpy()
+            self.assertGreater((full == seen[level]).mean(), 0.999)
+        np.testing.assert_allclose(seen["scene"], logits["scene"][0].softmax(dim=0), rtol=1e-4)
+        slices = net.part_slices
+        for y, x in np.argwhere(seen["part"] >= 0)[:20]:
+            channels = slices[int(seen["object"][y, x])]
+            self.assertTrue(channels.start < seen["part"][y, x] < channels.stop)
+        for index, channels in slices.items():
+            inside = seen["object"] == index
+            self.assertTrue(((seen["part"][inside] == -1) | (seen["part"][inside] > channels.start)).all())
+
+
+class TestMistakes(unittest.TestCase):
+    """A mistake of the user's is one line on stderr that says what is wrong, and status 2."""
+
+    def assert_refused(self, main, *argv, says):
+        status, _, err = command(main, *argv)
+        self.assertEqual(status, 2, err)
+        self.assertEqual(err.count("\n"), 1, err)
+        self.assertRegex(err, says)
+
+    def test_one_line_and_status_2(self):
+        place = new_folder("mistakes")
+        junk = os.path.join(place, "junk.pt")
+        write(junk, "this is no checkpoint")
+        weights = os.path.join(place, "weights.pt")
+        torch.save({"a": torch.zeros(3)}, weights)
+        surfaces = os.path.join(place, "only")
+        shutil.copytree(os.path.join(folder, "data", "toy", "os"), os.path.join(surfaces, "os"))
+        old = os.path.join(place, "old")
+        write(os.path.join(old, "ade20k", "index_ade20k.mat"), "")
+        broken = os.path.join(place, "broken.jpg")
+        write(broken, "no picture")
+        out = ("--out", os.path.join(place, "out"))
+        data = ("--root", os.path.join(folder, "data"))
+        for main, argv, says in (
+            (train.main, ("--data", "ade20k", "--root", os.path.join(place, "nowhere")), "nowhere: no such folder; --root"),
+            (train.main, ("--data", "ade20k", "--root", surfaces), r"ade20k: not found .* \(there: os\)"),
+            (train.main, ("--data", "ade"), "'ade' is not one of toy"),
+            (train.main, ("--data", "ade20k", "--root", old), "ADE20K_2021_17_01"),
+            (train.main, (*data, *out, "--backbone", "vgg16"), "backbone 'vgg16'"),
+            (train.main, (*data, *out, "--weights", "nothing.pth"), "nothing.pth: no such file"),
+            (train.main, (*data, *out, "--weights", junk), "junk.pt: not a file of PyTorch weights"),
+            (train.main, (*data, *out, "--weights", weights), "weights.pt: nothing in it fits"),
+            (train.main, (*data, *out, "--resume"), "ckpt.pt: no checkpoint to go on from"),
+            (train.main, (*data, *out, "--lr", "-1"), "--lr"),
+            (train.main, (*data, *out, "--lr", "nan"), "--lr"),
+            (train.main, (*data, *out, "--sizes", "64,x"), "--sizes"),
+            (train.main, (*data, *out, "--sizes", "8"), "at least 32"),
+            (train.main, (*data, *out, "--batch-size", "0"), "--batch-size"),
+            (train.main, (*data, *out, "--device", "abacus"), "--device abacus"),
+            (train.main, (*data, *out, "--min-images", "100000"), "--min-"),
+            (train.main, (*data, *out, "--colour", "red"), "--colour"),
+            (evaluate.main, (), "ckpt.pt"),
+            (evaluate.main, ("nothing.pt",), "nothing.pt: no such file"),
+            (evaluate.main, (junk,), "junk.pt: not a file of PyTorch weights"),
+            (evaluate.main, (weights,), "weights.pt: not a checkpoint of train.py"),
+            (evaluate.main, (weights, "--levels", "colour"), "'colour' is not one of"),
+            (balance_split.main, (*data, "--fraction", "2"), "--fraction"),
+            (balance_split.main, ("--data", "dtd", "--root", surfaces), "dtd: not found"),
+            (datasets.main, ("--data", "os,dtd", "--root", surfaces), "dtd: not found"),
+        ):
+            with self.subTest(argv=argv[-2:]):
+                self.assert_refused(main, *argv, says=says)
+
+    def test_photos_that_are_none(self):
+        place = new_folder("none")
+        root = small_toy()
+        command(train.main, "--root", root, *SMALL, "--iters", 1, "--texture-iters", 0, "--out", place)
+        checkpoint, good, bad = (os.path.join(place, name) for name in ("ckpt.pt", "good.png", "bad.jpg"))
+        Image.new("RGB", (60, 40)).save(good)
+        write(bad, "no picture")
+        self.assert_refused(evaluate.main, checkpoint, "--photo", bad, good, "--pictures", place, says="bad.jpg: cannot be read as a picture")
+        self.assertTrue(os.path.exists(os.path.join(place, "good_upernet.png")))  # the others are parsed all the same
+        self.assert_refused(train.main, "--root", root, *SMALL, "--out", place, says="holds a run already.*--resume.*--out")
+        self.assert_refused(train.main, "--root", root, "--resume", "--lr", 5, "--out", place, says="--lr: .* was begun with")
+        self.assert_refused(evaluate.main, checkpoint, "--data", "dtd", "--root", os.path.join(place, "gone"), says="gone: no such folder")
+
+    def test_imagenet_weights_without_a_network(self):
+        offline = mock.patch("train.load_imagenet", side_effect=OSError("no route to host"))
+        with offline:
+            argv = ("--root", os.path.join(folder, "data"), "--out", new_folder("offline"), "--weights", "imagenet")
+            self.assert_refused(train.main, *argv, says="--weights imagenet: the download failed .* --weights none")
+
+    def test_damaged_checkpoints(self):
+        place = new_folder("damaged")
+        net = UPerNet({"object": 2, "part": {1: 2}}, "resnet18", channels=8)
+        good = {
+            "model": net.state_dict(),
+            "network": {"classes": {"object": 2, "part": {1: 2}}, "backbone": "resnet18", "channels": 8},
+            "vocabulary": {"object": ["wall", "car"], "part": {"car": ["background", "wheel"]}},
+        }
+        path = os.path.join(place, "c.pt")
+        torch.save(good, path)
+        upernet.load(path)
+        size = os.path.getsize(path)
+        without = {k: v for k, v in good["model"].items() if k != "ppm.last.0.weight"}
+        for change, says in (
+            ({"model": without}, "ppm.last.0.weight is missing"),
+            ({"model": {**good["model"], "more": torch.zeros(1)}}, "more is not a part"),
+            ({"model": {**good["model"], "mean": torch.zeros(5)}}, r"mean is \(5,\), not \(3, 1, 1\)"),
+            ({"vocabulary": {**good["vocabulary"], "object": ["wall", "car", "sky"]}}, "vocabulary"),
+            ({"vocabulary": {"part": {}}}, "vocabulary"),
+            ({"network": {"colour": 3}}, "network"),
+            ({"network": None}, "no network"),
+        ):
+            torch.save({**good, **change}, path)
+            with self.subTest(says=says), self.assertRaisesRegex(ValueError, f"c.pt: .*{says}"):
+                upernet.load(path)
+        torch.save(good, path)
+        with open(path, "r+b") as file:
+            file.truncate(size // 2)
+        with self.assertRaisesRegex(ValueError, "c.pt"):
+            upernet.load(path)
+
+    def test_help_is_short(self):
+        for main in (train.main, evaluate.main, balance_split.main, datasets.main):
+            with mock.patch.dict(os.environ, COLUMNS="110"):
+                status, said, _ = command(main, "--help")
+            self.assertEqual(status, 0)
+            self.assertLessEqual(len(said.splitlines()), 40)
+
+
+# ---------------------------------------------------------------- real images, where they are at hand
+
+
+@unittest.skipUnless(os.path.isdir(os.path.join(SHARED, "data")), "the real samples are not here")
+class TestRealSamples(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.root = new_folder("real")
+        ade = os.path.join("ADE20K_2021_17_01", "images", "ADE")
+        for part in ("training", "validation"):
+            shutil.copytree(
+                os.path.join(SHARED, "data", "ade20k_2021_sample", ade, "training"), os.path.join(cls.root, "ade20k", ade, part)
+            )
+        shutil.copytree(os.path.join(SHARED, "data", "dtd_sample"), os.path.join(cls.root, "dtd"))
+        cls.options = ("--root", cls.root, "--min-images", 1, "--min-pixels", 1, "--min-part-images", 1, "--min-scene-images", 1)
+
+    def test_scan_finds_what_the_files_hold(self):
+        status, said, err = command(datasets.main, "--data", "ade20k,dtd", *self.options)
+        self.assertEqual((status, err), (0, ""))
+        self.assertIn("ade20k: 6 images", said)
+        self.assertIn("10 classes", said)
+        index = datasets.scan(self.root, "ade20k", os.path.join(self.root, ".cache"))
+        vocabulary = datasets.build_vocabulary({"ade20k": index}, least())
+        self.assertEqual(vocabulary["scene"], ["street"])
+        self.assertIn("car", vocabulary["object"])
+        self.assertTrue({"wheel", "headlight", "windshield"} <= set(vocabulary["part"]["car"]))
+
+    def test_trains_evaluates_and_draws(self):
+        out = new_folder("real-run")
+        argv = ("--data", "ade20k,dtd", *self.options, "--split", "official", "--backbone", "resnet18", "--channels", 16, "--weights", "none")
+        argv += ("--sizes", "96,128", "--iters", 12, "--texture-iters", 3, "--workers", 0, "--out", out)
+        status, said, err = command(train.main, *argv)
+        self.assertEqual((status, err), (0, ""))
+        losses = [json.loads(line)["loss"].get("object") for line in open(os.path.join(out, "log.jsonl"))][:12]
+        self.assertLess(np.mean(losses[-4:]), np.mean(losses[:4]))
+        metrics = json.load(open(os.path.join(out, "metrics.json")))
+        self.assertEqual(metrics["texture"]["n"], 20)
+        self.assertEqual(set(metrics), {"scene", "object", "part", "texture"})
+        self.assertEqual(sum(name.startswith("ade20k") for name in os.listdir(os.path.join(out, "pictures"))), 3)
+
+
+def main() -> int:
+    """Runs the tests and closes with a line that counts them."""
+    result = unittest.main(exit=False, argv=[sys.argv[0], "--buffer", *sys.argv[1:]]).result
+    failed, skipped = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses), len(result.skipped)
+    print(f"{result.testsRun - failed - skipped} passed, {failed} failed, {skipped} skipped")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
