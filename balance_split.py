@@ -48,7 +48,9 @@ def deviation(shares: np.ndarray, validation: np.ndarray, fraction: float) -> fl
     return float(np.abs(shares[validation].sum(axis=0, dtype=np.float64) - fraction).mean()) if shares.shape[1] else 0.0
 
 
-def balance(counts: torch.Tensor, fraction: float = 0.1, swaps: int = SWAPS, seed: int = 0, chance: float = 0.5) -> torch.Tensor:
+def balance(
+    counts: torch.Tensor, fraction: float = 0.1, swaps: int = SWAPS, seed: int = 0, chance: float = 0.5
+) -> torch.Tensor:
     """Which images to validate on: bool (images,), exactly round(fraction * images) of them True.
 
     counts: coalesced sparse COO tensor (images, classes) of pixels. `swaps` pairs of images are proposed. `chance` is
@@ -117,7 +119,11 @@ def split_source(index: Index, vocabulary: dict, fraction: float, swaps: int) ->
 def split_path(root: str, cache: str | None) -> str:
     """<root>/split.json; in the cache's folder if that root cannot be written and has none."""
     path = os.path.join(root, "split.json")
-    return os.path.join(cache, "split.json") if cache and not os.path.exists(path) and not os.access(root, os.W_OK) else path
+    return (
+        os.path.join(cache, "split.json")
+        if cache and not os.path.exists(path) and not os.access(root, os.W_OK)
+        else path
+    )
 
 
 def read_split(path: str) -> dict:
@@ -131,7 +137,9 @@ def read_split(path: str) -> dict:
     except FileNotFoundError:
         return {"seed": TOY_SEED, "fraction": None, "sources": {}}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: not a split that balance_split.py wrote ({type(e).__name__}: {e}); delete it") from None
+        raise UserError(
+            f"{path}: not a split that balance_split.py wrote ({type(e).__name__}: {e}); delete it"
+        ) from None
 
 
 def write_split(split: dict, path: str) -> None:
@@ -188,7 +196,12 @@ def plot(before: np.ndarray, after: np.ndarray, fraction: float, title: str) -> 
             x = left + (k + 0.5) / len(shares) * (width - 15 - left)
             draw.ellipse([x - 2, y_of(share) - 2, x + 2, y_of(share) + 2], fill=colour)
     draw.text((left, 8), title, fill="black", font=font)
-    draw.text((left, bottom_y + 12), f"the {len(after)} classes, sorted: share of their pixels in validation", fill="black", font=font)
+    draw.text(
+        (left, bottom_y + 12),
+        f"the {len(after)} classes, sorted: share of their pixels in validation",
+        fill="black",
+        font=font,
+    )
     draw.text((width - 15, bottom_y + 12), "blue: balanced, grey: at random", fill="black", font=font, anchor="ra")
     return picture
 
@@ -217,13 +230,17 @@ def main(argv: list[str] | None = None) -> None:
         split = read_split(path)
         if split["fraction"] not in (None, args.fraction) and set(split["sources"]) - set(indexes):
             others = ", ".join(sorted(set(split["sources"]) - set(indexes)))
-            raise UserError(f"{path}: splits {others} at {split['fraction']}; --fraction {args.fraction} must name them in --data too")
+            raise UserError(
+                f"{path}: splits {others} at {split['fraction']}; --fraction {args.fraction} must name them in --data too"
+            )
         split["fraction"] = args.fraction
         panels = []
         for source, index in indexes.items():
             entry = split["sources"][source] = split_source(index, vocabulary, args.fraction, args.swaps)
             held, before, after = len(entry["validation"]), entry["deviation_before"], entry["deviation_after"]
-            print(f"{source}: {held} of {len(index.images)} images; mean deviation {before:.4f} at random, {after:.4f} balanced")
+            print(
+                f"{source}: {held} of {len(index.images)} images; mean deviation {before:.4f} at random, {after:.4f} balanced"
+            )
             if args.plot:
                 counts = pixel_table(index, vocabulary)
                 shares = class_shares(counts)

@@ -8,6 +8,7 @@ a `Reader` turns an image's files into label maps of that vocabulary, `Batches` 
 """
 
 import argparse
+import colorsys
 import csv
 import hashlib
 import itertools
@@ -96,57 +97,59 @@ def find_folder(root: str, source: str) -> tuple[str, str]:
     )
 
 
-def list_files(layout: str, folder: str) -> tuple[list[dict], str]:
-    """The files of each image of a source, and a fingerprint of all of them: names, sizes and times of change.
+def label_files(layout: str, image: str) -> dict[str, str]:
+    """Where the labels of an image are: `labels`, `parts`, `json`, as the layout has them, relative to its folder."""
+    stem = os.path.splitext(image)[0]
+    if layout == "ade2021":
+        return {"labels": f"{stem}_seg.png", "parts": f"{stem}_parts_1.png", "json": f"{stem}.json"}
+    if layout == "sceneparsing":
+        return {"labels": re.sub("^images/", "annotations/", stem) + ".png"}
+    if layout == "os":
+        return {"labels": f"photos-labels/{os.path.basename(stem)}.png"}
+    return {}
 
-    An entry has `image`, `official` and, as the layout has them, `labels`, `parts`, `json` or `tag`; paths relative to
-    the folder.
+
+def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
+    """The images of a source, and a fingerprint of its files: their names, sizes and times of change.
+
+    Of each image `image`, its path in the folder, `official` ("training", "validation" or ""), `tag` where the layout has
+    a scene or texture outside of the image's own files, and `label_files`, parts only where there are any.
     """
     stats = {}
-    for base, folders, names in os.walk(folder):  # symbolic links to folders are not followed: no loops
-        folders.sort()
-        for entry in os.scandir(base):
+    for base, _, names in os.walk(folder):  # symbolic links to folders are not followed: no loops
+        for entry in os.scandir(base) if names else ():
             if entry.is_file():
                 stat = entry.stat()
                 stats[os.path.relpath(entry.path, folder).replace(os.sep, "/")] = (stat.st_size, stat.st_mtime_ns)
     stamp = hashlib.sha256(repr(sorted(stats.items())).encode()).hexdigest()
 
+    pattern = {
+        "ade2021": r"images/ADE/(training|validation)/.+\.jpg",
+        "sceneparsing": r"images/(training|validation)/.+\.(jpg|jpeg|png)",
+        "os": r"photos/()[^/]+\.(jpg|jpeg|png)",
+        "dtd": r"images/()[^/]+/[^/]+\.(jpg|jpeg|png)",
+    }[layout]
     files = []
     for path in sorted(stats):
-        stem, extension = os.path.splitext(path)
-        if extension.lower() not in (".jpg", ".jpeg", ".png"):
-            continue
-        if layout == "ade2021" and path.startswith("images/ADE/") and extension.lower() == ".jpg":
-            official = path.split("/")[2]
-            parts = f"{stem}_parts_1.png"
-            files.append(
-                {
-                    "image": path,
-                    "official": official,
-                    "labels": f"{stem}_seg.png",
-                    "json": f"{stem}.json",
-                    "parts": parts if parts in stats else None,
-                }
-            )
-        elif layout == "sceneparsing" and path.startswith(("images/training/", "images/validation/")):
-            labels = re.sub("^images/", "annotations/", stem) + ".png"
-            files.append({"image": path, "official": path.split("/")[1], "labels": labels})
-        elif layout == "os" and path.startswith("photos/"):
-            name = os.path.basename(stem)
-            files.append({"image": path, "official": "", "labels": f"photos-labels/{name}.png"})
-        elif layout == "dtd" and path.startswith("images/") and path.count("/") == 2:
-            files.append({"image": path, "official": "", "tag": path.split("/")[1]})
+        if match := re.fullmatch(pattern, path, re.IGNORECASE):
+            entry = {"image": path, "official": match[1], **label_files(layout, path)}
+            if entry.get("parts") not in stats:
+                entry.pop("parts", None)
+            files.append(entry)
+    if not files:
+        raise UserError(f"{folder}: looks like the layout '{layout}' but holds no images of it")
     if layout == "sceneparsing":
         scenes = dict(line.split()[:2] for line in read_lines(folder, "sceneCategories.txt") if len(line.split()) > 1)
         for entry in files:
             entry["tag"] = usable_scene(scenes.get(os.path.splitext(os.path.basename(entry["image"]))[0], ""))
     if layout == "dtd":  # train1 + val1 against test1; an image in no list belongs to neither
-        lists = {"training": ("train1", "val1"), "validation": ("test1",)}
-        part_of = {n.strip(): k for k, v in lists.items() for f in v for n in read_lines(folder, f"labels/{f}.txt")}
+        lists = {"train1": "training", "val1": "training", "test1": "validation"}
+        official = {
+            line.strip(): part for name, part in lists.items() for line in read_lines(folder, f"labels/{name}.txt")
+        }
         for entry in files:
-            entry["official"] = part_of.get(entry["image"].removeprefix("images/"), "")
-    if not files:
-        raise UserError(f"{folder}: looks like the layout '{layout}' but holds no images of it")
+            _, entry["tag"], name = entry["image"].split("/")
+            entry["official"] = official.get(f"{entry['tag']}/{name}", "")
     return files, stamp
 
 
@@ -185,7 +188,9 @@ def numbers_of(path: str, layout: str) -> np.ndarray:
 def rgb(picture: Image.Image) -> Image.Image:
     """A picture of any mode in 8-bit RGB: what is transparent becomes white, 16 bits are scaled to 8."""
     if picture.mode.startswith("I"):
-        return Image.fromarray((np.asarray(picture).astype(np.float32) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((np.asarray(picture).astype(np.float32) / 257).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
     if picture.mode == "F":
         values = np.nan_to_num(np.asarray(picture))
         scale = 255 if values.max(initial=0) <= 1 else 1
@@ -208,7 +213,14 @@ def scan_image(task: tuple[str, str, dict]) -> dict:
             width, height = picture.size
             picture.draft("RGB", (1, 1))  # a JPEG is decoded at an eighth, and a truncated one still noticed
             picture.load()
-        found = {"size": (height, width), "tag": files.get("tag", ""), "objects": [], "parts": [], "materials": [], "names": {}}
+        found = {
+            "size": (height, width),
+            "tag": files.get("tag", ""),
+            "objects": [],
+            "parts": [],
+            "materials": [],
+            "names": {},
+        }
         if "json" in files:
             current = files["json"]
             annotation = json.loads("\n".join(read_lines(folder, current)))["annotation"]
@@ -224,7 +236,7 @@ def scan_image(task: tuple[str, str, dict]) -> dict:
             counts[0] = 0
             rows = [(int(n), int(counts[n])) for n in np.flatnonzero(counts)]
             found["materials" if layout == "os" else "objects"] = rows
-        if files.get("parts"):
+        if "parts" in files:
             current = files["parts"]
             parts = numbers_of(os.path.join(folder, current), layout)
             if parts.shape != (height, width):
@@ -254,9 +266,14 @@ def scan(root: str, source: str, cache: str, allow_broken: bool = False) -> Inde
         save_atomically({"version": 1, "stamp": stamp, **vars(index)}, stored, "choose another folder with --cache")
     if index.broken:
         share = len(index.broken) / len(files)
-        print(f"{source}: {len(index.broken)} of {len(files)} images set aside, the first: {index.broken[0][1]}", file=sys.stderr)
+        print(
+            f"{source}: {len(index.broken)} of {len(files)} images set aside, the first: {index.broken[0][1]}",
+            file=sys.stderr,
+        )
         if share > 0.05 and not allow_broken:
-            raise UserError(f"{source}: {share:.0%} of its images are broken (see above); go on all the same with --allow-broken")
+            raise UserError(
+                f"{source}: {share:.0%} of its images are broken (see above); go on all the same with --allow-broken"
+            )
     if not index.images:
         raise UserError(f"{folder}: not a single usable image")
     return index
@@ -298,7 +315,9 @@ def scan_all(source: str, layout: str, folder: str, files: list[dict]) -> Index:
     good = [(entry, record) for entry, record in zip(files, found) if "broken" not in record]
 
     def rows(key: str, width: int) -> torch.Tensor:
-        return torch.tensor([(i, *row) for i, (_, r) in enumerate(good) for row in r[key]], dtype=torch.int64).reshape(-1, width)
+        return torch.tensor([(i, *row) for i, (_, r) in enumerate(good) for row in r[key]], dtype=torch.int64).reshape(
+            -1, width
+        )
 
     return Index(
         source=source,
@@ -323,7 +342,9 @@ def substance_names(folder: str) -> dict[int, str]:
         rows = csv.DictReader(read_lines(folder, table))
         return {int(float(row["red_color"])): row["substance_name"] for row in rows}
     except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{os.path.join(folder, table)}: needs the columns substance_name and red_color ({e})") from None
+        raise UserError(
+            f"{os.path.join(folder, table)}: needs the columns substance_name and red_color ({e})"
+        ) from None
 
 
 def save_atomically(content: dict, path: str, advice: str) -> None:
@@ -461,7 +482,9 @@ def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int]) -> dict:
                     parts[name].append(part)
             vocabulary["part"] = {name: names for name, names in parts.items() if len(names) > 1}
         elif index.source == "os":
-            vocabulary["material"] = sorted(n for n, images in table["material"].items() if len(images) >= minima["min_images"])
+            vocabulary["material"] = sorted(
+                n for n, images in table["material"].items() if len(images) >= minima["min_images"]
+            )
         else:
             vocabulary["texture"] = sorted(table["texture"])
     return {level: names for level, names in vocabulary.items() if names}
@@ -476,21 +499,23 @@ class Reader:
     def __init__(self, index: Index, vocabulary: dict):
         self.index = index
         self.levels = [level for level in SOURCE_LEVELS[index.source] if level in vocabulary]
-        files, _ = list_files(index.layout, index.folder)
-        by_image = {entry["image"]: entry for entry in files}
-        self.files = [by_image[image] for image in index.images]
+        self.with_parts = set(index.parts[:, 0].tolist())
         tag_level = {"ade20k": "scene", "dtd": "texture"}.get(index.source)
         self.tags = {name: i for i, name in enumerate(vocabulary.get(tag_level, ()))}
 
         size = max(index.names, default=0) + 1
         self.of_number = np.full(size, -1, np.int16)  # object or material number -> class index
         pixel_names = object_names(index) if index.source == "ade20k" else merged_names(index.names, "os")
-        classes = {name: i for i, name in enumerate(vocabulary.get("object" if index.source == "ade20k" else "material", ()))}
+        classes = {
+            name: i for i, name in enumerate(vocabulary.get("object" if index.source == "ade20k" else "material", ()))
+        }
         for number, name in pixel_names.items():
             self.of_number[number] = classes.get(name, -1)
         self.of_part = np.zeros((len(classes) + 1, size), np.uint8)  # class index, part number -> index among its parts
         if "part" in self.levels:
-            for (number, name), (owner, parts) in itertools.product(part_names(index).items(), vocabulary["part"].items()):
+            for (number, name), (owner, parts) in itertools.product(
+                part_names(index).items(), vocabulary["part"].items()
+            ):
                 if name in parts and owner in classes:
                     self.of_part[classes[owner], number] = parts.index(name)
 
@@ -507,18 +532,20 @@ class Reader:
 
     def labels(self, i: int) -> dict[str, np.ndarray | int]:
         """Image i's labels at their own size: object, material int16 (H, W), -1 for unlabelled; part uint8 (H, W), the
-        index in the list of parts of the pixel's object, 0 for background and elsewhere; scene, texture an index or -1."""
-        files, folder, layout = self.files[i], self.index.folder, self.index.layout
+        index in the list of parts of the pixel's object, 0 for background and elsewhere; scene, texture an index or -1.
+        """
+        folder, layout = self.index.folder, self.index.layout
+        files = label_files(layout, self.index.images[i])
         labels: dict[str, np.ndarray | int] = {}
         if self.index.source != "os":
             labels[SOURCE_LEVELS[self.index.source][0]] = self.tags.get(self.index.tags[i], -1)
-        if files.get("labels"):
+        if "labels" in files:
             try:
                 classes = self.of_number[numbers_of(os.path.join(folder, files["labels"]), layout)]
                 labels["material" if self.index.source == "os" else "object"] = classes
                 if "part" in self.levels:
                     labels["part"] = np.zeros(classes.shape, np.uint8)
-                    if files["parts"]:
+                    if i in self.with_parts:
                         numbers = numbers_of(os.path.join(folder, files["parts"]), layout)
                         labels["part"] = self.of_part[classes, numbers] * (classes >= 0)
             except (OSError, ValueError, SyntaxError, IndexError) as e:
@@ -561,7 +588,9 @@ def quarter_labels(labels: np.ndarray, size: tuple[int, int], height: int, width
 # ---------------------------------------------------------------- batches
 
 
-def plan_batches(sources: dict[str, dict[int, tuple[int, int]]], iterations: int, images: int, seed: int) -> list[tuple[str, list[int]]]:
+def plan_batches(
+    sources: dict[str, dict[int, tuple[int, int]]], iterations: int, images: int, seed: int
+) -> list[tuple[str, list[int]]]:
     """[(source, image numbers)] for every iteration of a run: which source is drawn, and which images of it.
 
     sources: of each source, image number -> (height, width). Section 3.1: a source is drawn with probability by its number of images. Its images are
@@ -579,7 +608,10 @@ def plan_batches(sources: dict[str, dict[int, tuple[int, int]]], iterations: int
             if numbers := [i for i, (h, w) in sizes.items() if (h > w) == portrait]:
                 buckets.append((source, len(numbers), shuffled(numbers)))
     share = np.array([n for _, n, _ in buckets]) / sum(n for _, n, _ in buckets)
-    return [(buckets[b][0], list(itertools.islice(buckets[b][2], images))) for b in rng.choice(len(buckets), iterations, p=share)]
+    return [
+        (buckets[b][0], list(itertools.islice(buckets[b][2], images)))
+        for b in rng.choice(len(buckets), iterations, p=share)
+    ]
 
 
 class Batches(torch.utils.data.Dataset):
@@ -592,7 +624,17 @@ class Batches(torch.utils.data.Dataset):
     into that many batches, elements k * accumulate, .. of iteration k.
     """
 
-    def __init__(self, readers: dict[str, Reader], plan: list, sizes: list[int], longest: int, seed: int, accumulate=1, rank=0, ranks=1):
+    def __init__(
+        self,
+        readers: dict[str, Reader],
+        plan: list,
+        sizes: list[int],
+        longest: int,
+        seed: int,
+        accumulate=1,
+        rank=0,
+        ranks=1,
+    ):
         self.readers, self.plan, self.sizes, self.longest, self.seed = readers, plan, sizes, longest, seed
         self.accumulate, self.rank, self.ranks = accumulate, rank, ranks
 
@@ -607,7 +649,9 @@ class Batches(torch.utils.data.Dataset):
         start = (piece * self.ranks + self.rank) * n
         short = int(np.random.default_rng((self.seed, iteration)).choice(self.sizes))
         samples = [
-            self.sample(reader, source, numbers[position], short, np.random.default_rng((self.seed, iteration, position)))
+            self.sample(
+                reader, source, numbers[position], short, np.random.default_rng((self.seed, iteration, position))
+            )
             for position in range(start, start + n)
         ]
         height = padded(max(size[0] for _, size, _ in samples))
@@ -678,22 +722,113 @@ class Whole(torch.utils.data.Dataset):
 
 TOY_MINIMA = {"min_images": 20, "min_pixels": 5000, "min_part_images": 20, "min_scene_images": 10}
 PAPER_MINIMA = {"min_images": 50, "min_pixels": 50000, "min_part_images": 20, "min_scene_images": 10}
-TOY_SCENES = {  # ADE20K names a scene from broad to fine
-    "street": ["outdoor", "urban", "street"],
-    "park": ["outdoor", "natural", "park"],
-    "beach": ["outdoor", "natural", "beach"],
-    "bedroom": ["indoor", "home", "bedroom"],
-    "dining_room": ["indoor", "home", "dining_room"],
+
+TOY_COLOURS = {  # ranges of hue, saturation and value
+    "any": ((0, 1), (0.15, 0.65), (0.35, 0.95)), "dull": ((0, 1), (0.05, 0.5), (0.4, 0.95)), "grey": ((0, 1), (0, 0.2), (0.3, 0.75)),
+    "pale": ((0, 1), (0.05, 0.4), (0.6, 1)), "brown": ((0.95, 1.15), (0.15, 0.6), (0.3, 0.8)), "green": ((0.1, 0.4), (0.3, 0.7), (0.35, 0.85)),
+    "blue": ((0.46, 0.64), (0.2, 0.65), (0.5, 0.95)), "dusk": ((0.92, 1.12), (0.15, 0.5), (0.6, 1)), "sand": ((0.07, 0.15), (0.2, 0.5), (0.65, 1)),
+    "skin": ((0.04, 0.09), (0.3, 0.55), (0.45, 1)), "dark": ((0, 1), (0, 0.1), (0.2, 0.35)), "warm": ((0.03, 0.18), (0.2, 0.6), (0.6, 1)),
+}  # fmt: skip
+
+# Of each thing its strokes: part, substances to pick from, colour (a number after it: one of several), shape, and points from
+# the feet, in heights of the thing, x to the right and y upwards: corners of a box for rectangle and ellipse.
+TOY_THINGS = {
+    "mountain": [(None, "Stone", "dull", "polygon", (-1.5, 0, -0.2, 0.9, 0, 1, 0.3, 0.8, 1.5, 0))],
+    "building": [
+        (None, "Brick|Stone|Wood|Painted|Glass|Metal", "dull", "rectangle", (-0.34, 0, 0.34, 0.8)),
+        ("roof", "Tile|Metal", "any", "polygon", (-0.42, 0.78, -0.22, 1, 0.22, 1, 0.42, 0.78)),
+        *(("window", "Glass", "blue", "rectangle", (x - 0.08, y, x + 0.08, y + 0.16)) for x in (-0.2, 0.04, 0.24) for y in (0.34, 0.57)),
+        ("door", "Wood", "any2", "rectangle", (-0.1, 0, 0.08, 0.26)),
+    ],
+    "tree": [
+        ("trunk", "Wood", "brown", "rectangle", (-0.07, 0, 0.07, 0.5)),
+        *(("crown", "Foliage", "green", "ellipse", (x - 0.3, y - 0.28, x + 0.3, y + 0.28)) for x, y in ((0, 0.72), (-0.13, 0.6), (0.14, 0.62))),
+    ],
+    "car": [
+        (None, "Metal", "any", "polygon", (-1, 0.16, -1, 0.6, -0.65, 0.62, -0.42, 1, 0.4, 1, 0.7, 0.62, 1.02, 0.55, 1.02, 0.16)),
+        ("window", "Glass", "blue", "polygon", (-0.52, 0.62, -0.34, 0.92, 0.32, 0.92, 0.54, 0.62)),
+        *(("wheel", "Metal", "dark", "ellipse", (x - 0.25, -0.02, x + 0.25, 0.46)) for x in (-0.58, 0.58)),
+    ],
+    "person": [
+        ("left leg", "Fabric/Cloth", "any", "rectangle", (-0.14, 0, -0.01, 0.45)),
+        ("right leg", "Fabric/Cloth", "any", "rectangle", (0.01, 0, 0.14, 0.45)),
+        ("torso", "Fabric/Cloth", "any2", "polygon", (-0.21, 0.76, 0.21, 0.76, 0.15, 0.4, -0.15, 0.4)),
+        ("head", "Wax", "skin", "ellipse", (-0.12, 0.74, 0.12, 1)),
+    ],
+    "boat": [
+        ("hull", "Wood|Painted", "any", "polygon", (-0.38, 0, -0.58, 0.3, 0.58, 0.3, 0.4, 0)),
+        ("sail", "Fabric/Cloth", "any2", "polygon", (-0.03, 0.34, -0.03, 1, -0.42, 0.34)),
+        ("sail", "Fabric/Cloth", "any3", "polygon", (0.03, 0.34, 0.03, 1, 0.42, 0.34)),
+    ],
+    "sunshade": [
+        ("pole", "Wood", "any", "rectangle", (-0.05, 0, 0.05, 0.75)),
+        ("canopy", "Fabric/Cloth", "any2", "polygon", (-0.52, 0.58, -0.32, 0.88, 0, 1, 0.32, 0.88, 0.52, 0.58)),
+    ],
+    "painting": [
+        ("frame", "Wood", "any", "rectangle", (-0.6, 0, 0.6, 1)),
+        ("canvas", "Painted", "any2", "rectangle", (-0.42, 0.18, 0.42, 0.82)),
+    ],
+    "lamp": [
+        ("base", "Metal", "any", "polygon", (-0.2, 0, -0.2, 0.08, -0.06, 0.12, -0.06, 0.7, 0.06, 0.7, 0.06, 0.12, 0.2, 0.08, 0.2, 0)),
+        ("shade", "Fabric/Cloth|Glass", "warm", "polygon", (-0.34, 0.55, -0.2, 1, 0.2, 1, 0.34, 0.55)),
+    ],
+    "bed": [
+        ("headboard", "Wood", "any", "rectangle", (-0.85, 0, -0.64, 1)),
+        (None, "Fabric/Cloth", "any2", "rectangle", (-0.64, 0.08, 0.85, 0.52)),
+        ("pillow", "Fabric/Cloth", "any3", "ellipse", (-0.64, 0.44, -0.16, 0.76)),
+    ],
+    "table": [
+        *(("leg", "Wood|Metal", "any", "rectangle", (x - 0.1, 0, x + 0.1, 0.8)) for x in (-0.74, 0.74)),
+        ("top", "Wood|Glass|Stone", "any2", "polygon", (-0.95, 0.72, -0.8, 1, 0.8, 1, 0.95, 0.72)),
+    ],
+    "chair": [
+        *(("leg", "Metal", "grey", "rectangle", (x - 0.06, 0, x + 0.06, 0.4)) for x in (-0.21, 0.21)),
+        ("back", "Wood", "any", "rectangle", (-0.3, 0.34, -0.1, 1)),
+        ("seat", "Wood|Fabric/Cloth", "any", "rectangle", (-0.3, 0.34, 0.32, 0.56)),
+    ],
+}  # fmt: skip
+
+# Of each kind of scene: ADE20K's path to it, what is behind, and what is on the ground from a share of its depth onwards
+# (name, substances, colours); then things: at least, at most, where their feet are (share of the ground, 1 is nearest;
+# negative: on the wall), how tall they are (share of the picture's short side).
+TOY_SCENES = {
+    "street": (
+        "outdoor urban street", ("sky", "Sky", "blue|dusk|grey"), {0: ("road", "Stone|Concrete|Brick", "grey|brown|dull")},
+        [("building", 2, 3, (0, 0.06), (0.5, 0.68)), ("tree", 0, 1, (0.03, 0.15), (0.5, 0.65)),
+         ("car", 1, 2, (0.4, 0.9), (0.24, 0.34)), ("person", 0, 2, (0.5, 0.95), (0.5, 0.7))],
+    ),
+    "park": (
+        "outdoor natural park", ("sky", "Sky", "blue|dusk|grey"), {0: ("grass", "Foliage", "green|green|sand")},
+        [("mountain", 1, 2, (0, 0), (0.3, 0.5)), ("tree", 2, 3, (0.02, 0.6), (0.5, 0.75)), ("person", 0, 2, (0.5, 0.95), (0.5, 0.7))],
+    ),
+    "beach": (
+        "outdoor natural beach", ("sky", "Sky", "blue|dusk|grey"), {0: ("sea", "Water", "blue"), 0.45: ("sand", "Dirt", "sand")},
+        [("mountain", 0, 1, (0, 0), (0.3, 0.5)), ("boat", 1, 2, (0.1, 0.3), (0.45, 0.6)),
+         ("sunshade", 1, 2, (0.6, 0.85), (0.5, 0.7)), ("person", 0, 1, (0.8, 0.95), (0.5, 0.7))],
+    ),
+    "bedroom": (
+        "indoor home bedroom", ("wall", "Painted|Brick|Tile", "pale|dull"), {0: ("floor", "Wood|Tile|Stone", "brown|dull")},
+        [("painting", 1, 2, (-0.8, -0.6), (0.3, 0.4)), ("lamp", 1, 2, (0.05, 0.3), (0.55, 0.7)), ("bed", 1, 1, (0.5, 0.9), (0.5, 0.6))],
+    ),
+    "dining_room": (
+        "indoor home dining_room", ("wall", "Painted|Brick|Tile", "pale|dull"), {0: ("floor", "Wood|Tile|Stone", "brown|dull")},
+        [("painting", 1, 2, (-0.8, -0.6), (0.3, 0.4)), ("lamp", 0, 1, (0.05, 0.2), (0.55, 0.7)), ("table", 1, 1, (0.3, 0.6), (0.45, 0.55)),
+         ("chair", 1, 2, (0.7, 0.95), (0.55, 0.7))],
+    ),
+}  # fmt: skip
+TOY_SUBSTANCES = "Brick,Wood,Tile,Stone,Fabric/Cloth,Metal,Foliage,Glass,Painted,Concrete,Sky,Water,Dirt,Wax".split(",")
+TOY_SYNONYMS = {
+    "car": "car, auto",
+    "building": "building, edifice",
+    "person": "person, individual",
+    "painting": "painting, picture",
 }
-TOY_OBJECTS = (  # ADE20K's way of naming: synonyms after the first
-    "sky,road; route,building; edifice,tree,car; auto,person; individual,grass,mountain; mount,"
-    "sea,sand,boat,sunshade; parasol,wall,floor; flooring,bed,lamp,painting; picture,table,chair,window,door,roof,wheel,head,"
-    "torso,left leg,right leg,trunk,crown,hull,sail,canopy,pole,headboard,pillow,shade,base,top,leg,back,seat,frame,canvas"
-).split(",")
-TOY_NUMBERS = {name.split(";")[0]: 61 * (k + 1) for k, name in enumerate(TOY_OBJECTS)}  # beyond 255: both colour channels
-TOY_SUBSTANCES = (
-    "Brick,Wood,Tile,Stone,Fabric/Cloth,Metal,Foliage,Glass,Painted,Concrete,Sky,Water,Dirt,Wax"
-).split(",")
+TOY_NAMES = dict.fromkeys(
+    [layer[0] for _, behind, ground, _ in TOY_SCENES.values() for layer in (behind, *ground.values())]
+    + list(TOY_THINGS)
+    + [part for strokes in TOY_THINGS.values() for part, *_ in strokes if part]
+)
+TOY_NUMBERS = {name: 61 * k for k, name in enumerate(TOY_NAMES, start=1)}  # beyond 255: they take both colour channels
 
 
 def noise(rng: np.random.Generator, height: int, width: int, rows: float, columns: float) -> np.ndarray:
@@ -705,246 +840,113 @@ def noise(rng: np.random.Generator, height: int, width: int, rows: float, column
 def surface(substance: str, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """The relief of a material, in [0, 1], (height, width): what tells it from others whatever its colour."""
     y, x = np.mgrid[:height, :width].astype(np.float32) + rng.random(2).astype(np.float32)[:, None, None] * 20
-    grain = noise(rng, height, width, 2, 2)
+    smooth = lambda rows, columns: noise(rng, height, width, rows, columns)
     if substance == "Brick":
         tall = rng.uniform(7, 10)
-        row = np.floor(y / tall)
-        along = (x + row % 2 * tall) % (2 * tall)
-        return np.where((y % tall < 1.7) | (along < 1.7), 1, 0.25 * grain + 0.15 * noise(rng, height, width, tall, 2 * tall))
+        along = (x + np.floor(y / tall) % 2 * tall) % (2 * tall)
+        return np.where((y % tall < 1.7) | (along < 1.7), 1, 0.25 * smooth(2, 2) + 0.15 * smooth(tall, 2 * tall))
     if substance == "Tile":
         side = rng.uniform(10, 15)
-        return np.where((x % side < 1.8) | (y % side < 1.8), 0, 0.75 + 0.15 * noise(rng, height, width, side, side))
+        return np.where((x % side < 1.8) | (y % side < 1.8), 0, 0.75 + 0.15 * smooth(side, side))
     if substance == "Wood":
-        warped = y + 5 * noise(rng, height, width, 20, 40)
-        return 0.5 + 0.3 * np.sin(warped * rng.uniform(0.65, 0.95)) + 0.3 * (noise(rng, height, width, 1.5, 25) - 0.5)
+        grain = np.sin((y + 5 * smooth(20, 40)) * rng.uniform(0.65, 0.95))
+        return 0.5 + 0.3 * grain + 0.3 * (smooth(1.5, 25) - 0.5)
     if substance in ("Stone", "Concrete"):
-        return 0.4 * noise(rng, height, width, 7, 7) + 0.6 * noise(rng, height, width, 2.5, 2.5)
+        return 0.4 * smooth(7, 7) + 0.6 * smooth(2.5, 2.5)
     if substance == "Fabric/Cloth":
-        period = rng.uniform(6, 9)
-        return 0.5 + 0.25 * np.sin(2 * np.pi * x / period) + 0.25 * np.sin(2 * np.pi * y / period)
+        period = rng.uniform(6, 9) / (2 * np.pi)
+        return 0.5 + 0.25 * np.sin(x / period) + 0.25 * np.sin(y / period)
     if substance == "Metal":
-        return 0.5 + 0.45 * np.sin(y / height * rng.uniform(5, 9) + rng.uniform(0, 6)) + 0.1 * (noise(rng, height, width, 1, 30) - 0.5)
+        return 0.5 + 0.45 * np.sin(y / height * rng.uniform(5, 9) + rng.uniform(0, 6)) + 0.1 * (smooth(1, 30) - 0.5)
     if substance == "Foliage":
-        return np.clip((noise(rng, height, width, 5, 5) - 0.5) * 2.5 + 0.5, 0, 1)
+        return np.clip((smooth(5, 5) - 0.5) * 2.5 + 0.5, 0, 1)
     if substance == "Glass":
-        return 0.25 + 0.6 * (np.sin((x + y) / rng.uniform(3.5, 5)) > 0.55) + 0.1 * grain
+        return 0.25 + 0.6 * (np.sin((x + y) / rng.uniform(3.5, 5)) > 0.55) + 0.1 * smooth(2, 2)
     if substance == "Water":
-        return 0.5 + 0.35 * np.sin(y * 0.7 + 3 * noise(rng, height, width, 6, 12)) * noise(rng, height, width, 3, 10)
+        return 0.5 + 0.35 * np.sin(y * 0.7 + 3 * smooth(6, 12)) * smooth(3, 10)
     if substance == "Sky":
-        return np.clip(1.6 * noise(rng, height, width, 20, 45) - 0.5, 0, 1) * 0.9
+        return np.clip(1.6 * smooth(20, 45) - 0.5, 0, 1) * 0.9
     if substance == "Dirt":
-        return 0.4 + 0.35 * (grain - 0.5)
-    return 0.5 + 0.06 * (noise(rng, height, width, 15, 15) - 0.5)  # paint and wax: plain
-
-
-def hsv(hue: float, saturation: float, value: float) -> np.ndarray:
-    """A colour in [0, 255], (3,), from hue, saturation and value in [0, 1]."""
-    steps = np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
-    return 255 * value * (1 - saturation + saturation * steps)
+        return 0.4 + 0.35 * (smooth(2, 2) - 0.5)
+    return 0.5 + 0.06 * (smooth(15, 15) - 0.5)  # paint and wax: plain
 
 
 class Canvas:
-    """A toy scene being painted, far things first: the picture and, for every pixel, its object, part and substance."""
+    """A toy scene, painted far things first: its picture and, for every pixel, its object, part and substance."""
 
-    def __init__(self, width: int, height: int, rng: np.random.Generator):
+    def __init__(self, kind: str, width: int, height: int, rng: np.random.Generator):
         self.width, self.height, self.rng = width, height, rng
         self.picture = np.zeros((height, width, 3), np.float32)
         self.objects, self.parts, self.substances = (np.zeros((height, width), np.int32) for _ in range(3))
-        self.listed: list[tuple[str, str | None]] = []  # (object, part) in the order of painting
+        self.things: list[tuple[str, set[str]]] = []  # each thing that was painted, with its parts
+        _, behind, ground, things = TOY_SCENES[kind]
+        horizon = height * (rng.uniform(0.42, 0.6) if behind[0] == "sky" else rng.uniform(0.58, 0.72))
+        for depth, layer in ((None, behind), *ground.items()):
+            top = -2 if depth is None else horizon + depth * (height - horizon)
+            box = [(-2, top), (width + 2, height + 2)]
+            self.things.append((layer[0], set()))
+            self.stroke(layer[0], None, layer[1], self.colour(layer[2]), "rectangle", box)
+        for thing, least, most, depths, sizes in things:
+            for depth in sorted(rng.uniform(*depths, rng.integers(least, most + 1))):
+                feet = horizon + depth * (height - horizon)
+                self.thing(thing, rng.uniform(0.1, 0.9) * width, feet, rng.uniform(*sizes) * min(width, height))
 
-    def colour(self, hues=(0.0, 1.0), saturation=(0.15, 0.65), value=(0.35, 0.95)) -> np.ndarray:
-        """A colour at random within ranges of hue, saturation and value."""
-        hue, saturation, value = (self.rng.uniform(*bounds) for bounds in (hues, saturation, value))
-        return hsv(hue % 1, saturation, value)
+    def colour(self, choices: str) -> np.ndarray:
+        """A colour of one of TOY_COLOURS' ranges, (3,) in [0, 255]."""
+        ranges = TOY_COLOURS[self.rng.choice(choices.split("|")).rstrip("0123456789")]
+        hue, saturation, value = (self.rng.uniform(*bounds) for bounds in ranges)
+        return 255 * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value))
 
-    def paint(self, shape: str, points: list, thing: str, part: str | None, substance: str, colour: np.ndarray) -> None:
-        """Paints a "polygon" or an "ellipse" (two corners of its box), points in pixels, made of a substance."""
+    def thing(self, thing: str, x: float, y: float, size: float) -> None:
+        """One of TOY_THINGS with its feet at (x, y), `size` pixels tall, a little wider or narrower than the next, at
+        times the other way round."""
+        across = size * self.rng.uniform(0.85, 1.15) * self.rng.choice([-1, 1])
+        colours: dict[str, np.ndarray] = {}
+        self.things.append((thing, set()))
+        for part, substances, colour, shape, points in TOY_THINGS[thing]:
+            colours.setdefault(colour, self.colour(colour))
+            placed = [(x + across * px, y - size * py) for px, py in zip(points[::2], points[1::2])]
+            self.stroke(thing, part, substances, colours[colour], shape, placed)
+
+    def stroke(
+        self, thing: str, part: str | None, substances: str, colour: np.ndarray, shape: str, points: list
+    ) -> None:
+        """Fills a shape ("rectangle" or "ellipse" by two corners, "polygon"; pixels) with a substance."""
+        substance = str(self.rng.choice(substances.split("|")))
         xs, ys = zip(*points)
         left, top = max(0, math.floor(min(xs)) - 1), max(0, math.floor(min(ys)) - 1)
         right, bottom = min(self.width, math.ceil(max(xs)) + 2), min(self.height, math.ceil(max(ys)) + 2)
         if right <= left or bottom <= top:
             return
-        box = slice(top, bottom), slice(left, right)
         fine = Image.new("L", (4 * (right - left), 4 * (bottom - top)))  # drawn at four times the size for smooth edges
+        if shape != "polygon":
+            points = [(min(xs), min(ys)), (max(xs), max(ys))]
         getattr(ImageDraw.Draw(fine), shape)([(4 * float(x - left), 4 * float(y - top)) for x, y in points], fill=255)
         cover = np.asarray(fine.resize((right - left, bottom - top), Image.Resampling.BOX))[..., None] / np.float32(255)
+        relief = surface(substance, bottom - top, right - left, self.rng)[..., None].astype(np.float32)
+        box = slice(top, bottom), slice(left, right)
+        self.picture[box] = self.picture[box] * (1 - cover) + cover * (
+            colour * (0.6 + 0.55 * relief) + 30 * (relief > 0.97)
+        )
         inside = cover[..., 0] > 0.5
-        if not inside.any():
-            return
-        relief = surface(substance, *inside.shape, self.rng)[..., None].astype(np.float32)
-        fill = colour * (0.6 + 0.55 * relief) + (relief > 0.97) * 30
-        self.picture[box] = self.picture[box] * (1 - cover) + fill * cover
         self.objects[box][inside] = TOY_NUMBERS[thing]
         self.parts[box][inside] = TOY_NUMBERS[part] if part else 0
         self.substances[box][inside] = TOY_SUBSTANCES.index(substance) + 1
-        if (thing, part) not in self.listed:
-            self.listed.append((thing, part))
+        if part:
+            self.things[-1][1].add(part)
 
-    def rectangle(self, left, top, right, bottom, *what) -> None:
-        self.paint("polygon", [(left, top), (right, top), (right, bottom), (left, bottom)], *what)
-
-    def pick(self, *choices: str) -> str:
-        return choices[self.rng.integers(len(choices))]
-
-    # Things that stand at x with their feet at y and are s pixels tall.
-
-    def building(self, x, y, s) -> None:
-        w, r = s * self.rng.uniform(0.5, 0.8), self.rng
-        facade, colour = self.pick("Brick", "Stone", "Wood", "Painted", "Glass", "Metal"), self.colour((0, 1), (0.1, 0.5))
-        self.rectangle(x - w / 2, y - 0.8 * s, x + w / 2, y, "building", None, facade, colour)
-        roof = [(x - 0.58 * w, y - 0.78 * s), (x - 0.3 * w, y - s), (x + 0.3 * w, y - s), (x + 0.58 * w, y - 0.78 * s)]
-        self.paint("polygon", roof, "building", "roof", self.pick("Tile", "Metal"), self.colour())
-        pane, rows, columns = self.colour((0.5, 0.65)), r.integers(1, 3), r.integers(2, 4)
-        for i, j in itertools.product(range(rows), range(columns)):
-            wx, wy = x + w * ((j + 0.5) / columns - 0.5), y - s * (0.72 - 0.24 * i)
-            self.rectangle(wx - 0.11 * w, wy, wx + 0.11 * w, wy + 0.16 * s, "building", "window", "Glass", pane)
-        dx = x + r.uniform(-0.2, 0.2) * w
-        self.rectangle(dx - 0.1 * w, y - 0.24 * s, dx + 0.1 * w, y, "building", "door", "Wood", self.colour())
-
-    def tree(self, x, y, s) -> None:
-        self.rectangle(x - 0.06 * s, y - 0.5 * s, x + 0.06 * s, y, "tree", "trunk", "Wood", self.colour((0.03, 0.12)))
-        green, w = self.colour((0.08, 0.42), (0.25, 0.7), (0.35, 0.85)), self.rng.uniform(0.26, 0.38)
-        for dx, dy in ((0, 0), (-0.12, 0.1), (0.12, 0.12)):
-            box = [(x + (dx - w) * s, y - s + dy * s), (x + (dx + w) * s, y - 0.42 * s + dy * s)]
-            self.paint("ellipse", box, "tree", "crown", "Foliage", green)
-
-    def car(self, x, y, s) -> None:
-        w, colour = 2.1 * s, self.colour()
-        self.rectangle(x - w / 2, y - 0.6 * s, x + w / 2, y - 0.15 * s, "car", None, "Metal", colour)
-        cabin = [(x - 0.32 * w, y - 0.58 * s), (x - 0.2 * w, y - s), (x + 0.18 * w, y - s), (x + 0.34 * w, y - 0.58 * s)]
-        self.paint("polygon", cabin, "car", None, "Metal", colour)
-        glass = [(x - 0.25 * w, y - 0.6 * s), (x - 0.16 * w, y - 0.92 * s), (x + 0.14 * w, y - 0.92 * s), (x + 0.26 * w, y - 0.6 * s)]
-        self.paint("polygon", glass, "car", "window", "Glass", self.colour((0.5, 0.65)))
-        for dx in (-0.28, 0.28):
-            box = [(x + dx * w - 0.24 * s, y - 0.46 * s), (x + dx * w + 0.24 * s, y + 0.02 * s)]
-            self.paint("ellipse", box, "car", "wheel", "Metal", hsv(0, 0, 0.3))
-
-    def person(self, x, y, s) -> None:
-        trousers, side = self.colour(), self.pick("left", "right")
-        for name, dx in (("left leg", -0.07), ("right leg", 0.07)) if side == "left" else (("right leg", 0.07), ("left leg", -0.07)):
-            self.rectangle(x + (dx - 0.06) * s, y - 0.45 * s, x + (dx + 0.06) * s, y, "person", name, "Fabric/Cloth", trousers)
-        shirt = [(x - 0.2 * s, y - 0.76 * s), (x + 0.2 * s, y - 0.76 * s), (x + 0.14 * s, y - 0.4 * s), (x - 0.14 * s, y - 0.4 * s)]
-        self.paint("polygon", shirt, "person", "torso", "Fabric/Cloth", self.colour())
-        skin = hsv(self.rng.uniform(0.04, 0.09), self.rng.uniform(0.3, 0.55), self.rng.uniform(0.45, 1))
-        self.paint("ellipse", [(x - 0.11 * s, y - s), (x + 0.11 * s, y - 0.75 * s)], "person", "head", "Wax", skin)
-
-    def boat(self, x, y, s) -> None:
-        hull = [(x - 0.55 * s, y - 0.28 * s), (x + 0.55 * s, y - 0.28 * s), (x + 0.38 * s, y), (x - 0.38 * s, y)]
-        self.paint("polygon", hull, "boat", "hull", self.pick("Wood", "Painted"), self.colour())
-        for side in (-1, 1):
-            sail = [(x + side * 0.04 * s, y - s), (x + side * 0.42 * s, y - 0.34 * s), (x + side * 0.04 * s, y - 0.34 * s)]
-            self.paint("polygon", sail, "boat", "sail", "Fabric/Cloth", self.colour())
-
-    def sunshade(self, x, y, s) -> None:
-        self.rectangle(x - 0.03 * s, y - 0.8 * s, x + 0.03 * s, y, "sunshade", "pole", "Wood", self.colour())
-        tip = [(x - 0.5 * s, y - 0.6 * s), (x - 0.3 * s, y - 0.88 * s), (x, y - s), (x + 0.3 * s, y - 0.88 * s), (x + 0.5 * s, y - 0.6 * s)]
-        self.paint("polygon", tip, "sunshade", "canopy", "Fabric/Cloth", self.colour())
-
-    def bed(self, x, y, s) -> None:
-        w, side = 1.7 * s, 1 if self.rng.random() < 0.5 else -1
-        head = sorted((x - side * w / 2, x - side * 0.38 * w))
-        self.rectangle(head[0], y - s, head[1], y, "bed", "headboard", "Wood", self.colour())
-        body = sorted((x - side * 0.38 * w, x + side * w / 2))
-        self.rectangle(body[0], y - 0.5 * s, body[1], y - 0.08 * s, "bed", None, "Fabric/Cloth", self.colour())
-        rest = sorted((x - side * 0.36 * w, x - side * 0.1 * w))
-        self.paint("ellipse", [(rest[0], y - 0.72 * s), (rest[1], y - 0.42 * s)], "bed", "pillow", "Fabric/Cloth", self.colour())
-
-    def lamp(self, x, y, s) -> None:
-        metal = self.colour()
-        self.rectangle(x - 0.05 * s, y - 0.7 * s, x + 0.05 * s, y, "lamp", "base", "Metal", metal)
-        self.rectangle(x - 0.2 * s, y - 0.08 * s, x + 0.2 * s, y, "lamp", "base", "Metal", metal)
-        shade = [(x - 0.18 * s, y - s), (x + 0.18 * s, y - s), (x + 0.32 * s, y - 0.55 * s), (x - 0.32 * s, y - 0.55 * s)]
-        self.paint("polygon", shade, "lamp", "shade", self.pick("Fabric/Cloth", "Glass"), self.colour((0.05, 0.18)))
-
-    def painting(self, x, y, s) -> None:
-        w = s * self.rng.uniform(0.7, 1.5)
-        self.rectangle(x - w / 2, y - s, x + w / 2, y, "painting", "frame", "Wood", self.colour())
-        self.rectangle(x - w / 2 + 0.16 * s, y - 0.84 * s, x + w / 2 - 0.16 * s, y - 0.16 * s, "painting", "canvas", "Painted", self.colour())
-
-    def table(self, x, y, s) -> None:
-        w, made = s * self.rng.uniform(1.5, 2.2), self.pick("Wood", "Metal")
-        for dx in (-0.4, 0.4):
-            self.rectangle(x + (dx - 0.06) * w, y - 0.8 * s, x + (dx + 0.06) * w, y, "table", "leg", made, self.colour())
-        edge = [(x - 0.42 * w, y - s), (x + 0.42 * w, y - s), (x + w / 2, y - 0.72 * s), (x - w / 2, y - 0.72 * s)]
-        self.paint("polygon", edge, "table", "top", self.pick("Wood", "Glass", "Stone"), self.colour())
-
-    def chair(self, x, y, s) -> None:
-        colour, side = self.colour(), 1 if self.rng.random() < 0.5 else -1
-        for dx in (-0.2, 0.2):
-            self.rectangle(x + (dx - 0.06) * s, y - 0.4 * s, x + (dx + 0.06) * s, y, "chair", "leg", "Metal", hsv(0, 0, 0.5))
-        back = sorted((x - side * 0.3 * s, x - side * 0.1 * s))
-        self.rectangle(back[0], y - s, back[1], y - 0.35 * s, "chair", "back", "Wood", colour)
-        self.rectangle(x - 0.3 * s, y - 0.56 * s, x + 0.3 * s, y - 0.34 * s, "chair", "seat", self.pick("Wood", "Fabric/Cloth"), colour)
-
-    # Scenes. Sizes are shares of the short side; what is nearer is larger and painted later.
-
-    def many(self, thing: str, least: int, most: int, nearness: tuple[float, float], sizes: tuple[float, float], ground: float) -> None:
-        """Between `least` and `most` of a thing, feet between two shares of the ground, which begins at y = `ground`."""
-        for depth in sorted(self.rng.uniform(*nearness, self.rng.integers(least, most + 1))):
-            s = self.rng.uniform(*sizes) * (0.8 + 0.4 * depth) * min(self.width, self.height)
-            getattr(self, thing)(self.rng.uniform(0.1, 0.9) * self.width, ground + depth * (self.height - ground), s)
-
-    def band(self, top: float, bottom: float, thing: str, substance: str, colour: np.ndarray) -> None:
-        self.rectangle(-1, top, self.width + 1, bottom, thing, None, substance, colour)
-
-    def mountains(self, y: float) -> None:
-        for _ in range(self.rng.integers(1, 3)):
-            x, s = self.rng.uniform(0, self.width), self.rng.uniform(0.3, 0.5) * self.height
-            self.paint("polygon", [(x - 1.6 * s, y), (x, y - s), (x + 1.6 * s, y)], "mountain", None, "Stone", self.colour((0, 1), (0.05, 0.35)))
-
-    def scene(self, kind: str) -> None:
-        h, w, r = self.height, self.width, self.rng
-        if kind in ("street", "park", "beach"):
-            y = h * r.uniform(0.42, 0.6)
-            self.band(-1, y + 1, "sky", "Sky", self.colour(*[((0.5, 0.66), (0.15, 0.6), (0.6, 1)), ((0.92, 1.12), (0.15, 0.5), (0.6, 1))][int(r.random() < 0.3)]))
-        else:
-            y = h * r.uniform(0.58, 0.72)
-            self.band(-1, y + 1, "wall", self.pick("Painted", "Brick", "Tile"), self.colour((0, 1), (0.05, 0.4), (0.6, 1)))
-            self.band(y, h + 1, "floor", self.pick("Wood", "Tile", "Stone"), self.colour((0.95, 1.15), (0.1, 0.6), (0.3, 0.8)))
-        if kind == "street":
-            self.band(y, h + 1, "road", self.pick("Stone", "Concrete", "Brick"), self.colour((0, 1), (0, 0.2), (0.3, 0.75)))
-            for place in np.arange(r.uniform(0, 0.3), 1.1, 0.42):
-                if r.random() < 0.8:
-                    self.building(place * w, y + r.uniform(0, 0.06) * h, r.uniform(0.42, 0.62) * min(w, h))
-            self.many("tree", 0, 2, (0, 0.15), (0.4, 0.6), y)
-            self.many("car", 1, 2, (0.4, 0.9), (0.24, 0.34), y)
-            self.many("person", 0, 2, (0.5, 0.95), (0.5, 0.7), y)
-        elif kind == "park":
-            self.mountains(y + 1)
-            self.band(y, h + 1, "grass", "Foliage", self.colour((0.16, 0.36), (0.3, 0.7), (0.4, 0.85)))
-            self.many("tree", 2, 4, (0, 0.6), (0.45, 0.75), y)
-            self.many("person", 0, 2, (0.5, 0.95), (0.5, 0.7), y)
-        elif kind == "beach":
-            shore = y + (h - y) * r.uniform(0.35, 0.55)
-            self.mountains(y + 1)
-            self.band(y, shore + 1, "sea", "Water", self.colour((0.46, 0.62), (0.3, 0.7), (0.4, 0.85)))
-            self.many("boat", 1, 2, (0.1, 0.35), (0.45, 0.6), y)
-            self.band(shore, h + 1, "sand", "Dirt", self.colour((0.07, 0.15), (0.2, 0.5), (0.65, 1)))
-            self.many("sunshade", 1, 2, (0.2, 0.8), (0.5, 0.7), shore)
-            self.many("person", 0, 2, (0.5, 0.95), (0.5, 0.7), shore)
-        elif kind == "bedroom":
-            self.many("painting", 1, 2, (0, 0), (0.3, 0.4), h * 0.4)
-            self.many("lamp", 1, 2, (0.05, 0.3), (0.55, 0.7), y)
-            self.many("bed", 1, 1, (0.5, 0.9), (0.5, 0.6), y)
-        else:
-            self.many("painting", 1, 2, (0, 0), (0.3, 0.4), h * 0.4)
-            self.many("lamp", 0, 1, (0.05, 0.2), (0.55, 0.7), y)
-            self.many("chair", 0, 1, (0.1, 0.4), (0.5, 0.65), y)
-            self.many("table", 1, 1, (0.5, 0.8), (0.4, 0.5), y)
-            self.many("chair", 1, 2, (0.85, 0.95), (0.5, 0.65), y)
-
-    def finished(self) -> Image.Image:
+    def lit(self) -> Image.Image:
         """The picture under an uneven light."""
         light = 0.85 + 0.3 * noise(self.rng, self.height, self.width, self.height, self.width)
         return Image.fromarray((self.picture * light[..., None]).clip(0, 255).astype(np.uint8))
 
 
 def texture_relief(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A procedural texture in [0, 1], (size, size), at any angle and scale; the names are DTD's."""
+    """A procedural texture in [0, 1], (size, size), at any angle and of varying scale; the names are DTD's."""
     y, x = np.mgrid[:size, :size].astype(np.float32) - size / 2
-    angle, step = rng.uniform(0, np.pi), rng.uniform(11, 17)
-    u, v = (x * np.cos(angle) + y * np.sin(angle)) / step, (y * np.cos(angle) - x * np.sin(angle)) / step
-    u, v = u + rng.random(), v + rng.random()
+    angle, step = rng.uniform(0, np.pi), rng.uniform(12, 17)
+    u = (x * np.cos(angle) + y * np.sin(angle)) / step + rng.random()
+    v = (y * np.cos(angle) - x * np.sin(angle)) / step + rng.random()
     if kind == "banded":
         return (u % 1 < rng.uniform(0.4, 0.6)).astype(np.float32)
     if kind == "chequered":
@@ -955,23 +957,18 @@ def texture_relief(kind: str, size: int, rng: np.random.Generator) -> np.ndarray
         return ((u % 1 < 0.16) | (v % 1 < 0.16)).astype(np.float32)
     if kind == "zigzagged":
         return ((u + np.abs(v % 1 - 0.5) * 1.4) % 1 < 0.5).astype(np.float32)
-    if kind == "crosshatched":
-        fine = noise(rng, size, size, 6, 6)
-        return 0.5 * (np.sin(u * 16) > 0.3) + 0.5 * (np.sin((u * 0.5 + v * 0.87) * 16) > 0.3) * (fine > 0.3)
     if kind == "marbled":
-        warp = noise(rng, size, size, 16, 16) + 0.5 * noise(rng, size, size, 7, 7)
-        return np.abs(np.sin(u * 1.2 + 5 * warp)) ** 0.6
+        return np.abs(np.sin(u * 1.2 + 5 * noise(rng, size, size, 16, 16) + 2.5 * noise(rng, size, size, 7, 7))) ** 0.6
     if kind == "spiralled":
-        radius, turn = np.hypot(x, y) / step, np.arctan2(y, x) / (2 * np.pi)
-        return ((radius + turn) % 1 < 0.5).astype(np.float32)
-    centres = rng.uniform(-size / 2, size / 2, (round((size / step) ** 2 * 1.6), 2, 1, 1))
+        return ((np.hypot(x, y) / step + np.arctan2(y, x) / (2 * np.pi)) % 1 < 0.5).astype(np.float32)
+    centres = rng.uniform(-size / 2, size / 2, (round((size / step) ** 2 * 1.2), 2, 1, 1))
     nearest, second = np.partition(np.hypot(x - centres[:, 0], y - centres[:, 1]), (0, 1), axis=0)[:2]
     if kind == "cracked":
         return (second - nearest > 1.6).astype(np.float32)
-    return np.abs(np.cos(np.clip(nearest / step * 5, 0, np.pi)))  # bubbly: rings around the centres
+    return np.clip(1.1 - (nearest / step / 0.7) ** 2, 0, 1)  # bubbly
 
 
-TOY_TEXTURES = "banded bubbly chequered cracked crosshatched grid marbled polka-dotted spiralled zigzagged".split()
+TOY_TEXTURES = "banded bubbly chequered cracked grid marbled polka-dotted spiralled zigzagged".split()
 
 
 def make_toy(folder: str, scenes: int = 400, photos: int = 320, textures: int = 100) -> None:
@@ -983,104 +980,109 @@ def make_toy(folder: str, scenes: int = 400, photos: int = 320, textures: int = 
     if os.path.isdir(folder):
         return
     temporary = f"{folder}.{os.getpid()}.tmp"
+    writers = (
+        (write_toy_scene, os.path.join(temporary, "ade20k", "ADE20K_2021_17_01"), scenes),
+        (write_toy_photo, os.path.join(temporary, "os"), photos),
+        (write_toy_texture, os.path.join(temporary, "dtd"), textures * len(TOY_TEXTURES)),
+    )
     try:
-        os.makedirs(temporary)
-        total = scenes + photos + textures * len(TOY_TEXTURES)
-        with tqdm(total=total, desc="drawing the toy", unit=" images", disable=None, leave=False) as bar:
-            for k in range(scenes):
-                write_toy_scene(os.path.join(temporary, "ade20k", "ADE20K_2021_17_01"), k, validation=k % 10 == 9)
-                bar.update()
-            write_toy_tables(os.path.join(temporary, "os"), photos)
-            for k in range(photos):
-                write_toy_photo(os.path.join(temporary, "os"), k)
-                bar.update()
-            for k, (n, kind) in enumerate(itertools.product(range(textures), TOY_TEXTURES)):
-                write_toy_texture(os.path.join(temporary, "dtd"), kind, n, k)
-                bar.update()
-        os.makedirs(os.path.join(temporary, "dtd", "labels"))
-        for name, numbers in (("train1", range(0, textures, 2)), ("val1", range(1, textures, 4)), ("test1", range(3, textures, 4))):
-            with open(os.path.join(temporary, "dtd", "labels", f"{name}.txt"), "w") as file:
-                file.writelines(f"{kind}/{kind}_{n:04d}.jpg\n" for kind in TOY_TEXTURES for n in numbers)
+        with tqdm(
+            total=sum(n for *_, n in writers), desc="drawing the toy", unit=" images", disable=None, leave=False
+        ) as bar:
+            for writer, place, n in writers:
+                for k in range(n):
+                    writer(place, k)
+                    bar.update()
+        write_text(
+            os.path.join(temporary, "os", "photos.csv"), "photo_id\n" + "".join(f"{k + 1}\n" for k in range(photos))
+        )
+        table = "".join(f"{100 + k},{name},{k}\n" for k, name in enumerate(TOY_SUBSTANCES, start=1))
+        write_text(
+            os.path.join(temporary, "os", "label-substance-colors.csv"),
+            f"substance_id,substance_name,red_color\n{table}",
+        )
+        for name, numbers in (
+            ("train1", range(0, textures, 2)),
+            ("val1", range(1, textures, 4)),
+            ("test1", range(3, textures, 4)),
+        ):
+            listed = "".join(f"{kind}/{kind}_{n:04d}.jpg\n" for kind in TOY_TEXTURES for n in numbers)
+            write_text(os.path.join(temporary, "dtd", "labels", f"{name}.txt"), listed)
         os.rename(temporary, folder)
     except OSError as e:
-        raise UserError(f"{folder}: the toy data cannot be written there ({e.strerror}); choose another folder with --root") from None
+        raise UserError(
+            f"{folder}: the toy cannot be written there ({e.strerror}); choose another folder with --root"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_text(path: str, text: str) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as file:
+        file.write(text)
+
+
 def toy_canvas(stream: int, k: int) -> tuple[Canvas, str]:
-    """The k-th scene of a stream of them: a painted canvas, a quarter of them upright, and its kind."""
+    """The k-th scene of a stream of them, a quarter of them upright, and its kind."""
     rng = np.random.default_rng((TOY_SEED, stream, k))
     size = (96, 144) if rng.random() < 0.25 else (144, 96)
     kind = list(TOY_SCENES)[k % len(TOY_SCENES)]
-    canvas = Canvas(*size, rng)
-    canvas.scene(kind)
-    return canvas, kind
+    return Canvas(kind, *size, rng), kind
 
 
-def write_toy_scene(folder: str, k: int, validation: bool) -> None:
+def write_toy_scene(folder: str, k: int) -> None:
     canvas, kind = toy_canvas(0, k)
-    part, broad = ("validation", "val") if validation else ("training", "train")
-    place = os.path.join("images", "ADE", part, TOY_SCENES[kind][1], kind)
-    os.makedirs(os.path.join(folder, place), exist_ok=True)
-    name = f"ADE_{broad}_{k:08d}"
-    stem = os.path.join(folder, place, name)
-    canvas.finished().save(f"{stem}.jpg", quality=92)
+    path = TOY_SCENES[kind][0].split()
+    official, short = ("validation", "val") if k % 10 == 9 else ("training", "train")
+    stem = os.path.join(folder, "images", "ADE", official, *path[1:], f"ADE_{short}_{k:08d}")
+    entries: list[dict] = []
+    for thing, parts in canvas.things:
+        owner = len(entries)
+        entries.append({"name": thing, "parts": {"hasparts": [], "ispartof": [], "part_level": 0}})
+        for part in sorted(parts):
+            entries.append({"name": part, "parts": {"hasparts": [], "ispartof": owner, "part_level": 1}})
+    for number, entry in enumerate(entries):
+        entry |= {
+            "id": number,
+            "name_ndx": TOY_NUMBERS[entry["name"]],
+            "name": TOY_SYNONYMS.get(entry["name"], entry["name"]),
+        }
+    write_text(f"{stem}.json", json.dumps({"annotation": {"scene": path, "object": entries}}))
+    canvas.lit().save(f"{stem}.jpg", quality=92)
     for ending, numbers in (("seg", canvas.objects), ("parts_1", canvas.parts)):
         if numbers.any():
             coded = np.stack([numbers // 256 * 10, numbers % 256, np.zeros_like(numbers)], axis=-1)
             Image.fromarray(coded.astype(np.uint8)).save(f"{stem}_{ending}.png")
-    full_names = {name.split(";")[0]: name.replace(";", ",") for name in TOY_OBJECTS}
-    things = []
-    for thing, its_part in canvas.listed:
-        level, owner = (0, []) if its_part is None else (1, next((o["id"] for o in things if o["name"] == full_names[thing]), []))
-        shown = thing if its_part is None else its_part
-        parts = {"hasparts": [], "ispartof": owner, "part_level": level}
-        things.append({"id": len(things), "name": full_names[shown], "name_ndx": TOY_NUMBERS[shown], "raw_name": shown, "parts": parts})
-        if its_part and not any(o["name"] == full_names[thing] for o in things):  # an object that is all parts
-            parts = {"hasparts": [], "ispartof": [], "part_level": 0}
-            things.append({"id": len(things), "name": full_names[thing], "name_ndx": TOY_NUMBERS[thing], "raw_name": thing, "parts": parts})
-    annotation = {
-        "filename": f"{name}.jpg",
-        "folder": f"ADE20K_2021_17_01/{place}",
-        "imsize": [canvas.height, canvas.width, 3],
-        "scene": TOY_SCENES[kind],
-        "object": things,
-    }
-    with open(f"{stem}.json", "w") as file:
-        json.dump({"annotation": annotation}, file)
-
-
-def write_toy_tables(folder: str, photos: int) -> None:
-    os.makedirs(os.path.join(folder, "photos"))
-    os.makedirs(os.path.join(folder, "photos-labels"))
-    with open(os.path.join(folder, "label-substance-colors.csv"), "w", newline="") as file:
-        rows = [(100 + k, name, k) for k, name in enumerate(TOY_SUBSTANCES, start=1)]
-        csv.writer(file).writerows([("substance_id", "substance_name", "red_color"), *rows])
-    with open(os.path.join(folder, "photos.csv"), "w", newline="") as file:
-        csv.writer(file).writerows([("photo_id",), *((k + 1,) for k in range(photos))])
 
 
 def write_toy_photo(folder: str, k: int) -> None:
     canvas, _ = toy_canvas(1, k)
-    canvas.finished().save(os.path.join(folder, "photos", f"{k + 1}.jpg"), quality=92)
+    for name in ("photos", "photos-labels"):
+        os.makedirs(os.path.join(folder, name), exist_ok=True)
+    canvas.lit().save(os.path.join(folder, "photos", f"{k + 1}.jpg"), quality=92)
     labels = np.zeros((canvas.height, canvas.width, 3), np.uint8)
     labels[..., 0] = canvas.substances
     larger = (canvas.width * 3 // 2, canvas.height * 3 // 2)  # as in the release, not the photo's size
-    Image.fromarray(labels).resize(larger, Image.Resampling.NEAREST).save(os.path.join(folder, "photos-labels", f"{k + 1}.png"))
+    Image.fromarray(labels).resize(larger, Image.Resampling.NEAREST).save(
+        os.path.join(folder, "photos-labels", f"{k + 1}.png")
+    )
 
 
-def write_toy_texture(folder: str, kind: str, n: int, k: int) -> None:
+def write_toy_texture(folder: str, k: int) -> None:
     rng = np.random.default_rng((TOY_SEED, 2, k))
+    n, kind = k // len(TOY_TEXTURES), TOY_TEXTURES[k % len(TOY_TEXTURES)]
     relief = texture_relief(kind, 112, rng)[..., None]
-    first, second = (hsv(rng.random(), rng.uniform(0.1, 0.8), value) for value in rng.permutation([rng.uniform(0.15, 0.5), rng.uniform(0.65, 1)]))
+    values = rng.permutation([rng.uniform(0.15, 0.5), rng.uniform(0.65, 1)])
+    first, second = (
+        255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.1, 0.8), value)) for value in values
+    )
     light = 0.85 + 0.3 * noise(rng, 112, 112, 112, 112)[..., None]
     picture = Image.fromarray(((first * (1 - relief) + second * relief) * light).clip(0, 255).astype(np.uint8))
     height, width = rng.integers(84, 113, 2)
     os.makedirs(os.path.join(folder, "images", kind), exist_ok=True)
-    picture.filter(ImageFilter.GaussianBlur(0.6)).crop((0, 0, width, height)).save(
-        os.path.join(folder, "images", kind, f"{kind}_{n:04d}.jpg"), quality=90
-    )
+    picture = picture.filter(ImageFilter.GaussianBlur(0.6)).crop((0, 0, width, height))
+    picture.save(os.path.join(folder, "images", kind, f"{kind}_{n:04d}.jpg"), quality=90)
 
 
 # ---------------------------------------------------------------- from a command line to indexes
@@ -1088,8 +1090,12 @@ def write_toy_texture(folder: str, kind: str, n: int, k: int) -> None:
 
 def add_data_options(parser: argparse.ArgumentParser, data: str | None = "toy") -> None:
     """The options of every script that scans."""
-    parser.add_argument("--data", default=data, metavar="LIST", help=f"toy, or a comma list of {','.join(SOURCE_LEVELS)}")
-    parser.add_argument("--root", default="data" if data else None, metavar="DIR", help="folder that holds ade20k/, os/, dtd/")
+    parser.add_argument(
+        "--data", default=data, metavar="LIST", help=f"toy, or a comma list of {','.join(SOURCE_LEVELS)}"
+    )
+    parser.add_argument(
+        "--root", default="data" if data else None, metavar="DIR", help="folder that holds ade20k/, os/, dtd/"
+    )
     parser.add_argument("--cache", metavar="DIR", help="where indexes go (default <root>/.cache)")
     for option, what in (
         ("--min-images", "keep objects and materials in at least so many images"),
@@ -1099,7 +1105,9 @@ def add_data_options(parser: argparse.ArgumentParser, data: str | None = "toy") 
     ):
         usual = PAPER_MINIMA[option[2:].replace("-", "_")]
         parser.add_argument(option, type=positive, metavar="N", help=f"{what} ({usual}; the toy has its own)")
-    parser.add_argument("--allow-broken", action="store_true", help="go on although more than one file in twenty is broken")
+    parser.add_argument(
+        "--allow-broken", action="store_true", help="go on although more than one file in twenty is broken"
+    )
 
 
 def positive(text: str) -> int:
@@ -1168,7 +1176,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(e))
     for source, index in indexes.items():
         heights, widths = index.sizes.double().median(dim=0).values.int().tolist()
-        print(f"{source}: {len(index.images)} images in {index.folder} ({index.layout}), {heights} x {widths} in the middle")
+        print(
+            f"{source}: {len(index.images)} images in {index.folder} ({index.layout}), {heights} x {widths} in the middle"
+        )
         table = class_pixels(index)
         for level in SOURCE_LEVELS[source]:
             if level not in vocabulary:
@@ -1180,7 +1190,9 @@ def main(argv: list[str] | None = None) -> None:
             unit = "images" if level in ("scene", "texture") else "pixels"
             shown = ", ".join(list(names)[:8])
             whole = f" of {len(names)} objects" if level == "part" else ""
-            print(f"  {level:9s} {n} classes{whole}, {pixels:,} {unit} labelled: {shown}{', ..' if len(names) > 8 else ''}")
+            print(
+                f"  {level:9s} {n} classes{whole}, {pixels:,} {unit} labelled: {shown}{', ..' if len(names) > 8 else ''}"
+            )
         for _, reason in index.broken:
             print(f"  set aside  {reason}")
 

@@ -1,8 +1,8 @@
 """Metrics, tables and pictures of a trained UPerNet (section 2.2's metrics), and the parsing of one's own photos.
 
-    python evaluate.py ckpt.pt                             # on the validation images of the checkpoint's own data
-    python evaluate.py ckpt.pt --photo a.jpg b.png         # one picture per photo: every level, with a legend
-    python evaluate.py ckpt.pt --json m.json --pictures d  # metrics as JSON, validation images with truth and prediction
+python evaluate.py ckpt.pt                             # on the validation images of the checkpoint's own data
+python evaluate.py ckpt.pt --photo a.jpg b.png         # one picture per photo: every level, with a legend
+python evaluate.py ckpt.pt --json m.json --pictures d  # metrics as JSON, validation images with truth and prediction
 """
 
 import argparse
@@ -70,10 +70,10 @@ def taps(filled: int, size: int, cells: int, like: Tensor) -> tuple[Tensor, Tens
 
     A cell is four input pixels wide, `filled` input pixels are stretched over the `size` pixels, corners not aligned.
     """
-    centre = (torch.arange(size, device=like.device, dtype=torch.float64) + 0.5) * (filled / size / 4) - 0.5
-    centre = centre.clamp(0, cells - 1)
+    centre = ((torch.arange(size, dtype=torch.float64) + 0.5) * (filled / size / 4) - 0.5).clamp(0, cells - 1)
     first = centre.floor().long()
-    return first, (first + 1).clamp(max=cells - 1), (centre - first).to(like.dtype)
+    weight = (centre - first).to(like.dtype)
+    return first.to(like.device), (first + 1).clamp(max=cells - 1).to(like.device), weight.to(like.device)
 
 
 def part_map(logits: Tensor, objects: Tensor, part_slices: dict[int, slice], filled: tuple[int, int]) -> Tensor:
@@ -261,20 +261,24 @@ def evaluate(
                     metrics.add_map(level, maps[level], labels[level])
             if pair in drawn:
                 if "part" in asked:
-                    maps["part"] = part_map(logits["part"], maps.get("object", labels["object"].long()), net.part_slices, filled)
+                    maps["part"] = part_map(
+                        logits["part"], maps.get("object", labels["object"].long()), net.part_slices, filled
+                    )
                     starts = torch.zeros(len(vocabulary["object"]) + 1, dtype=torch.int64, device=device)
                     for index, channels in net.part_slices.items():
                         starts[index] = channels.start
                     parts = labels["part"].long()
                     labels["part"] = torch.where(parts > 0, starts[labels["object"].long()] + parts, -1)
                 name = os.path.splitext(image["file"])[0].replace("/", "_")[-80:]
-                sheet = comparison(reader.photo(pair[1]), maps, logits, labels, asked, vocabulary)
+                sheet = comparison(reader.photo(pair[1]), maps, logits, labels, vocabulary)
                 save_picture(sheet, os.path.join(pictures, f"{pair[0]}_{name}.png"))
     net.train(was_training)
     return metrics.results()
 
 
-def add_parts(metrics: Metrics, logits: Tensor, objects: Tensor, parts: Tensor, part_slices: dict, filled: tuple) -> None:
+def add_parts(
+    metrics: Metrics, logits: Tensor, objects: Tensor, parts: Tensor, part_slices: dict, filled: tuple
+) -> None:
     """Counts the parts of one image, object by object, for the objects that have an annotated part there."""
     metrics.seen.add("part")
     for index in torch.unique(objects[parts > 0]).tolist():
@@ -315,7 +319,9 @@ PANEL, LINE, MARGIN = 380, 19, 10  # width of a panel, height of a line of text,
 
 def class_colour(number: int) -> tuple[int, int, int]:
     """The colour of a class, the same in every picture; neighbouring numbers are far apart on the wheel."""
-    red, green, blue = colorsys.hsv_to_rgb(number * 0.381966 % 1, (0.95, 0.6)[number // 2 % 2], (1.0, 0.75)[number // 4 % 2])
+    red, green, blue = colorsys.hsv_to_rgb(
+        number * 0.381966 % 1, (0.95, 0.6)[number // 2 % 2], (1.0, 0.75)[number // 4 % 2]
+    )
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
@@ -337,7 +343,9 @@ def overlay(photo: Image.Image, classes: np.ndarray) -> Image.Image:
     return Image.fromarray(picture)
 
 
-def panel(title: str, picture: Image.Image, entries: list[tuple[tuple[int, int, int] | None, str, float | None]]) -> Image.Image:
+def panel(
+    title: str, picture: Image.Image, entries: list[tuple[tuple[int, int, int] | None, str, float | None]]
+) -> Image.Image:
     """A titled picture with a legend below: (colour or None, text, length of a bar in [0, 1] or None) a line."""
     font = ImageFont.load_default(14)
     whole = Image.new("RGB", (PANEL, LINE + 4 + picture.height + 6 + LINE * len(entries)), "white")
@@ -363,7 +371,8 @@ def map_panel(title: str, photo: Image.Image, classes: np.ndarray, names: list[s
     numbers, pixels = np.unique(classes[classes >= 0], return_counts=True)
     order = np.argsort(-pixels, kind="stable")
     entries = [
-        (class_colour(int(numbers[k])), f"{names[int(numbers[k])]}  {pixels[k] / classes.size:.1%}", None) for k in order[:most]
+        (class_colour(int(numbers[k])), f"{names[int(numbers[k])]}  {pixels[k] / classes.size:.1%}", None)
+        for k in order[:most]
     ]
     if len(order) > most:
         entries.append((None, f"and {len(order) - most} more", None))
@@ -398,21 +407,19 @@ def part_channel_names(vocabulary: dict) -> list[str]:
     return [f"{name}: {part}" for name, parts in vocabulary.get("part", {}).items() for part in parts]
 
 
-def comparison(photo: Image.Image, maps: dict, logits: dict, labels: dict, levels: list[str], vocabulary: dict) -> Image.Image:
-    """One validation image: the truth in the upper row, the prediction in the lower."""
-    above, below = [], []
-    for level in levels:
-        if level in ("scene", "texture"):
-            names, truth = vocabulary[level], int(labels[level])
-            known = f"{level}: {names[truth] if truth >= 0 else 'unlabelled'}"
-            size = (PANEL, max(1, round(photo.height / photo.width * PANEL)))
-            above.insert(0, panel(f"truth, {known}", photo.resize(size, Image.Resampling.LANCZOS), []))
-            scores = {level: logits[level].softmax(dim=0).cpu().numpy()}
-            below.insert(0, tag_panel("prediction", photo, scores, vocabulary))
-        else:
-            names = part_channel_names(vocabulary) if level == "part" else vocabulary[level]
-            above.append(map_panel(f"{level}s, truth", photo, labels[level].cpu().numpy(), names))
-            below.append(map_panel(f"{level}s, prediction", photo, maps[level].cpu().numpy(), names))
+def comparison(photo: Image.Image, maps: dict, logits: dict, labels: dict, vocabulary: dict) -> Image.Image:
+    """One validation image: the truth in the upper row, the prediction in the lower.
+
+    Of each level (H, W) maps of classes in `maps` and `labels` (part: of channels), or logits (K,) and an index.
+    """
+    scores = {level: logits[level].softmax(dim=0).cpu().numpy() for level in ("scene", "texture") if level in logits}
+    known = [f"{level}: {vocabulary[level][int(labels[level])]}" for level in scores if labels[level] >= 0]
+    above = [tag_panel(", ".join(["truth", *known]), photo, {}, vocabulary)]
+    below = [tag_panel("prediction", photo, scores, vocabulary)]
+    for level in maps:
+        names = part_channel_names(vocabulary) if level == "part" else vocabulary[level]
+        above.append(map_panel(f"{level}s, truth", photo, labels[level].cpu().numpy(), names))
+        below.append(map_panel(f"{level}s, prediction", photo, maps[level].cpu().numpy(), names))
     return sheet_of([above, below])
 
 
@@ -430,17 +437,19 @@ def save_picture(picture: Image.Image, path: str) -> None:
 def open_photo(path: str) -> Image.Image:
     """A photo of any format and mode as upright 8-bit RGB. Raises UserError with its name if it cannot be read."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as picture:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture.load()
-            return rgb(ImageOps.exif_transpose(picture))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large is fine up to Pillow's own limit, which is an error
+            with Image.open(path) as picture:
+                return rgb(ImageOps.exif_transpose(picture))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as e:  # whatever a decoder makes of a damaged file
         raise UserError(f"{path}: cannot be read as a picture ({type(e).__name__}: {e})") from None
 
 
-def parse(net: UPerNet, photo: Image.Image, short: int, longest: int, amp: torch.dtype | None = None, levels=None) -> dict[str, np.ndarray]:
+def parse(
+    net: UPerNet, photo: Image.Image, short: int, longest: int, amp: torch.dtype | None = None, levels=None
+) -> dict[str, np.ndarray]:
     """All that the network sees in a photo (RGB), of the levels asked for, as numpy arrays.
 
     object, material, texture_map (H, W) class indices; part (H, W) channels of the part logits within the predicted
@@ -450,11 +459,11 @@ def parse(net: UPerNet, photo: Image.Image, short: int, longest: int, amp: torch
     size = resized((photo.height, photo.width), short, longest)
     images = torch.from_numpy(padded_image(photo, size, padded(size[0]), padded(size[1])))[None]
     levels = [level for level in net.classes if levels is None or level in levels]
-    needed = list(net.classes) if "part" in levels and "object" in net.classes else levels
+    computed = [level for level in net.classes if level in levels or (level == "object" and "part" in levels)]
     seen = {}
-    with torch.inference_mode(), autocast(device, amp):
-        logits = net(prepare(images, device), levels=[level for level in needed if level in levels or level == "object"])
     with torch.inference_mode():
+        with autocast(device, amp):
+            logits = net(prepare(images, device), levels=computed)
         for level, value in logits.items():
             value = value[0].float()
             if level in ("scene", "texture"):
@@ -470,7 +479,12 @@ def photo_sheet(photo: Image.Image, seen: dict[str, np.ndarray], vocabulary: dic
     """One picture of all that `parse` found."""
     scores = {level: seen[level] for level in ("scene", "texture") if level in seen}
     panels = [tag_panel("photo", photo, scores, vocabulary)]
-    for level, title in (("object", "objects"), ("part", "parts"), ("material", "materials"), ("texture_map", "textures")):
+    for level, title in (
+        ("object", "objects"),
+        ("part", "parts"),
+        ("material", "materials"),
+        ("texture_map", "textures"),
+    ):
         if level in seen:
             names = part_channel_names(vocabulary) if level == "part" else vocabulary[level.removesuffix("_map")]
             panels.append(map_panel(title, photo, seen[level], names))
@@ -479,6 +493,9 @@ def photo_sheet(photo: Image.Image, seen: dict[str, np.ndarray], vocabulary: dic
 
 def parse_photos(net: UPerNet, vocabulary: dict, args: argparse.Namespace, short: int, longest: int, amp) -> None:
     """Writes <name>_upernet.png and .npz for each of --photo; one that cannot be read is named at the end."""
+    stems = [os.path.splitext(os.path.basename(path))[0] for path in args.photo]
+    if twice := [stem for stem in stems if stems.count(stem) > 1]:
+        raise UserError(f"--photo: several files named {twice[0]} would be written to the same {twice[0]}_upernet.png")
     failed = []
     folder = args.pictures or "."
     for path in args.photo:
@@ -490,7 +507,11 @@ def parse_photos(net: UPerNet, vocabulary: dict, args: argparse.Namespace, short
         seen = parse(net, photo, short, longest, amp, args.levels)
         stem = os.path.join(folder, f"{os.path.splitext(os.path.basename(path))[0]}_upernet")
         save_picture(photo_sheet(photo, seen, vocabulary), f"{stem}.png")
-        names = {f"{level}_names": np.array(vocabulary[level]) for level in ("scene", "object", "material", "texture") if level in vocabulary}
+        names = {
+            f"{level}_names": np.array(vocabulary[level])
+            for level in ("scene", "object", "material", "texture")
+            if level in vocabulary
+        }
         names["part_names"] = np.array(part_channel_names(vocabulary))
         arrays = {level: value.astype(np.int16 if value.ndim == 2 else np.float32) for level, value in seen.items()}
         try:
@@ -505,7 +526,9 @@ def parse_photos(net: UPerNet, vocabulary: dict, args: argparse.Namespace, short
 # ---------------------------------------------------------------- the command
 
 
-def validation_images(indexes: dict[str, Index], split: dict, args: argparse.Namespace, vocabulary: dict) -> list[tuple[str, int]]:
+def validation_images(
+    indexes: dict[str, Index], split: dict, args: argparse.Namespace, vocabulary: dict
+) -> list[tuple[str, int]]:
     """The (source, image number)s to evaluate: the checkpoint's own validation images, or those that --split names.
 
     Says what is not there any more, and how many were no validation images of the checkpoint.
@@ -527,7 +550,9 @@ def validation_images(indexes: dict[str, Index], split: dict, args: argparse.Nam
         if lacking := len(names) - len(there):
             print(f"{source}: {lacking} of {len(names)} validation images are not there")
         if foreign := sum(index.images[i] not in own for i in there):
-            print(f"{source}: {foreign} of {len(there)} images were not validation images of the checkpoint, which may have learnt from them")
+            print(
+                f"{source}: {foreign} of {len(there)} images were not validation images of the checkpoint, which may have learnt from them"
+            )
         chosen += [(source, i) for i in there]
     if not chosen:
         raise UserError("no image to evaluate: none of the validation images is there (see --root and --data)")
@@ -551,7 +576,9 @@ def levels_of(text: str) -> list[str]:
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--amp", choices=("auto", *AMP_TYPES, "off"), default="auto", help="mixed precision (auto: on CUDA alone)")
+    parser.add_argument(
+        "--amp", choices=("auto", *AMP_TYPES, "off"), default="auto", help="mixed precision (auto: on CUDA alone)"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto (cuda, mps, cpu) or one by name")
 
@@ -581,7 +608,9 @@ def main(argv: list[str] | None = None) -> None:
         sizes = trained.get("sizes", [450])
         short, longest = args.size or sorted(sizes)[len(sizes) // 2], trained.get("max_size", 1200)
         if args.levels and (lacking := set(args.levels) - set(vocabulary)):
-            raise UserError(f"{args.checkpoint}: no head for {', '.join(sorted(lacking))}; it has {', '.join(vocabulary)}")
+            raise UserError(
+                f"{args.checkpoint}: no head for {', '.join(sorted(lacking))}; it has {', '.join(vocabulary)}"
+            )
         run = torch.compile(net) if args.compile else net
         if args.photo:
             parse_photos(run, vocabulary, args, short, longest, amp)
@@ -590,8 +619,12 @@ def main(argv: list[str] | None = None) -> None:
             if getattr(args, option) is None:
                 setattr(args, option, trained.get(option))
         if args.data is None or args.root is None:
-            raise UserError(f"{args.checkpoint}: does not say what data it was trained on; name them with --data and --root")
-        wanted = [s for s in chosen_sources(args.data) if set(SOURCE_LEVELS[s]) & set(args.levels or LEVELS) & set(vocabulary)]
+            raise UserError(
+                f"{args.checkpoint}: does not say what data it was trained on; name them with --data and --root"
+            )
+        wanted = [
+            s for s in chosen_sources(args.data) if set(SOURCE_LEVELS[s]) & set(args.levels or LEVELS) & set(vocabulary)
+        ]
         if not wanted:
             raise UserError(f"--data {args.data}: has no labels for the levels of this network")
         indexes, _ = open_sources(args)

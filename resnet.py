@@ -145,6 +145,8 @@ def load_imagenet(net: ResNet) -> None:
     from torchvision.models import get_model_weights
 
     if net.stem != "7x7":
-        raise ValueError("torchvision has ImageNet weights for the 7x7 stem alone; the deep stem needs a file of weights")
+        raise ValueError(
+            "torchvision has ImageNet weights for the 7x7 stem alone; the deep stem needs a file of weights"
+        )
     weights = get_model_weights(f"resnet{net.depth}")["IMAGENET1K_V1"].get_state_dict(progress=True, check_hash=True)
     net.load_state_dict({key: value for key, value in weights.items() if not key.startswith("fc.")})

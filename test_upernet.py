@@ -66,7 +66,7 @@ def command(main, *argv) -> tuple[int, str, str]:
 
 def toy_arguments(root: str, **given) -> object:
     """The namespace that the scripts make of `--data toy`."""
-    _, args, _ = train.parse_arguments(["--root", root, "--out", new_folder("out")])
+    _, args = train.parse_arguments(["--root", root, "--out", new_folder("out")])
     for key, value in given.items():
         setattr(args, key, value)
     return args
@@ -92,7 +92,14 @@ class Ade:
         self.folder = os.path.join(self.root, "ade20k", "ADE20K_2021_17_01")
         self.count = 0
 
-    def add(self, objects: np.ndarray, names: dict[int, str], scene: list[str], parts: np.ndarray | None = None, encoding="utf-8"):
+    def add(
+        self,
+        objects: np.ndarray,
+        names: dict[int, str],
+        scene: list[str],
+        parts: np.ndarray | None = None,
+        encoding="utf-8",
+    ):
         """One image with its class numbers; `names` are those of the JSON."""
         stem = os.path.join(self.folder, "images", "ADE", "training", "a", "b", f"ADE_train_{self.count:08d}")
         self.count += 1
@@ -102,7 +109,9 @@ class Ade:
                 coded = np.stack([numbers // 256 * 10, numbers % 256, numbers * 0], axis=-1).astype(np.uint8)
                 Image.fromarray(coded).save(f"{stem}_{ending}.png")
         things = [{"name": name, "name_ndx": number, "parts": {"part_level": 0}} for number, name in names.items()]
-        write(f"{stem}.json", json.dumps({"annotation": {"scene": scene, "object": things}}, ensure_ascii=False), encoding)
+        write(
+            f"{stem}.json", json.dumps({"annotation": {"scene": scene, "object": things}}, ensure_ascii=False), encoding
+        )
         return stem
 
     def index(self) -> Index:
@@ -154,7 +163,9 @@ class TestResNet(unittest.TestCase):
         with torch.inference_mode():
             coarse, fine = plain(x), dilated(x)
         self.assertEqual([f.shape[-1] for f in fine], [32, 16, 16, 16])
-        torch.testing.assert_close(fine[2][:, :, ::2, ::2][:, :, 2:-2, 2:-2], coarse[2][:, :, 2:-2, 2:-2], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            fine[2][:, :, ::2, ::2][:, :, 2:-2, 2:-2], coarse[2][:, :, 2:-2, 2:-2], rtol=1e-4, atol=1e-4
+        )
 
     def test_stops_at_the_stage_that_is_asked_for(self):
         net = ResNet(18)
@@ -205,7 +216,9 @@ class TestNetwork(unittest.TestCase):
             return {prefix for prefix in prefixes if any(name.startswith(prefix) for name in ran)}
 
         body = [f"backbone.layer{i}" for i in range(1, 5)]
-        prefixes = [*body, "ppm", "fpn.laterals", "fpn.convs.0", "fpn.convs.1", "fusion"] + [f"heads.{n}" for n in CLASSES]
+        prefixes = [*body, "ppm", "fpn.laterals", "fpn.convs.0", "fpn.convs.1", "fusion"] + [
+            f"heads.{n}" for n in CLASSES
+        ]
         down = {*body, "ppm", "fpn.laterals", "fpn.convs.0"}
         self.assertEqual(parts_of_net(["scene"]), {*body, "ppm", "heads.scene"})
         self.assertEqual(parts_of_net(["material"]), {*down, "heads.material"})
@@ -230,7 +243,9 @@ class TestNetwork(unittest.TestCase):
                 self.assertEqual(inside, [name.split(".")[1]])
             else:
                 self.assertEqual(inside, [])
-                self.assertTrue(name in ("mean", "std") or name.startswith(("backbone.", "ppm.", "fpn.", "fusion.")), name)
+                self.assertTrue(
+                    name in ("mean", "std") or name.startswith(("backbone.", "ppm.", "fpn.", "fusion.")), name
+                )
 
     def test_rows_of_table_2(self):
         quarter = (1, 9, 16, 24)
@@ -290,11 +305,20 @@ class TestNetwork(unittest.TestCase):
     def test_texture_sends_no_gradient_into_the_backbone(self):
         net = UPerNet(CLASSES, "resnet18", channels=16).train()
         net(torch.rand(2, 3, 64, 64), levels=["texture"])["texture_map"].square().sum().backward()
-        moved = {name.split(".")[0] + "." + name.split(".")[1] for name, p in net.named_parameters() if p.grad is not None}
+        moved = {
+            name.split(".")[0] + "." + name.split(".")[1] for name, p in net.named_parameters() if p.grad is not None
+        }
         self.assertEqual(moved, {"heads.texture"})
 
     def test_refuses_what_it_is_not(self):
-        for wrong in ({"classes": {}}, {"classes": {"colour": 3}}, {"pool": "max"}, {"fpn": 5}, {"backbone": "vgg16"}, {"backbone": "resnet9"}):
+        for wrong in (
+            {"classes": {}},
+            {"classes": {"colour": 3}},
+            {"pool": "max"},
+            {"fpn": 5},
+            {"backbone": "vgg16"},
+            {"backbone": "resnet9"},
+        ):
             with self.subTest(**wrong), self.assertRaises(ValueError):
                 UPerNet(**{"classes": {"object": 3}, "backbone": "resnet18", "channels": 8, **wrong})
         with self.assertRaisesRegex(ValueError, "no head for material"):
@@ -385,19 +409,32 @@ class TestLosses(unittest.TestCase):
                 for n in range(2) for y in range(4) for x in range(6) if labels[n, y, x] >= 0
             ]
         )  # fmt: skip
-        found = upernet.losses({"material": logits}, {"material": labels})["material"]
+        found = upernet.losses({"material": logits}, {"material": labels}, {})["material"]
         self.assertAlmostEqual(found.item(), expected, places=5)
 
     def test_texture_is_judged_at_every_pixel(self):
         texture_map = torch.randn(2, 4, 3, 3)
-        expected = np.mean([plain_cross_entropy(texture_map[n, :, y, x], (2, 0)[n]) for n in range(2) for y in range(3) for x in range(3)])
+        expected = np.mean(
+            [
+                plain_cross_entropy(texture_map[n, :, y, x], (2, 0)[n])
+                for n in range(2)
+                for y in range(3)
+                for x in range(3)
+            ]
+        )
         labels = {"texture": torch.tensor([2, 0], dtype=torch.int16)}
-        self.assertAlmostEqual(upernet.losses({"texture_map": texture_map}, labels)["texture"].item(), expected, places=5)
+        self.assertAlmostEqual(
+            upernet.losses({"texture_map": texture_map}, labels, {})["texture"].item(), expected, places=5
+        )
 
     def test_levels_without_a_label_cost_nothing_and_stay_in_the_graph(self):
         net = UPerNet({"scene": 3, "object": 4, "part": {1: 3}}, "resnet18", channels=8).train()
         logits = net(torch.rand(2, 3, 64, 64))
-        labels = {"scene": torch.tensor([-1, -1]), "object": torch.full((2, 16, 16), -1), "part": torch.zeros(2, 16, 16)}
+        labels = {
+            "scene": torch.tensor([-1, -1]),
+            "object": torch.full((2, 16, 16), -1),
+            "part": torch.zeros(2, 16, 16),
+        }
         loss = upernet.losses(logits, labels, net.part_slices)
         self.assertEqual({k: v.item() for k, v in loss.items()}, {"scene": 0, "object": 0, "part": 0})
         sum(loss.values()).backward()
@@ -418,7 +455,9 @@ class TestMetrics(unittest.TestCase):
         metrics = evaluate.Metrics(self.VOCABULARY)
         pairs = []
         for n in range(3):
-            truth = rng.integers(-1, 3, (9, 11)) if n < 2 else np.full((4, 5), -1)  # no person anywhere, the last one empty
+            truth = (
+                rng.integers(-1, 3, (9, 11)) if n < 2 else np.full((4, 5), -1)
+            )  # no person anywhere, the last one empty
             predicted = rng.integers(0, 4, truth.shape)
             metrics.add_map("object", torch.from_numpy(predicted), torch.from_numpy(truth))
             pairs += [(int(t), int(p)) for t, p in zip(truth.ravel(), predicted.ravel()) if t >= 0]
@@ -476,16 +515,24 @@ class TestMetrics(unittest.TestCase):
         metrics = evaluate.Metrics(self.VOCABULARY)
         metrics.add_map("material", torch.zeros(3, 3, dtype=torch.long), torch.full((3, 3), -1))
         metrics.add_tag("texture", 0, -1)
-        evaluate.add_parts(metrics, torch.zeros(5, 2, 2), torch.ones(4, 4).long(), torch.zeros(4, 4).long(), {1: slice(0, 3)}, (4, 4))
+        evaluate.add_parts(
+            metrics, torch.zeros(5, 2, 2), torch.ones(4, 4).long(), torch.zeros(4, 4).long(), {1: slice(0, 3)}, (4, 4)
+        )
         results = json.loads(json.dumps(metrics.results(), allow_nan=False))
-        self.assertEqual(results["material"], {"pixel_accuracy": None, "mean_iou": None, "iou": {"wood": None, "brick": None}})
+        self.assertEqual(
+            results["material"], {"pixel_accuracy": None, "mean_iou": None, "iou": {"wood": None, "brick": None}}
+        )
         self.assertEqual(results["texture"], {"top1": None, "n": 0})
         self.assertIsNone(results["part"]["mean_iou_bg"])
         self.assertIn("-", evaluate.table(metrics.results()))
 
     def test_class_map_is_the_argmax_of_the_enlarged_logits(self):
         torch.manual_seed(0)
-        for filled, padded, size in (((64, 96), (64, 96), (100, 150)), ((50, 70), (64, 96), (333, 421)), ((45, 90), (64, 96), (20, 31))):
+        for filled, padded, size in (
+            ((64, 96), (64, 96), (100, 150)),
+            ((50, 70), (64, 96), (333, 421)),
+            ((45, 90), (64, 96), (20, 31)),
+        ):
             logits = torch.randn(7, padded[0] // 4, padded[1] // 4, dtype=torch.float64)
             scale = (4 * size[0] / filled[0], 4 * size[1] / filled[1])
             bordered = F.pad(logits[None], (0, 1, 0, 1), mode="replicate")
@@ -511,9 +558,20 @@ class TestVocabulary(unittest.TestCase):
         self.assertEqual(vocabulary["object"], ["wall", "car"])  # sky is in two images, dot has four pixels
 
     def test_first_synonym_plural_and_sides(self):
-        names = {1: "Building, edifice", 2: "buildings", 3: "bus", 4: "box", 5: "boxes", 6: "berry", 7: "berries", 8: "glasses"}
+        names = {
+            1: "Building, edifice",
+            2: "buildings",
+            3: "bus",
+            4: "box",
+            5: "boxes",
+            6: "berry",
+            7: "berries",
+            8: "glasses",
+        }
         merged = datasets.merged_names(names, "ade20k")
-        self.assertEqual(list(merged.values()), ["building", "building", "bus", "box", "box", "berry", "berry", "glasses"])
+        self.assertEqual(
+            list(merged.values()), ["building", "building", "bus", "box", "box", "berry", "berry", "glasses"]
+        )
         parts = datasets.merged_names({1: "left arm", 2: "right arm", 3: "arms", 4: "upright leg"}, "ade20k", part=True)
         self.assertEqual(list(parts.values()), ["arm", "arm", "arm", "upright leg"])
 
@@ -561,10 +619,21 @@ class TestVocabulary(unittest.TestCase):
 
     def test_opensurfaces_merges(self):
         root = new_folder("surfaces")
-        raw = ["Concrete", "Stone", "Plastic - clear", "Plastic - opaque", "Granite/Marble", "Carpet/Rug", "Fabric/Cloth", "Paper/Tissue"]
+        raw = [
+            "Concrete",
+            "Stone",
+            "Plastic - clear",
+            "Plastic - opaque",
+            "Granite/Marble",
+            "Carpet/Rug",
+            "Fabric/Cloth",
+            "Paper/Tissue",
+        ]
         raw += ["Rubber/Latex", "Wood", "Sky", "Wood-painted", "Brick"]
         os.makedirs(os.path.join(root, "os", "photos-labels"))
-        table = "substance_id,substance_name,red_color\n" + "".join(f"{100 + k},{n},{k}\n" for k, n in enumerate(raw, start=1))
+        table = "substance_id,substance_name,red_color\n" + "".join(
+            f"{100 + k},{n},{k}\n" for k, n in enumerate(raw, start=1)
+        )
         write(os.path.join(root, "os", "label-substance-colors.csv"), table)
         for n in range(2):
             save_jpeg(os.path.join(root, "os", "photos", f"{n}.jpg"), 48, 64)
@@ -576,17 +645,36 @@ class TestVocabulary(unittest.TestCase):
         index = datasets.scan(root, "os", os.path.join(root, ".cache"))
         self.assertEqual(index.broken, [])
         materials = datasets.build_vocabulary({"os": index}, least(images=2))["material"]
-        self.assertEqual(materials, ["carpet", "fabric", "paper", "plastic", "polished stone", "rubber/latex", "stone", "wood"])
+        self.assertEqual(
+            materials, ["carpet", "fabric", "paper", "plastic", "polished stone", "rubber/latex", "stone", "wood"]
+        )
         labels = Reader(index, {"material": materials}).labels(0)["material"]
         self.assertEqual(labels.shape, (60, 65))
-        expected = ["stone", "stone", "plastic", "plastic", "polished stone", "carpet", "fabric", "paper", "rubber/latex", "wood", None, None, None]
+        expected = [
+            "stone",
+            "stone",
+            "plastic",
+            "plastic",
+            "polished stone",
+            "carpet",
+            "fabric",
+            "paper",
+            "rubber/latex",
+            "wood",
+            None,
+            None,
+            None,
+        ]
         found = [materials[v] if (v := labels[3, 5 * k + 2]) >= 0 else None for k in range(13)]
         self.assertEqual(found, expected)
 
     def test_sceneparsing_has_its_own_table(self):
         root = new_folder("sceneparsing")
         top = os.path.join(root, "ade20k", "ADEChallengeData2016")
-        write(os.path.join(top, "objectInfo150.txt"), "Idx\tRatio\tTrain\tVal\tName\n1\t0.1\t9\t1\twall\n2\t0.1\t9\t1\tbuilding, edifice   \n3\t0\t0\t0\tsky\n")
+        write(
+            os.path.join(top, "objectInfo150.txt"),
+            "Idx\tRatio\tTrain\tVal\tName\n1\t0.1\t9\t1\twall\n2\t0.1\t9\t1\tbuilding, edifice   \n3\t0\t0\t0\tsky\n",
+        )
         write(os.path.join(top, "sceneCategories.txt"), "a street\nb misc\nc street\n")
         for name, part in (("a", "training"), ("b", "training"), ("c", "validation")):
             save_jpeg(os.path.join(top, "images", part, f"{name}.jpg"), 40, 60)
@@ -595,7 +683,10 @@ class TestVocabulary(unittest.TestCase):
             labels[:5] = 0
             Image.fromarray(labels).save(os.path.join(top, "annotations", part, f"{name}.png"))
         index = datasets.scan(root, "ade20k", os.path.join(root, ".cache"))
-        self.assertEqual((index.layout, index.tags, index.official), ("sceneparsing", ["street", "", "street"], ["training", "training", "validation"]))
+        self.assertEqual(
+            (index.layout, index.tags, index.official),
+            ("sceneparsing", ["street", "", "street"], ["training", "training", "validation"]),
+        )
         vocabulary = datasets.build_vocabulary({"ade20k": index}, least(images=50, pixels=10**6, scenes=2))
         self.assertEqual(vocabulary, {"scene": ["street"], "object": ["wall", "building", "sky"]})
         labels = Reader(index, vocabulary).labels(0)["object"]
@@ -653,7 +744,12 @@ class TestToy(unittest.TestCase):
 
     def test_colour_alone_does_not_solve_it(self):
         """Nearest mean colour, fitted on the training images: of pixels for objects and materials, of images for the rest."""
-        for source, level, bound in (("ade20k", "object", 0.3), ("os", "material", 0.3), ("ade20k", "scene", 0.5), ("dtd", "texture", 0.4)):
+        for source, level, bound in (
+            ("ade20k", "object", 0.3),
+            ("os", "material", 0.3),
+            ("ade20k", "scene", 0.5),
+            ("dtd", "texture", 0.4),
+        ):
             reader = Reader(self.indexes[source], self.vocabulary)
             n = len(self.vocabulary[level])
             total, pixels, confusion = np.zeros((n, 3)), np.zeros(n), np.zeros((n, n))
@@ -667,7 +763,10 @@ class TestToy(unittest.TestCase):
                         colours, labels = colours.mean(axis=(0, 1))[None], np.array([labels])
                     else:
                         height, width = colours.shape[:2]
-                        labels = labels[np.arange(height)[:, None] * labels.shape[0] // height, np.arange(width) * labels.shape[1] // width]
+                        labels = labels[
+                            np.arange(height)[:, None] * labels.shape[0] // height,
+                            np.arange(width) * labels.shape[1] // width,
+                        ]
                         colours, labels = colours[labels >= 0], labels[labels >= 0].astype(int)
                     if training:
                         pixels += np.bincount(labels, minlength=n)
@@ -680,7 +779,9 @@ class TestToy(unittest.TestCase):
                 score = confusion.trace() / confusion.sum()
             else:
                 seen = confusion.sum(axis=1) > 0
-                score = (confusion.diagonal() / (confusion.sum(axis=0) + confusion.sum(axis=1) - confusion.diagonal()))[seen].mean()
+                score = (confusion.diagonal() / (confusion.sum(axis=0) + confusion.sum(axis=1) - confusion.diagonal()))[
+                    seen
+                ].mean()
             with self.subTest(level=level):
                 self.assertLess(score, bound)
                 self.assertGreater(score, 0)
@@ -713,10 +814,14 @@ class TestBatches(unittest.TestCase):
         return datasets.Batches(self.readers, plan, [64, 80], 200, seed=3, **arguments)
 
     def test_workers_change_nothing(self):
-        for one, other in zip(*(torch.utils.data.DataLoader(self.batches(), batch_size=None, num_workers=n) for n in (0, 2)), strict=True):
+        for one, other in zip(
+            *(torch.utils.data.DataLoader(self.batches(), batch_size=None, num_workers=n) for n in (0, 2)), strict=True
+        ):
             self.assertEqual(one.keys(), other.keys())
             for key, value in one.items():
-                self.assertTrue(torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key])
+                self.assertTrue(
+                    torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+                )
 
     def test_ranks_and_accumulation_share_out_the_same_images(self):
         whole = self.batches()[0]["files"]
@@ -736,7 +841,9 @@ class TestBatches(unittest.TestCase):
         self.assertEqual(tuple(textures["images"].shape), (4, 3, 64, 64))
         self.assertEqual(set(photos), {"source", "files", "images", "material"})
         empty = datasets.padded_image(Image.new("RGB", (10, 10)), (40, 50), 64, 64)
-        self.assertTrue((empty[:, 40:] == np.array(datasets.MEAN_COLOUR)[:, None, None]).all() and not empty[:, :40, :50].any())
+        self.assertTrue(
+            (empty[:, 40:] == np.array(datasets.MEAN_COLOUR)[:, None, None]).all() and not empty[:, :40, :50].any()
+        )
 
     def test_labels_lie_on_what_they_label(self):
         """A picture whose colour is its label, through resizing, flipping, padding and the quarter map."""
@@ -779,29 +886,39 @@ class TestSplit(unittest.TestCase):
 
     def plain_deviation(self, counts, validation, fraction) -> float:
         dense = counts.to_dense().numpy()
-        shares = [dense[validation.numpy(), k].sum() / dense[:, k].sum() for k in range(dense.shape[1]) if dense[:, k].sum()]
+        shares = [
+            dense[validation.numpy(), k].sum() / dense[:, k].sum() for k in range(dense.shape[1]) if dense[:, k].sum()
+        ]
         return float(np.mean([abs(s - fraction) for s in shares]))
 
     def test_brings_every_class_near_its_share(self):
         counts = self.table()
         at_random, swapped, annealed = (
-            balance_split.balance(counts, swaps=swaps, seed=1, chance=chance) for swaps, chance in ((0, 0), (20000, 0), (20000, 0.5))
+            balance_split.balance(counts, swaps=swaps, seed=1, chance=chance)
+            for swaps, chance in ((0, 0), (20000, 0), (20000, 0.5))
         )
         before, paper, ours = (self.plain_deviation(counts, v, 0.1) for v in (at_random, swapped, annealed))
         self.assertLess(paper, before / 4)
         self.assertLess(ours, before / 4)
-        self.assertAlmostEqual(balance_split.deviation(balance_split.class_shares(counts), swapped.numpy(), 0.1), paper, places=5)
+        self.assertAlmostEqual(
+            balance_split.deviation(balance_split.class_shares(counts), swapped.numpy(), 0.1), paper, places=5
+        )
 
     def test_exact_size_same_seed_same_answer(self):
         for images, fraction in ((300, 0.1), (7, 0.5), (33, 0.01), (100, 0.25)):
             validation = balance_split.balance(self.table(images), fraction, swaps=500, seed=3)
             self.assertEqual(int(validation.sum()), round(fraction * images))
-            self.assertTrue(torch.equal(validation, balance_split.balance(self.table(images), fraction, swaps=500, seed=3)))
+            self.assertTrue(
+                torch.equal(validation, balance_split.balance(self.table(images), fraction, swaps=500, seed=3))
+            )
         self.assertFalse(torch.equal(*(balance_split.balance(self.table(), seed=s, swaps=500) for s in (1, 2))))
 
     def test_the_papers_procedure_never_makes_it_worse(self):
         counts = self.table()
-        values = [self.plain_deviation(counts, balance_split.balance(counts, swaps=n, seed=0, chance=0), 0.1) for n in (0, 500, 5000)]
+        values = [
+            self.plain_deviation(counts, balance_split.balance(counts, swaps=n, seed=0, chance=0), 0.1)
+            for n in (0, 500, 5000)
+        ]
         self.assertEqual(values, sorted(values, reverse=True))
 
     def test_odd_tables(self):
@@ -814,7 +931,11 @@ class TestSplit(unittest.TestCase):
 
     def test_split_json_keeps_other_sources_and_notices_change(self):
         root = new_folder("split")
-        shutil.copytree(os.path.join(folder, "data", "toy"), os.path.join(root, "toy"), ignore=shutil.ignore_patterns("split.json", ".cache"))
+        shutil.copytree(
+            os.path.join(folder, "data", "toy"),
+            os.path.join(root, "toy"),
+            ignore=shutil.ignore_patterns("split.json", ".cache"),
+        )
         root = os.path.join(root, "toy")
         options = ("--root", root, "--min-images", 5, "--min-pixels", 50)
         plot = os.path.join(root, "plot.png")
@@ -830,7 +951,9 @@ class TestSplit(unittest.TestCase):
         self.assertTrue(all(os.path.isfile(os.path.join(root, "os", path)) for path in entry["validation"]))
         self.assertLess(entry["deviation_after"], entry["deviation_before"])
         os.remove(os.path.join(root, "os", "photos", "1.jpg"))
-        status, _, err = command(train.main, "--data", "os", *options, "--out", os.path.join(root, "out"), "--weights", "none")
+        status, _, err = command(
+            train.main, "--data", "os", *options, "--out", os.path.join(root, "out"), "--weights", "none"
+        )
         self.assertEqual(status, 2)
         self.assertIn("split.json: its split of os", err)
 
@@ -861,11 +984,16 @@ class TestTraining(unittest.TestCase):
 
     def test_a_run_writes_what_it_promises(self):
         out = new_folder("run")
-        said = self.train("--iters", 6, "--texture-iters", 2, "--accumulate", 2, "--save-every", 4, "--out", out, "--eval-every", 5)
+        said = self.train(
+            "--iters", 6, "--texture-iters", 2, "--accumulate", 2, "--save-every", 4, "--out", out, "--eval-every", 5
+        )
         self.assertIn("untrained", said)
         self.assertEqual(set(os.listdir(out)), {"ckpt.pt", "log.jsonl", "metrics.json", "pictures"})
         log = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
-        self.assertEqual([(line["stage"], line["iteration"]) for line in log], [("main", k) for k in range(6)] + [("texture", k) for k in range(2)])
+        self.assertEqual(
+            [(line["stage"], line["iteration"]) for line in log],
+            [("main", k) for k in range(6)] + [("texture", k) for k in range(2)],
+        )
         levels = {"ade20k": {"scene", "object", "part"}, "os": {"material"}, "dtd": {"texture"}}
         for line in log:
             self.assertEqual(set(line), {"stage", "iteration", "source", "lr", "loss", "seconds"})
@@ -874,7 +1002,18 @@ class TestTraining(unittest.TestCase):
         metrics = json.load(open(os.path.join(out, "metrics.json")))
         self.assertEqual(set(metrics), set(upernet.LEVELS))
         checkpoint = torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
-        keys = {"model", "network", "vocabulary", "optimizer", "scaler", "stage", "iteration", "random", "split", "arguments"}
+        keys = {
+            "model",
+            "network",
+            "vocabulary",
+            "optimizer",
+            "scaler",
+            "stage",
+            "iteration",
+            "random",
+            "split",
+            "arguments",
+        }
         self.assertEqual((set(checkpoint), checkpoint["stage"]), (keys, "done"))
         net, vocabulary = upernet.load(os.path.join(out, "ckpt.pt"))
         self.assertFalse(net.training)
@@ -887,7 +1026,9 @@ class TestTraining(unittest.TestCase):
         self.assertIn("mIoU-bg", table)
         status, table, _ = command(evaluate.main, os.path.join(out, "ckpt.pt"), "--levels", "material", "--json", again)
         self.assertEqual(json.load(open(again)), {"material": metrics["material"]})
-        status, table, _ = command(evaluate.main, os.path.join(out, "ckpt.pt"), "--split", "official", "--levels", "scene")
+        status, table, _ = command(
+            evaluate.main, os.path.join(out, "ckpt.pt"), "--split", "official", "--levels", "scene"
+        )
         self.assertIn("were not validation images of the checkpoint", table)
         said = self.train("--resume", "--out", out)
         self.assertIn("finished", said)
@@ -897,7 +1038,10 @@ class TestTraining(unittest.TestCase):
         arguments = ("--iters", 7, "--texture-iters", 3, "--save-every", 2)
         self.train(*arguments, "--out", whole)
         step = train.losses
-        for stop_at in (5, 9):  # in the main stage, then in the texture stage: after the checkpoint, the log ahead of it
+        for stop_at in (
+            5,
+            9,
+        ):  # in the main stage, then in the texture stage: after the checkpoint, the log ahead of it
             calls = [0 if stop_at == 5 else 4]
 
             def until(*values):
@@ -946,7 +1090,9 @@ class TestTraining(unittest.TestCase):
             # forward has updated batch norm's statistics already: compare from step to step
             result = real_step(optimizer, *rest, **more)
             after = state(optimizer)
-            moved = {k for k, v in after.items() if k not in before or not torch.equal(v, before[k])} if before else None
+            moved = (
+                {k for k, v in after.items() if k not in before or not torch.equal(v, before[k])} if before else None
+            )
             before.clear()
             before.update(after)
             if moved is not None:
@@ -962,7 +1108,9 @@ class TestTraining(unittest.TestCase):
             off = {name for name in seen[k] if not name.startswith(paths[source])}
             self.assertEqual(off, set(), f"step {k + 1}, {source}")
             for prefix in paths[source]:
-                self.assertTrue(any(name.startswith(prefix) for name in seen[k]), f"{prefix} stood still in a step of {source}")
+                self.assertTrue(
+                    any(name.startswith(prefix) for name in seen[k]), f"{prefix} stood still in a step of {source}"
+                )
 
     def test_weights_from_a_file(self):
         torch.manual_seed(5)
@@ -1014,7 +1162,9 @@ class TestPhotos(unittest.TestCase):
         }
         for name, (picture, options) in photos.items():
             picture.save(os.path.join(place, name), **options)
-        status, said, err = command(evaluate.main, self.checkpoint, "--photo", *(os.path.join(place, n) for n in photos), "--pictures", place)
+        status, said, err = command(
+            evaluate.main, self.checkpoint, "--photo", *(os.path.join(place, n) for n in photos), "--pictures", place
+        )
         self.assertEqual((status, err), (0, ""))
         for name in photos:
             stem = os.path.join(place, name.split(".")[0] + "_upernet")
@@ -1076,7 +1226,11 @@ class TestMistakes(unittest.TestCase):
         out = ("--out", os.path.join(place, "out"))
         data = ("--root", os.path.join(folder, "data"))
         for main, argv, says in (
-            (train.main, ("--data", "ade20k", "--root", os.path.join(place, "nowhere")), "nowhere: no such folder; --root"),
+            (
+                train.main,
+                ("--data", "ade20k", "--root", os.path.join(place, "nowhere")),
+                "nowhere: no such folder; --root",
+            ),
             (train.main, ("--data", "ade20k", "--root", surfaces), r"ade20k: not found .* \(there: os\)"),
             (train.main, ("--data", "ade"), "'ade' is not one of toy"),
             (train.main, ("--data", "ade20k", "--root", old), "ADE20K_2021_17_01"),
@@ -1112,11 +1266,32 @@ class TestMistakes(unittest.TestCase):
         checkpoint, good, bad = (os.path.join(place, name) for name in ("ckpt.pt", "good.png", "bad.jpg"))
         Image.new("RGB", (60, 40)).save(good)
         write(bad, "no picture")
-        self.assert_refused(evaluate.main, checkpoint, "--photo", bad, good, "--pictures", place, says="bad.jpg: cannot be read as a picture")
+        self.assert_refused(
+            evaluate.main,
+            checkpoint,
+            "--photo",
+            bad,
+            good,
+            "--pictures",
+            place,
+            says="bad.jpg: cannot be read as a picture",
+        )
         self.assertTrue(os.path.exists(os.path.join(place, "good_upernet.png")))  # the others are parsed all the same
-        self.assert_refused(train.main, "--root", root, *SMALL, "--out", place, says="holds a run already.*--resume.*--out")
-        self.assert_refused(train.main, "--root", root, "--resume", "--lr", 5, "--out", place, says="--lr: .* was begun with")
-        self.assert_refused(evaluate.main, checkpoint, "--data", "dtd", "--root", os.path.join(place, "gone"), says="gone: no such folder")
+        self.assert_refused(
+            train.main, "--root", root, *SMALL, "--out", place, says="holds a run already.*--resume.*--out"
+        )
+        self.assert_refused(
+            train.main, "--root", root, "--resume", "--lr", 5, "--out", place, says="--lr: .* was begun with"
+        )
+        self.assert_refused(
+            evaluate.main,
+            checkpoint,
+            "--data",
+            "dtd",
+            "--root",
+            os.path.join(place, "gone"),
+            says="gone: no such folder",
+        )
 
     def test_imagenet_weights_without_a_network(self):
         offline = mock.patch("train.load_imagenet", side_effect=OSError("no route to host"))
@@ -1174,10 +1349,22 @@ class TestRealSamples(unittest.TestCase):
         ade = os.path.join("ADE20K_2021_17_01", "images", "ADE")
         for part in ("training", "validation"):
             shutil.copytree(
-                os.path.join(SHARED, "data", "ade20k_2021_sample", ade, "training"), os.path.join(cls.root, "ade20k", ade, part)
+                os.path.join(SHARED, "data", "ade20k_2021_sample", ade, "training"),
+                os.path.join(cls.root, "ade20k", ade, part),
             )
         shutil.copytree(os.path.join(SHARED, "data", "dtd_sample"), os.path.join(cls.root, "dtd"))
-        cls.options = ("--root", cls.root, "--min-images", 1, "--min-pixels", 1, "--min-part-images", 1, "--min-scene-images", 1)
+        cls.options = (
+            "--root",
+            cls.root,
+            "--min-images",
+            1,
+            "--min-pixels",
+            1,
+            "--min-part-images",
+            1,
+            "--min-scene-images",
+            1,
+        )
 
     def test_scan_finds_what_the_files_hold(self):
         status, said, err = command(datasets.main, "--data", "ade20k,dtd", *self.options)
@@ -1192,7 +1379,19 @@ class TestRealSamples(unittest.TestCase):
 
     def test_trains_evaluates_and_draws(self):
         out = new_folder("real-run")
-        argv = ("--data", "ade20k,dtd", *self.options, "--split", "official", "--backbone", "resnet18", "--channels", 16, "--weights", "none")
+        argv = (
+            "--data",
+            "ade20k,dtd",
+            *self.options,
+            "--split",
+            "official",
+            "--backbone",
+            "resnet18",
+            "--channels",
+            16,
+            "--weights",
+            "none",
+        )
         argv += ("--sizes", "96,128", "--iters", 12, "--texture-iters", 3, "--workers", 0, "--out", out)
         status, said, err = command(train.main, *argv)
         self.assertEqual((status, err), (0, ""))

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from balance_split import balanced_validation, official_validation, split_path
 from datasets import (
+    SOURCE_LEVELS,
     Batches,
     Index,
     Parser,
@@ -40,7 +41,7 @@ from datasets import (
 )
 from evaluate import add_device_options, autocast, evaluate, pick_amp, pick_device, prepare, table, write_json
 from resnet import load_imagenet
-from upernet import LOSS_WEIGHTS, UPerNet, class_counts, fill, losses, read_tensors
+from upernet import LEVELS, LOSS_WEIGHTS, UPerNet, class_counts, fill, losses, read_tensors
 
 PAPER = {  # section 3.1 and the released code
     "data": "toy", "root": "data", "split": "balanced", "backbone": "resnet50", "channels": 512, "stem": "7x7",
@@ -49,11 +50,25 @@ PAPER = {  # section 3.1 and the released code
     "seed": 304, "workers": os.cpu_count() or 1, "save_every": 500, "eval_every": 0, "amp": "auto", "device": "auto",
 }  # fmt: skip
 TOY = {  # what two cores learn in minutes
-    "backbone": "resnet18", "channels": 64, "weights": "none", "iters": 2000, "texture_iters": 200, "batch_size": 8,
-    "lr": 0.05, "sizes": [56, 60, 64], "max_size": 160, "save_every": 200,
+    "backbone": "resnet18", "channels": 64, "weights": "none", "iters": 2400, "texture_iters": 800, "batch_size": 4,
+    "sizes": [76, 80, 84], "max_size": 160, "save_every": 400,
 }  # fmt: skip
-FREE = {"root", "cache", "workers", "save_every", "eval_every", "amp", "compile", "device", "allow_broken", "out", "resume"}
-TEXTURE_IMAGES = 8  # images of the texture stage for each of --batch-size: they have a fiftieth of the area (our choice)
+FREE = {
+    "root",
+    "cache",
+    "workers",
+    "save_every",
+    "eval_every",
+    "amp",
+    "compile",
+    "device",
+    "allow_broken",
+    "out",
+    "resume",
+}
+TEXTURE_IMAGES = (
+    8  # images of the texture stage for each of --batch-size: they have a fiftieth of the area (our choice)
+)
 
 
 # ---------------------------------------------------------------- pieces of the loop
@@ -96,10 +111,14 @@ def load_weights(net: UPerNet, weights: str) -> None:
         wanted = {key: value for key, value in wanted.items() if key.startswith("backbone.")}
     fitting = {k: v for k, v in found.items() if k in wanted and isinstance(v, Tensor) and v.shape == wanted[k].shape}
     if not any(key.endswith("weight") for key in fitting):
-        raise UserError(f"{weights}: nothing in it fits this network; its first key is {next(iter(content), 'missing')}")
+        raise UserError(
+            f"{weights}: nothing in it fits this network; its first key is {next(iter(content), 'missing')}"
+        )
     net.load_state_dict(fitting, strict=False)
     rest = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
-    print(f"{weights}: loaded {len(fitting)} tensors" + (f"; {len(rest)} start anew: {', '.join(rest)}" if rest else ""))
+    print(
+        f"{weights}: loaded {len(fitting)} tensors" + (f"; {len(rest)} start anew: {', '.join(rest)}" if rest else "")
+    )
 
 
 def build_network(args: argparse.Namespace, network: dict) -> UPerNet:
@@ -129,51 +148,92 @@ def training_sizes(index: Index, validation: list[str]) -> dict[int, tuple[int, 
     held = set(validation)
     sizes = index.sizes.tolist()
     return {
-        i: (1, 1) if index.source == "dtd" else tuple(sizes[i]) for i, image in enumerate(index.images) if image not in held
+        i: (1, 1) if index.source == "dtd" else tuple(sizes[i])
+        for i, image in enumerate(index.images)
+        if image not in held
     }
+
+
+def update(
+    model: nn.Module,
+    part_slices: dict,
+    batches: list[dict],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    device: torch.device,
+    amp: torch.dtype | None,
+) -> dict[str, float]:
+    """One step on batches of one source, whose gradients are averaged: the loss of each of its levels.
+
+    Gradients start as None, and what is off the path of the source's levels keeps None: SGD then leaves it alone, with its
+    weight decay and its momentum too. Raises FloatingPointError before the step if a loss is not finite.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    mean_loss: dict[str, float] = {}
+    for k, batch in enumerate(batches):
+        levels = [level for level in LEVELS if level in batch]
+        labels = {level: batch[level].to(device, non_blocking=True) for level in levels}
+        waits = hasattr(model, "no_sync") and k < len(batches) - 1  # gradients are exchanged with the last batch's
+        with model.no_sync() if waits else contextlib.nullcontext():
+            with autocast(device, amp):
+                logits = model(prepare(batch["images"], device), levels=levels)
+            loss = losses(logits, labels, part_slices)
+            total = sum(LOSS_WEIGHTS[level] * value for level, value in loss.items()) / len(batches)
+            if not torch.isfinite(total):
+                raise FloatingPointError(f"{batch['source']}: {', '.join(batch['files'])}")
+            scaler.scale(total).backward()
+        for level, value in loss.items():
+            mean_loss[level] = mean_loss.get(level, 0.0) + value.item() / len(batches)
+    scaler.step(optimizer)
+    scaler.update()
+    return mean_loss
 
 
 # ---------------------------------------------------------------- the run
 
 
-def run(args: argparse.Namespace, given: set[str]) -> None:
+def open_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[dict[str, Index], dict, dict[str, list[str]]]:
+    """(indexes, vocabulary, validation images) of the sources; vocabulary and split of a run that goes on are its own."""
+    indexes, minima = open_sources(args)
+    vocabulary = checkpoint["vocabulary"] if checkpoint else build_vocabulary(indexes, minima)
+    for source in indexes:
+        if not set(SOURCE_LEVELS[source]) & set(vocabulary):
+            raise UserError(f"{source}: no class is large enough to be kept; lower the --min- options")
+    return indexes, vocabulary, checkpoint["split"] if checkpoint else validation_split(args, indexes, vocabulary)
+
+
+def run(args: argparse.Namespace) -> None:
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     first = rank == 0
+    say = print if first else lambda *_, **__: None
     device = pick_device(args.device)
     if ranks > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    say = print if first else lambda *_: None
     amp = pick_amp(args.amp, device)
     checkpoint_path, log_path = os.path.join(args.out, "ckpt.pt"), os.path.join(args.out, "log.jsonl")
-
-    # Data, vocabulary, split: of the first process, then of the others from what it wrote.
     checkpoint = read_checkpoint(checkpoint_path) if args.resume else None
     if checkpoint and checkpoint["stage"] == "done":
         say(f"{args.out}: this run is finished; python evaluate.py {checkpoint_path} evaluates it")
         return
+
+    # The first process scans and splits; the others then find index and split on disk.
     if not first:
         dist.barrier()
-    indexes, minima = open_sources(args)
-    vocabulary = checkpoint["vocabulary"] if checkpoint else build_vocabulary(indexes, minima)
-    split = checkpoint["split"] if checkpoint else validation_split(args, indexes, vocabulary)
+    indexes, vocabulary, split = open_data(args, checkpoint)
     if first and ranks > 1:
         dist.barrier()
-    for source, index in indexes.items():
-        if not Reader(index, vocabulary).levels:
-            raise UserError(f"{source}: no class is large enough to be kept; lower the --min- options")
     readers = {source: Reader(index, vocabulary) for source, index in indexes.items()}
     sizes = {source: training_sizes(index, split[source]) for source, index in indexes.items()}
     for source in sizes:
         say(f"{source}: {len(sizes[source])} images to train on, {len(split[source])} to validate on")
         if not sizes[source]:
             raise UserError(f"{source}: every image is a validation image, none is left to train on")
-    described = {k: sum(len(p) - 1 for p in v.values()) if k == "part" else len(v) for k, v in vocabulary.items()}
-    say("classes: " + ", ".join(f"{n} {level}" for level, n in described.items()))
+    counts = {k: sum(len(p) - 1 for p in v.values()) if k == "part" else len(v) for k, v in vocabulary.items()}
+    say("classes: " + ", ".join(f"{n} {level}" for level, n in counts.items()))
 
-    # The network and the length of the stages.
     network = {
         "classes": class_counts(vocabulary),
         "backbone": args.backbone,
@@ -185,82 +245,73 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         "output_stride": args.output_stride,
     }
     net = build_network(args, network).to(device)
-    main_sources = {source: sizes[source] for source in sizes if source != "dtd"}
-    texture_sources = {source: sizes[source] for source in sizes if source == "dtd"}
-    step_images = args.batch_size * args.accumulate * ranks
-    if args.iters is None:  # 5 per training image at 16 images a step: the paper's 100k for ADE20K's 20k
-        args.iters = math.ceil(5 * 16 * sum(map(len, main_sources.values())) / step_images)
-    if args.texture_iters is None:
-        args.texture_iters = math.ceil(5 * sum(map(len, texture_sources.values())) / (step_images * TEXTURE_IMAGES))
-    stages = {
-        "main": (main_sources, args.iters if main_sources else 0, args.batch_size),
-        "texture": (texture_sources, args.texture_iters if texture_sources else 0, args.batch_size * TEXTURE_IMAGES),
-    }
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-
-    start_stage, start = "main", 0
+    stages = plan_stages(args, sizes, ranks)
+    stage_now, start = "main", 0
     if checkpoint:
         fill(net, checkpoint["model"], checkpoint_path)
         scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["random"])
-        start_stage, start = checkpoint["stage"], checkpoint["iteration"]
-        done = start + (stages["main"][1] if start_stage == "texture" else 0)
+        stage_now, start = checkpoint["stage"], checkpoint["iteration"]
+        say(f"{args.out}: goes on in the {stage_now} stage at iteration {start}")
         if first:
-            cut_log(log_path, done)
-        say(f"{args.out}: goes on in the {start_stage} stage at iteration {start}")
-
-    def save(stage: str, iteration: int, optimizer: torch.optim.Optimizer | None) -> None:
-        if first:
-            content = {
-                "model": net.state_dict(),
-                "network": network,
-                "vocabulary": vocabulary,
-                "optimizer": optimizer.state_dict() if optimizer else {},
-                "scaler": scaler.state_dict(),
-                "stage": stage,
-                "iteration": iteration,
-                "random": torch.get_rng_state(),
-                "split": split,
-                "arguments": {key: value for key, value in vars(args).items() if key != "resume"},
-            }
-            save_atomically(content, checkpoint_path, "the last good one, if any, is kept; choose another folder with --out")
-
-    def judge(model: UPerNet, pictures: str | None = None) -> dict:
-        chosen = [(s, i) for s, index in indexes.items() for i, image in enumerate(index.images) if image in set(split[s])]
-        short = sorted(args.sizes)[len(args.sizes) // 2]
-        return evaluate(model, vocabulary, readers, chosen, short, args.max_size, amp=amp, pictures=pictures)
-
+            cut_log(log_path, start + (stages["main"][1] if stage_now == "texture" else 0))
     if device.type == "cuda":
         net.to(memory_format=torch.channels_last)
         if ranks > 1:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+
+    def save(stage: str, iteration: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        content = {
+            "model": net.state_dict(),
+            "network": network,
+            "vocabulary": vocabulary,
+            "optimizer": optimizer.state_dict() if optimizer else {},
+            "scaler": scaler.state_dict(),
+            "stage": stage,
+            "iteration": iteration,
+            "random": torch.get_rng_state(),
+            "split": split,
+            "arguments": {key: value for key, value in vars(args).items() if key != "resume"},
+        }
+        if first:
+            save_atomically(
+                content, checkpoint_path, "the last one is kept; make room, or choose another folder with --out"
+            )
+
+    def judge(judged: UPerNet, pictures: str | None = None) -> dict:
+        held = {source: set(images) for source, images in split.items()}
+        chosen = [(s, i) for s, index in indexes.items() for i, image in enumerate(index.images) if image in held[s]]
+        short = sorted(args.sizes)[len(args.sizes) // 2]
+        return evaluate(judged, vocabulary, readers, chosen, short, args.max_size, amp=amp, pictures=pictures)
+
     for stage, (sources, iterations, batch_size) in stages.items():
-        if stage == "main" and start_stage == "texture":
+        if stage == "main" and stage_now == "texture":
             continue
-        # Section 3.1: textures are learnt after everything else, their head alone; the trunk's statistics stand still too.
-        trained = net if stage == "main" else net.heads["texture"] if sources else None
-        if trained is not None:
-            net.requires_grad_(False)
-            trained.requires_grad_(True)
-        optimizer = torch.optim.SGD(parameter_groups(trained), lr=args.lr, momentum=0.9) if iterations else None
-        if checkpoint and stage == start_stage and start and optimizer:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        if not (checkpoint and stage == start_stage):
+        if not checkpoint or stage != stage_now:
             start = 0
-            save(stage, 0, None)
+            save(stage, start)
         if not iterations:
             continue
-
-        plan = plan_batches(sources, iterations, batch_size * args.accumulate * ranks, args.seed)
-        batches = Batches(readers, plan, args.sizes, args.max_size, args.seed, args.accumulate, rank, ranks)
-        rest = Subset(batches, range(start * args.accumulate, len(batches)))
-        pinned = device.type == "cuda"
-        loader = iter(DataLoader(rest, batch_size=None, num_workers=args.workers, pin_memory=pinned))
+        # Textures are learnt after everything else and by their head alone: the trunk stands still, its statistics too.
+        trained = net if stage == "main" else net.heads["texture"]
+        net.requires_grad_(False)
+        trained.requires_grad_(True)
+        optimizer = torch.optim.SGD(parameter_groups(trained), lr=args.lr, momentum=0.9)
+        if start:
+            optimizer.load_state_dict(checkpoint["optimizer"])
         model = torch.compile(net) if args.compile else net
         if ranks > 1:
             own = [device.index] if device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=own, find_unused_parameters=True)
-        bar = tqdm(total=iterations, initial=start, desc=stage, unit="it", disable=None if first else True, smoothing=0.05)
+
+        plan = plan_batches(sources, iterations, batch_size * args.accumulate * ranks, args.seed)
+        batches = Batches(readers, plan, args.sizes, args.max_size, args.seed, args.accumulate, rank, ranks)
+        rest = Subset(batches, range(start * args.accumulate, len(batches)))
+        loader = iter(DataLoader(rest, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda"))
+        bar = tqdm(
+            total=iterations, initial=start, desc=stage, unit="it", disable=None if first else True, smoothing=0.05
+        )
         for iteration in range(start, iterations):
             began = time.perf_counter()
             net.eval()
@@ -268,58 +319,61 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
             lr = learning_rate(args.lr, iteration, iterations)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            drawn = [next(loader) for _ in range(args.accumulate)]
+            try:
+                loss = update(model, net.part_slices, drawn, optimizer, scaler, device, amp)
+            except FloatingPointError as e:
+                where = f"the loss is not finite at iteration {iteration} of the {stage} stage"
+                raise UserError(
+                    f"{where} ({e}); {checkpoint_path} is the last good checkpoint; try a lower --lr"
+                ) from None
 
-            # Gradients start as None, and what is off the path of the drawn source keeps None: SGD leaves it alone, with
-            # its weight decay and its momentum too.
-            optimizer.zero_grad(set_to_none=True)
-            logged: dict[str, float] = {}
-            for piece in range(args.accumulate):
-                batch = next(loader)
-                levels = readers[batch["source"]].levels
-                labels = {level: batch[level].to(device, non_blocking=True) for level in levels}
-                synchronise = ranks == 1 or piece == args.accumulate - 1
-                with contextlib.nullcontext() if synchronise else model.no_sync():
-                    with autocast(device, amp):
-                        logits = model(prepare(batch["images"], device), levels=levels)
-                    loss = losses(logits, labels, net.part_slices)
-                    total = sum(LOSS_WEIGHTS[level] * value for level, value in loss.items()) / args.accumulate
-                    if not torch.isfinite(total):
-                        files = ", ".join(batch["files"])
-                        raise UserError(
-                            f"the loss is not finite at iteration {iteration} of the {stage} stage ({batch['source']}: {files}); "
-                            f"{checkpoint_path} is the last good checkpoint; try a lower --lr"
-                        )
-                    scaler.scale(total).backward()
-                for level, value in loss.items():
-                    logged[level] = logged.get(level, 0.0) + value.item() / args.accumulate
-            scaler.step(optimizer)
-            scaler.update()
-
+            seconds = round(time.perf_counter() - began, 4)
+            line = {
+                "stage": stage,
+                "iteration": iteration,
+                "source": drawn[0]["source"],
+                "lr": lr,
+                "loss": loss,
+                "seconds": seconds,
+            }
             if first:
-                line = {"stage": stage, "iteration": iteration, "source": batch["source"], "lr": lr, "loss": logged}
                 with open(log_path, "a") as log:
-                    log.write(json.dumps({**line, "seconds": round(time.perf_counter() - began, 4)}) + "\n")
-                bar.set_postfix({level: f"{value:.2f}" for level, value in logged.items()}, refresh=False)
-                bar.update()
-                if bar.disable and (iteration + 1) % 50 == 0:
-                    shown = ", ".join(f"{level} {value:.3f}" for level, value in logged.items())
-                    say(f"{stage} {iteration + 1}/{iterations}: {batch['source']}, {shown}", flush=True)
+                    log.write(json.dumps(line) + "\n")
+            shown = ", ".join(f"{level} {value:.2f}" for level, value in loss.items())
+            bar.set_postfix_str(shown, refresh=False)
+            bar.update()
+            if bar.disable and (iteration + 1) % 100 == 0:  # the output is no terminal: a plain line now and then
+                say(f"{stage} {iteration + 1}/{iterations}: {line['source']}, {shown}", flush=True)
             if (iteration + 1) % args.save_every == 0 and iteration + 1 < iterations:
                 save(stage, iteration + 1, optimizer)
-            if args.eval_every and (iteration + 1) % args.eval_every == 0 and first:
-                bar.clear()
-                say(table(judge(net)))
+            if first and args.eval_every and (iteration + 1) % args.eval_every == 0:
+                print(table(judge(net)))
         bar.close()
-    save("done", 0, None)
+    save("done", 0)
 
     if first and any(split.values()):
-        net.eval()
         results = judge(net, os.path.join(args.out, "pictures"))
         untrained = judge(build_network(args, network).to(device)) if args.data == "toy" else None
-        say(table(results, untrained))
+        print(table(results, untrained))
         write_json(results, os.path.join(args.out, "metrics.json"))
-        say(f"wrote {checkpoint_path}, metrics.json, log.jsonl and pictures/ beside it")
+        print(f"wrote {checkpoint_path}, and beside it metrics.json, log.jsonl and pictures/")
     say(f"next: python evaluate.py {checkpoint_path} --photo YOUR.jpg")
+
+
+def plan_stages(args: argparse.Namespace, sizes: dict[str, dict], ranks: int) -> dict[str, tuple[dict, int, int]]:
+    """Stage -> (its sources, iterations, images per process and batch); fills in --iters and --texture-iters."""
+    textures = {source: images for source, images in sizes.items() if source == "dtd"}
+    others = {source: images for source, images in sizes.items() if source != "dtd"}
+    step = args.batch_size * args.accumulate * ranks
+    if args.iters is None:  # 5 per training image at 16 images a step: the paper's 100k for ADE20K's 20k
+        args.iters = math.ceil(5 * 16 * sum(map(len, others.values())) / step)
+    if args.texture_iters is None:
+        args.texture_iters = math.ceil(5 * sum(map(len, textures.values())) / (step * TEXTURE_IMAGES))
+    return {
+        "main": (others, args.iters if others else 0, args.batch_size),
+        "texture": (textures, args.texture_iters if textures else 0, args.batch_size * TEXTURE_IMAGES),
+    }
 
 
 def read_checkpoint(path: str) -> dict:
@@ -329,7 +383,18 @@ def read_checkpoint(path: str) -> dict:
         checkpoint = read_tensors(path)
     except ValueError as e:
         raise UserError(str(e)) from None
-    keys = ("model", "network", "vocabulary", "optimizer", "scaler", "stage", "iteration", "random", "split", "arguments")
+    keys = (
+        "model",
+        "network",
+        "vocabulary",
+        "optimizer",
+        "scaler",
+        "stage",
+        "iteration",
+        "random",
+        "split",
+        "arguments",
+    )
     if missing := [key for key in keys if key not in checkpoint]:
         raise UserError(f"{path}: not a checkpoint of train.py (no {missing[0]} in it)")
     return checkpoint
@@ -361,22 +426,31 @@ def rate(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace, set[str]]:
-    """(parser, all options, names of those that were given). What is not given comes from the checkpoint with --resume,
-    from TOY with --data toy, from PAPER."""
+def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
+    """(parser, all options). What is not given comes from the checkpoint with --resume, else from TOY or PAPER."""
     parser = Parser("Trains UPerNet. Defaults are the paper's; the toy, which is the default data, has its own.")
     add_data_options(parser)
-    parser.add_argument("--split", choices=("balanced", "official"), help="validation images: <root>/split.json, or the sources' own")
+    parser.add_argument(
+        "--split", choices=("balanced", "official"), help="validation images: <root>/split.json, or the sources' own"
+    )
     parser.add_argument("--backbone", metavar="NAME", help="resnet18, resnet34, resnet50 (default) or resnet101")
     parser.add_argument("--channels", type=positive, metavar="N", help="width of all after the backbone (512)")
     parser.add_argument("--stem", choices=("7x7", "deep"), help="the backbone's first layers (7x7)")
-    parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), help="stride of the backbone's last stage (32)")
+    parser.add_argument(
+        "--output-stride", type=int, choices=(8, 16, 32), help="stride of the backbone's last stage (32)"
+    )
     parser.add_argument("--no-ppm", action="store_true", help="without the Pyramid Pooling Module")
-    parser.add_argument("--fpn", type=int, choices=(0, 2, 3, 4), help="finest level of the feature pyramid, 0 for none (2)")
+    parser.add_argument(
+        "--fpn", type=int, choices=(0, 2, 3, 4), help="finest level of the feature pyramid, 0 for none (2)"
+    )
     parser.add_argument("--no-fusion", action="store_true", help="objects and parts on the finest level alone")
-    parser.add_argument("--weights", metavar="START", help="imagenet (default), none, a backbone's state dict, a checkpoint")
+    parser.add_argument(
+        "--weights", metavar="START", help="imagenet (default), none, a backbone's state dict, a checkpoint"
+    )
     parser.add_argument("--iters", type=natural, metavar="N", help="main stage; 0 skips it (5 per image at 16 a step)")
-    parser.add_argument("--texture-iters", type=natural, metavar="N", help="texture stage; 0 skips it (5 passes over DTD)")
+    parser.add_argument(
+        "--texture-iters", type=natural, metavar="N", help="texture stage; 0 skips it (5 passes over DTD)"
+    )
     parser.add_argument("--batch-size", type=positive, metavar="N", help="images per process (2)")
     parser.add_argument("--accumulate", type=positive, metavar="N", help="batches of the drawn source per step (1)")
     parser.add_argument("--lr", type=rate, metavar="RATE", help="learning rate at the start (0.02)")
@@ -385,7 +459,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace,
     parser.add_argument("--seed", type=natural, metavar="N", help="of weights, batches and augmentation (304)")
     parser.add_argument("--workers", type=natural, metavar="N", help="processes that read images (one per core)")
     parser.add_argument("--save-every", type=positive, metavar="N", help="iterations between checkpoints (500)")
-    parser.add_argument("--eval-every", type=natural, metavar="N", help="iterations between validations (0: at the end alone)")
+    parser.add_argument(
+        "--eval-every", type=natural, metavar="N", help="iterations between validations (0: at the end alone)"
+    )
     add_device_options(parser)
     parser.add_argument("--out", metavar="DIR", help="folder for checkpoint, log, metrics, pictures (runs/<data>)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -402,22 +478,26 @@ def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace,
             for key in sorted(given - FREE):
                 if stored.get(key) != getattr(args, key):
                     option = "--" + key.replace("_", "-")
-                    raise UserError(f"{option}: {out} was begun with {stored.get(key)}, and a run that goes on keeps it; leave {option} out")
+                    raise UserError(
+                        f"{option}: {out} was begun with {stored.get(key)}, and a run that goes on keeps it; leave {option} out"
+                    )
         elif os.path.exists(os.path.join(out, "ckpt.pt")):
-            raise UserError(f"{out}: holds a run already; go on with it by --resume, or choose another folder with --out")
+            raise UserError(
+                f"{out}: holds a run already; go on with it by --resume, or choose another folder with --out"
+            )
         usual = {**PAPER, **(TOY if data == "toy" else {}), **stored, "out": out}
         for key, value in vars(args).items():
             if value is None:
                 setattr(args, key, usual.get(key))
     except UserError as e:
         parser.error(str(e))
-    return parser, args, given
+    return parser, args
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, args, given = parse_arguments(argv)
+    parser, args = parse_arguments(argv)
     try:
-        run(args, given)
+        run(args)
     except UserError as e:
         parser.error(str(e))
     finally:

@@ -17,6 +17,7 @@ import argparse
 import csv
 import inspect
 import os
+import re
 import time
 
 import torch
@@ -24,7 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEVELS = ("scene", "object", "part", "material", "texture")
-LOSS_WEIGHTS = {"scene": 0.25, "object": 1.0, "part": 0.5, "material": 1.0, "texture": 1.0}  # as released; texture is ours
+LOSS_WEIGHTS = {
+    "scene": 0.25,
+    "object": 1.0,
+    "part": 0.5,
+    "material": 1.0,
+    "texture": 1.0,
+}  # as released; texture is ours
 UNLABELLED = -1  # in every label map and list of labels
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
 
@@ -60,7 +67,7 @@ def prroi_weights(bins: int, n: int, like: Tensor) -> Tensor:
 
     edges = torch.arange(bins + 1, dtype=torch.float64, device="cpu") * n / bins
     area = area_left_of(edges[:, None] - torch.arange(n, dtype=torch.float64, device="cpu"))  # (bins + 1, n)
-    return ((area[1:] - area[:-1]) * bins / n).to(like)
+    return ((area[1:] - area[:-1]) * bins / n).to(like.dtype).to(like.device)
 
 
 def prroi_pool(x: Tensor, bins: int) -> Tensor:
@@ -187,7 +194,9 @@ class UPerNet(nn.Module):
 
         if isinstance(backbone, str):
             if not backbone.removeprefix("resnet").isdecimal():
-                raise ValueError(f"backbone {backbone!r}: choose resnet18, resnet34, resnet50 or resnet101, or give a module")
+                raise ValueError(
+                    f"backbone {backbone!r}: choose resnet18, resnet34, resnet50 or resnet101, or give a module"
+                )
             from resnet import ResNet
 
             backbone = ResNet(int(backbone.removeprefix("resnet")), stem, output_stride)
@@ -269,7 +278,7 @@ class UPerNet(nn.Module):
 # ---------------------------------------------------------------- losses
 
 
-def losses(logits: dict[str, Tensor], labels: dict[str, Tensor], part_slices: dict[int, slice] = {}) -> dict[str, Tensor]:
+def losses(logits: dict[str, Tensor], labels: dict[str, Tensor], part_slices: dict[int, slice]) -> dict[str, Tensor]:
     """The loss of every level in `logits`, before `LOSS_WEIGHTS`: float32 scalars, 0 for a level without a label here.
 
     labels, with UNLABELLED (-1) where there is none:
@@ -422,14 +431,10 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
         body = {**body, "conv1.weight": body["conv1.weight"].flip(1)}
     fill(net.backbone, without_extra_buffers(body), encoder)
 
-    renamed, names = {}, {}
+    renamed = {}
     for key, value in without_extra_buffers(top).items():
         ours = next((new + key[len(old) :] for old, new in RELEASED_NAMES.items() if key.startswith(old)), key)
-        ours = ours.replace("fpn.convs.", "fpn.convs.", 1)
-        if ours.startswith("fpn.convs."):  # theirs are wrapped once more: fpn_out.<i>.0.<conv or norm>
-            level, _, rest = ours.removeprefix("fpn.convs.").split(".", 2)
-            ours = f"fpn.convs.{level}.{rest}"
-        renamed[ours], names[ours] = value, key
+        renamed[re.sub(r"^(fpn\.convs\.\d)\.0", r"\1", ours)] = value  # theirs are wrapped once more
     rest = {key: value for key, value in net.state_dict().items() if key.startswith(("backbone.", "mean", "std"))}
     fill(net, {**renamed, **rest}, decoder)
     return net.eval(), vocabulary
@@ -437,7 +442,9 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
 
 def without_extra_buffers(state: dict) -> dict:
     """The authors' synchronised batch norm keeps sums of its own (`_tmp_running_mean`, ..); eval mode never reads them."""
-    return {k: v for k, v in state.items() if not k.endswith(("_tmp_running_mean", "_tmp_running_var", "_running_iter"))}
+    return {
+        k: v for k, v in state.items() if not k.endswith(("_tmp_running_mean", "_tmp_running_var", "_running_iter"))
+    }
 
 
 def release_vocabulary(labels: str, paper: bool) -> dict:
@@ -453,7 +460,10 @@ def release_vocabulary(labels: str, paper: bool) -> dict:
     try:
         if not paper:
             return {"object": [row["Name"].split(";")[0].strip() for row in rows(labels)]}
-        vocabulary = {level: [r["name"] for r in rows(os.path.join(labels, f"{level}.csv"))] for level in ("scene", "object", "material")}
+        vocabulary = {
+            level: [r["name"] for r in rows(os.path.join(labels, f"{level}.csv"))]
+            for level in ("scene", "object", "material")
+        }
         vocabulary["object"][0] = vocabulary["material"][0] = "background"
         vocabulary["part"] = {
             row["object_name"]: ["background", *row["part_names"].split(";")[1:]]
@@ -465,3 +475,62 @@ def release_vocabulary(labels: str, paper: bool) -> dict:
 
 
 # ---------------------------------------------------------------- speed
+
+
+def milliseconds(run, device: str, rounds: int = 5) -> float:
+    """Median time of a call, after one to warm up."""
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    return sorted(times[1:])[rounds // 2]
+
+
+def main(argv: list[str] | None = None) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parser = argparse.ArgumentParser(description="Parameters, operations and speed of the network on this machine.")
+    parser.add_argument("--size", type=int, default=512, help="height and width of the image for inference (512)")
+    parser.add_argument(
+        "--train-size", type=int, default=256, help="height and width of the two images of a training step (256)"
+    )
+    args = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"150 objects, 512 channels, fp32, {where}: one {args.size}x{args.size} image; a step on two of {args.train_size}"
+    )
+    print(
+        f"{'backbone':10s} {'parameters, M':>14s} {'GMAC':>8s} {'inference, ms':>14s} {'images/s':>9s} {'training, ms':>13s}"
+    )
+    for backbone in ("resnet18", "resnet50", "resnet101"):
+        net = UPerNet({"object": 150}, backbone).to(device)
+        image, pair = (torch.rand(n, 3, s, s, device=device) for n, s in ((1, args.size), (2, args.train_size)))
+
+        def infer() -> None:
+            with torch.inference_mode():
+                net(image)
+
+        def step() -> None:
+            net.zero_grad(set_to_none=True)
+            logits = net(pair)["object"]
+            mean_cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.long)).backward()
+
+        net.eval()
+        with FlopCounterMode(display=False) as counter:
+            infer()
+        inference = milliseconds(infer, device)
+        net.train()
+        training = milliseconds(step, device)
+        parameters = sum(p.numel() for p in net.parameters()) / 1e6
+        gmac = counter.get_total_flops() / 2e9
+        print(
+            f"{backbone:10s} {parameters:14.1f} {gmac:8.1f} {inference:14.1f} {1000 / inference:9.2f} {training:13.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
