@@ -413,16 +413,22 @@ def table_names(names: dict[int, str]) -> list[str]:
     return [first[n] if unique(n) else names[n] for n in sorted(names)]
 
 
-def object_names(index: Index) -> dict[int, str]:
-    """Object number -> class name, for the objects of an ADE20K index."""
+def class_names(index: Index) -> dict[str, dict]:
+    """Level -> {what the source's files call a class: its class name}, after merging, for every level of the source.
+
+    The files have numbers for object, part and material, and names for scene and texture.
+    """
+    tags = {tag: tag for tag in index.tags if tag}
+    if index.source == "dtd":
+        return {"texture": tags}
+    if index.source == "os":
+        return {"material": merged_names(index.names, "os")}
     if index.layout == "sceneparsing":
-        return dict(zip(sorted(index.names), table_names(index.names)))
-    return merged_names({n: index.names[n] for n in index.objects[:, 1].unique().tolist()}, "ade20k")
-
-
-def part_names(index: Index) -> dict[int, str]:
-    """Part number -> part name, for the parts of an ADE20K index."""
-    return merged_names({n: index.names[n] for n in index.parts[:, 2].unique().tolist()}, "ade20k", part=True)
+        return {"scene": tags, "object": dict(zip(sorted(index.names), table_names(index.names))), "part": {}}
+    objects, parts = (
+        {n: index.names[n] for n in rows.unique().tolist()} for rows in (index.objects[:, 1], index.parts[:, 2])
+    )
+    return {"scene": tags, "object": merged_names(objects, "ade20k"), "part": merged_names(parts, "ade20k", part=True)}
 
 
 def class_pixels(index: Index) -> dict[str, dict]:
@@ -430,26 +436,23 @@ def class_pixels(index: Index) -> dict[str, dict]:
 
     Scenes and textures, which an image has as a whole, count one for each image.
     """
-    table: dict[str, dict] = {level: {} for level in SOURCE_LEVELS[index.source]}
+    names = class_names(index)
+    table: dict[str, dict] = {level: {} for level in names}
 
-    def add(level, name, image: int, pixels: int) -> None:
+    def add(level: str, name, image: int, pixels: int) -> None:
         images = table[level].setdefault(name, {})
         images[image] = images.get(image, 0) + pixels
 
-    if index.source == "ade20k":
-        objects, parts = object_names(index), part_names(index)
-        for image, number, pixels in index.objects.tolist():
-            add("object", objects[number], image, pixels)
-        for image, number, part, pixels in index.parts.tolist():
-            add("part", (objects[number], parts[part]), image, pixels)
-    if index.source == "os":
-        materials = merged_names(index.names, "os")
-        for image, number, pixels in index.materials.tolist():
-            if number in materials:
-                add("material", materials[number], image, pixels)
+    for image, number, pixels in index.objects.tolist():
+        add("object", names["object"][number], image, pixels)
+    for image, number, part, pixels in index.parts.tolist():
+        add("part", (names["object"][number], names["part"][part]), image, pixels)
+    for image, number, pixels in index.materials.tolist():
+        if number in names["material"]:
+            add("material", names["material"][number], image, pixels)
     for image, tag in enumerate(index.tags):
         if tag:
-            add("scene" if index.source == "ade20k" else "texture", tag, image, 1)
+            add("texture" if index.source == "dtd" else "scene", tag, image, 1)
     return table
 
 
@@ -494,30 +497,37 @@ def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int]) -> dict:
 
 
 class Reader:
-    """Reads the images of one source with their labels as class indices of a vocabulary."""
+    """Reads the images of one source with their labels as class indices of a vocabulary.
 
-    def __init__(self, index: Index, vocabulary: dict):
+    `names`: as `class_names` gives them, and those by default.
+    """
+
+    def __init__(self, index: Index, vocabulary: dict, names: dict[str, dict] | None = None):
+        names = names or class_names(index)
         self.index = index
-        self.levels = [level for level in SOURCE_LEVELS[index.source] if level in vocabulary]
+        self.levels = [level for level in SOURCE_LEVELS[index.source] if level in vocabulary and level in names]
+        self.tag_level = {"ade20k": "scene", "dtd": "texture", "os": None}[index.source]
+        self.map_level = {"ade20k": "object", "dtd": None, "os": "material"}[index.source]
         self.with_parts = set(index.parts[:, 0].tolist())
-        tag_level = {"ade20k": "scene", "dtd": "texture"}.get(index.source)
-        self.tags = {name: i for i, name in enumerate(vocabulary.get(tag_level, ()))}
 
-        size = max(index.names, default=0) + 1
-        self.of_number = np.full(size, -1, np.int16)  # object or material number -> class index
-        pixel_names = object_names(index) if index.source == "ade20k" else merged_names(index.names, "os")
-        classes = {
-            name: i for i, name in enumerate(vocabulary.get("object" if index.source == "ade20k" else "material", ()))
+        place = {
+            level: {name: i for i, name in enumerate(vocabulary[level])} for level in self.levels if level != "part"
         }
-        for number, name in pixel_names.items():
-            self.of_number[number] = classes.get(name, -1)
-        self.of_part = np.zeros((len(classes) + 1, size), np.uint8)  # class index, part number -> index among its parts
+        of_tag = names.get(self.tag_level, {})
+        self.tags = [place.get(self.tag_level, {}).get(of_tag.get(tag), -1) for tag in index.tags]
+        size = max(index.names, default=0) + 1
+        self.of_number = np.full(size, -1, np.int16)  # number of an object or a material -> class index
+        for number, name in names.get(self.map_level, {}).items():
+            if number < size:
+                self.of_number[number] = place.get(self.map_level, {}).get(name, -1)
         if "part" in self.levels:
-            for (number, name), (owner, parts) in itertools.product(
-                part_names(index).items(), vocabulary["part"].items()
-            ):
-                if name in parts and owner in classes:
-                    self.of_part[classes[owner], number] = parts.index(name)
+            self.of_part = np.zeros(
+                (len(vocabulary["object"]) + 1, size), np.uint8
+            )  # class index, part number -> part index
+            owned = {place["object"][owner]: parts for owner, parts in vocabulary["part"].items()}
+            for (number, name), (owner, parts) in itertools.product(names["part"].items(), owned.items()):
+                if name in parts and number < size:
+                    self.of_part[owner, number] = parts.index(name)
 
     def photo(self, i: int, box: tuple[int, int] | None = None) -> Image.Image:
         """Image i in RGB; with `box` (width, height) perhaps smaller than it is, but not smaller than the box."""
@@ -536,20 +546,18 @@ class Reader:
         """
         folder, layout = self.index.folder, self.index.layout
         files = label_files(layout, self.index.images[i])
-        labels: dict[str, np.ndarray | int] = {}
-        if self.index.source != "os":
-            labels[SOURCE_LEVELS[self.index.source][0]] = self.tags.get(self.index.tags[i], -1)
-        if "labels" in files:
+        labels: dict[str, np.ndarray | int] = {self.tag_level: self.tags[i]}
+        if self.map_level in self.levels:
             try:
-                classes = self.of_number[numbers_of(os.path.join(folder, files["labels"]), layout)]
-                labels["material" if self.index.source == "os" else "object"] = classes
+                current = os.path.join(folder, files["labels"])
+                labels[self.map_level] = classes = self.of_number[numbers_of(current, layout)]
                 if "part" in self.levels:
                     labels["part"] = np.zeros(classes.shape, np.uint8)
                     if i in self.with_parts:
-                        numbers = numbers_of(os.path.join(folder, files["parts"]), layout)
-                        labels["part"] = self.of_part[classes, numbers] * (classes >= 0)
+                        current = os.path.join(folder, files["parts"])
+                        labels["part"] = self.of_part[classes, numbers_of(current, layout)] * (classes >= 0)
             except (OSError, ValueError, SyntaxError, IndexError) as e:
-                raise UserError(f"{os.path.join(folder, files['labels'])}: cannot be read any more ({e})") from None
+                raise UserError(f"{current}: cannot be read as labels any more ({e})") from None
         return {level: labels[level] for level in self.levels}
 
 
@@ -692,15 +700,34 @@ def texture_square(reader: Reader, i: int, place: float) -> Image.Image:
     return picture.crop((left, top, left + TEXTURE_SIZE, top + TEXTURE_SIZE))
 
 
+def whole_image(
+    picture: Image.Image, size: tuple[int, int], multiple: int | None = None
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """(images (1, 3, H, W) uint8, the (height, width) of it that the picture fills): the picture at `size`, padded as in
+    training; or, with `multiple`, stretched up to a multiple of that instead, as the authors do."""
+    if multiple:
+        size = tuple(math.ceil(n / multiple) * multiple for n in size)
+        return torch.from_numpy(padded_image(picture, size, *size))[None], size
+    return torch.from_numpy(padded_image(picture, size, padded(size[0]), padded(size[1])))[None], size
+
+
 class Whole(torch.utils.data.Dataset):
     """Images for evaluation, one at a time, with labels at their own size.
 
-    Element k is a dict: `source`, `file`, `images` (1, 3, H, W) uint8 padded to multiples of 32, `size`, the part of H and
-    W that the image fills, and the labels of the source's levels as from `Reader.labels`, tensors.
+    Element k is a dict: `file`, `images` and `size` as from `whole_image`, and the labels as from `Reader.labels`, as
+    tensors. DTD's images are squares of TEXTURE_SIZE.
     """
 
-    def __init__(self, readers: dict[str, Reader], chosen: list[tuple[str, int]], short: int, longest: int):
-        self.readers, self.chosen, self.short, self.longest = readers, chosen, short, longest
+    def __init__(
+        self,
+        readers: dict[str, Reader],
+        chosen: list[tuple[str, int]],
+        short: int,
+        longest: int,
+        multiple: int | None = None,
+    ):
+        self.readers, self.chosen = readers, chosen
+        self.short, self.longest, self.multiple = short, longest, multiple
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -709,13 +736,12 @@ class Whole(torch.utils.data.Dataset):
         source, i = self.chosen[k]
         reader = self.readers[source]
         if source == "dtd":
-            size, picture = (TEXTURE_SIZE, TEXTURE_SIZE), texture_square(reader, i, 0.5)
+            images, size = whole_image(texture_square(reader, i, 0.5), (TEXTURE_SIZE, TEXTURE_SIZE))
         else:
             size = resized(tuple(reader.index.sizes[i].tolist()), self.short, self.longest)
-            picture = reader.photo(i, (size[1], size[0]))
-        images = torch.from_numpy(padded_image(picture, size, padded(size[0]), padded(size[1])))[None]
+            images, size = whole_image(reader.photo(i, (size[1], size[0])), size, self.multiple)
         labels = {level: torch.as_tensor(value) for level, value in reader.labels(i).items()}
-        return {"source": source, "file": reader.index.images[i], "images": images, "size": size, **labels}
+        return {"file": reader.index.images[i], "images": images, "size": size, **labels}
 
 
 # ---------------------------------------------------------------- the toy: drawn scenes and textures in the real layouts
@@ -747,7 +773,7 @@ TOY_THINGS = {
     "car": [
         (None, "Metal", "any", "polygon", (-1, 0.16, -1, 0.6, -0.65, 0.62, -0.42, 1, 0.4, 1, 0.7, 0.62, 1.02, 0.55, 1.02, 0.16)),
         ("window", "Glass", "blue", "polygon", (-0.52, 0.62, -0.34, 0.92, 0.32, 0.92, 0.54, 0.62)),
-        *(("wheel", "Metal", "dark", "ellipse", (x - 0.25, -0.02, x + 0.25, 0.46)) for x in (-0.58, 0.58)),
+        *(("wheel", "Wax", "dark", "ellipse", (x - 0.25, -0.02, x + 0.25, 0.46)) for x in (-0.58, 0.58)),
     ],
     "person": [
         ("left leg", "Fabric/Cloth", "any", "rectangle", (-0.14, 0, -0.01, 0.45)),
@@ -769,7 +795,7 @@ TOY_THINGS = {
         ("canvas", "Painted", "any2", "rectangle", (-0.42, 0.18, 0.42, 0.82)),
     ],
     "lamp": [
-        ("base", "Metal", "any", "polygon", (-0.2, 0, -0.2, 0.08, -0.06, 0.12, -0.06, 0.7, 0.06, 0.7, 0.06, 0.12, 0.2, 0.08, 0.2, 0)),
+        ("base", "Wood", "any", "polygon", (-0.2, 0, -0.2, 0.08, -0.06, 0.12, -0.06, 0.7, 0.06, 0.7, 0.06, 0.12, 0.2, 0.08, 0.2, 0)),
         ("shade", "Fabric/Cloth|Glass", "warm", "polygon", (-0.34, 0.55, -0.2, 1, 0.2, 1, 0.34, 0.55)),
     ],
     "bed": [
@@ -778,13 +804,13 @@ TOY_THINGS = {
         ("pillow", "Fabric/Cloth", "any3", "ellipse", (-0.64, 0.44, -0.16, 0.76)),
     ],
     "table": [
-        *(("leg", "Wood|Metal", "any", "rectangle", (x - 0.1, 0, x + 0.1, 0.8)) for x in (-0.74, 0.74)),
-        ("top", "Wood|Glass|Stone", "any2", "polygon", (-0.95, 0.72, -0.8, 1, 0.8, 1, 0.95, 0.72)),
+        *(("leg", "Wood|Metal", "any", "rectangle", (x - 0.12, 0, x + 0.12, 0.8)) for x in (-0.76, 0.76)),
+        ("top", "Wood|Glass|Stone", "any2", "polygon", (-1.05, 0.66, -0.85, 1, 0.85, 1, 1.05, 0.66)),
     ],
-    "chair": [
-        *(("leg", "Metal", "grey", "rectangle", (x - 0.06, 0, x + 0.06, 0.4)) for x in (-0.21, 0.21)),
-        ("back", "Wood", "any", "rectangle", (-0.3, 0.34, -0.1, 1)),
-        ("seat", "Wood|Fabric/Cloth", "any", "rectangle", (-0.3, 0.34, 0.32, 0.56)),
+    "sofa": [
+        ("back", "Fabric/Cloth", "any", "rectangle", (-0.9, 0.4, 0.9, 1)),
+        *(("arm", "Fabric/Cloth", "any2", "rectangle", (x - 0.14, 0.08, x + 0.14, 0.7)) for x in (-0.9, 0.9)),
+        ("seat", "Fabric/Cloth", "any", "rectangle", (-0.76, 0.12, 0.76, 0.48)),
     ],
 }  # fmt: skip
 
@@ -810,10 +836,10 @@ TOY_SCENES = {
         "indoor home bedroom", ("wall", "Painted|Brick|Tile", "pale|dull"), {0: ("floor", "Wood|Tile|Stone", "brown|dull")},
         [("painting", 1, 2, (-0.8, -0.6), (0.3, 0.4)), ("lamp", 1, 2, (0.05, 0.3), (0.55, 0.7)), ("bed", 1, 1, (0.5, 0.9), (0.5, 0.6))],
     ),
-    "dining_room": (
-        "indoor home dining_room", ("wall", "Painted|Brick|Tile", "pale|dull"), {0: ("floor", "Wood|Tile|Stone", "brown|dull")},
-        [("painting", 1, 2, (-0.8, -0.6), (0.3, 0.4)), ("lamp", 0, 1, (0.05, 0.2), (0.55, 0.7)), ("table", 1, 1, (0.3, 0.6), (0.45, 0.55)),
-         ("chair", 1, 2, (0.7, 0.95), (0.55, 0.7))],
+    "living_room": (
+        "indoor home living_room", ("wall", "Painted|Brick|Tile", "pale|dull"), {0: ("floor", "Wood|Tile|Stone", "brown|dull")},
+        [("painting", 1, 2, (-0.8, -0.6), (0.3, 0.4)), ("lamp", 0, 1, (0.02, 0.1), (0.55, 0.7)),
+         ("sofa", 1, 1, (0.2, 0.45), (0.45, 0.6)), ("table", 1, 1, (0.7, 0.95), (0.35, 0.45))],
     ),
 }  # fmt: skip
 TOY_SUBSTANCES = "Brick,Wood,Tile,Stone,Fabric/Cloth,Metal,Foliage,Glass,Painted,Concrete,Sky,Water,Dirt,Wax".split(",")
@@ -857,7 +883,7 @@ def surface(substance: str, height: int, width: int, rng: np.random.Generator) -
         period = rng.uniform(6, 9) / (2 * np.pi)
         return 0.5 + 0.25 * np.sin(x / period) + 0.25 * np.sin(y / period)
     if substance == "Metal":
-        return 0.5 + 0.45 * np.sin(y / height * rng.uniform(5, 9) + rng.uniform(0, 6)) + 0.1 * (smooth(1, 30) - 0.5)
+        return 0.5 + 0.4 * np.sin(x / rng.uniform(1.3, 1.8)) + 0.2 * (smooth(30, 30) - 0.5)
     if substance == "Foliage":
         return np.clip((smooth(5, 5) - 0.5) * 2.5 + 0.5, 0, 1)
     if substance == "Glass":

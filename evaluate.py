@@ -1,19 +1,23 @@
 """Metrics, tables and pictures of a trained UPerNet (section 2.2's metrics), and the parsing of one's own photos.
 
-python evaluate.py ckpt.pt                             # on the validation images of the checkpoint's own data
-python evaluate.py ckpt.pt --photo a.jpg b.png         # one picture per photo: every level, with a legend
-python evaluate.py ckpt.pt --json m.json --pictures d  # metrics as JSON, validation images with truth and prediction
+    python evaluate.py ckpt.pt                             # on the validation images of the checkpoint's own data
+    python evaluate.py ckpt.pt --photo a.jpg b.png         # one picture per photo: every level, with a legend
+    python evaluate.py ckpt.pt --json m.json --pictures d  # metrics as JSON, truth beside prediction as pictures
+    python evaluate.py ckpt.pt --relations r.json          # section 4.2: which objects, materials, .. go together
+    python evaluate.py --release encoder.pth decoder.pth --labels joint_dataset --photo a.jpg   # the authors' weights
+
+A checkpoint says itself which data, images and sizes it is to be judged on.
 """
 
 import argparse
 import colorsys
+import csv
 import json
 import os
 import warnings
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -29,16 +33,14 @@ from datasets import (
     UserError,
     Whole,
     add_data_options,
-    chosen_sources,
     data_root,
     open_sources,
-    padded,
-    padded_image,
     positive,
     resized,
     rgb,
+    whole_image,
 )
-from upernet import LEVELS, UPerNet, from_checkpoint, read_tensors
+from upernet import LEVELS, UPerNet, from_checkpoint, load_release, read_tensors
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -220,6 +222,7 @@ def evaluate(
     chosen: list[tuple[str, int]],
     short: int,
     longest: int,
+    multiple: int | None = None,
     levels: list[str] | None = None,
     amp: torch.dtype | None = None,
     pictures: str | None = None,
@@ -227,8 +230,8 @@ def evaluate(
 ) -> dict:
     """The metrics of `net` on the chosen (source, image number)s, in the format of `evaluate.py --json`.
 
-    Images are resized to a short side of `short` and padded as in training; predictions are judged at the label maps' own
-    size. With `pictures`, a folder, up to `shown` of each source's images are drawn there, truth beside prediction.
+    Images are resized to a short side of `short` and padded as in training (or stretched, see `whole_image`); predictions
+    are judged at the label maps' own size. With `pictures`, a folder, up to `shown` of each source's images are drawn there, truth beside prediction.
     """
     device = next(net.parameters()).device
     was_training = net.training
@@ -241,7 +244,7 @@ def evaluate(
         of_source = [pair for pair in chosen if pair[0] == source]
         drawn |= set(of_source[:: max(1, len(of_source) // shown)][:shown])
     workers = min(8, os.cpu_count() or 1) if len(chosen) > 500 else 0
-    loader = DataLoader(Whole(readers, chosen, short, longest), batch_size=None, num_workers=workers)
+    loader = DataLoader(Whole(readers, chosen, short, longest, multiple), batch_size=None, num_workers=workers)
     with torch.inference_mode():
         for pair, image in zip(chosen, tqdm(loader, desc="evaluating", unit=" images", disable=None, leave=False)):
             reader, filled = readers[pair[0]], image["size"]
@@ -448,7 +451,13 @@ def open_photo(path: str) -> Image.Image:
 
 
 def parse(
-    net: UPerNet, photo: Image.Image, short: int, longest: int, amp: torch.dtype | None = None, levels=None
+    net: UPerNet,
+    photo: Image.Image,
+    short: int,
+    longest: int,
+    multiple: int | None = None,
+    levels: list[str] | None = None,
+    amp: torch.dtype | None = None,
 ) -> dict[str, np.ndarray]:
     """All that the network sees in a photo (RGB), of the levels asked for, as numpy arrays.
 
@@ -456,8 +465,7 @@ def parse(
     object, -1 for none; scene, texture (K,) probabilities. Maps have the photo's size.
     """
     device = next(net.parameters()).device
-    size = resized((photo.height, photo.width), short, longest)
-    images = torch.from_numpy(padded_image(photo, size, padded(size[0]), padded(size[1])))[None]
+    images, size = whole_image(photo, resized((photo.height, photo.width), short, longest), multiple)
     levels = [level for level in net.classes if levels is None or level in levels]
     computed = [level for level in net.classes if level in levels or (level == "object" and "part" in levels)]
     seen = {}
@@ -491,67 +499,125 @@ def photo_sheet(photo: Image.Image, seen: dict[str, np.ndarray], vocabulary: dic
     return sheet_of([panels[:3], panels[3:]] if len(panels) > 3 else [panels])
 
 
-def parse_photos(net: UPerNet, vocabulary: dict, args: argparse.Namespace, short: int, longest: int, amp) -> None:
-    """Writes <name>_upernet.png and .npz for each of --photo; one that cannot be read is named at the end."""
-    stems = [os.path.splitext(os.path.basename(path))[0] for path in args.photo]
-    if twice := [stem for stem in stems if stems.count(stem) > 1]:
-        raise UserError(f"--photo: several files named {twice[0]} would be written to the same {twice[0]}_upernet.png")
-    failed = []
-    folder = args.pictures or "."
-    for path in args.photo:
-        try:
-            photo = open_photo(path)
-        except UserError as e:
-            failed.append(str(e))
-            continue
-        seen = parse(net, photo, short, longest, amp, args.levels)
-        stem = os.path.join(folder, f"{os.path.splitext(os.path.basename(path))[0]}_upernet")
-        save_picture(photo_sheet(photo, seen, vocabulary), f"{stem}.png")
-        names = {
-            f"{level}_names": np.array(vocabulary[level])
-            for level in ("scene", "object", "material", "texture")
-            if level in vocabulary
-        }
-        names["part_names"] = np.array(part_channel_names(vocabulary))
-        arrays = {level: value.astype(np.int16 if value.ndim == 2 else np.float32) for level, value in seen.items()}
-        try:
-            np.savez_compressed(f"{stem}.npz", **arrays, **names)
-        except OSError as e:
-            raise UserError(f"{stem}.npz: cannot be written ({e.strerror or e})") from None
-        print(f"wrote {stem}.png and {stem}.npz")
-    if failed:
-        raise UserError("; ".join(failed))
+def write_maps(seen: dict[str, np.ndarray], vocabulary: dict, path: str) -> None:
+    """What `parse` found as an .npz: its arrays, and <level>_names of the classes (part: of the channels)."""
+    names = {level: vocabulary[level] for level in ("scene", "object", "material", "texture") if level in vocabulary}
+    names["part"] = part_channel_names(vocabulary)
+    arrays = {level: value.astype(np.int16 if value.ndim == 2 else np.float32) for level, value in seen.items()}
+    try:
+        np.savez_compressed(path, **arrays, **{f"{level}_names": np.array(n) for level, n in names.items()})
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror or e})") from None
+
+
+# ---------------------------------------------------------------- relations: section 4.2, table 4
+
+
+class Relations:
+    """Counts, over what the network sees in many photos, which concepts go together.
+
+    scene-object: the share of a scene's photos in which an object shows up (a pixel of it is enough); those of at least
+    30%. object-material, part-material, material-texture: of the pixels of the first, the share of the second.
+    """
+
+    KINDS = ("scene-object", "object-material", "part-material", "material-texture")
+    LEAST = 0.1  # shares below are dropped, and the rest scaled to one (the paper gives no number: our choice)
+
+    def __init__(self, vocabulary: dict):
+        self.names = {**vocabulary, "part": part_channel_names(vocabulary)}
+        self.photos = np.zeros(len(vocabulary.get("scene", ())), np.int64)  # of each scene
+        self.counts = {}
+        for kind in self.KINDS:
+            first, second = kind.split("-")
+            if first in vocabulary and second in vocabulary:
+                self.counts[kind] = np.zeros((len(self.names[first]), len(self.names[second])), np.int64)
+
+    def add(self, seen: dict[str, np.ndarray]) -> None:
+        """What `parse` found in one photo."""
+        for kind, counts in self.counts.items():
+            first, second = kind.split("-")
+            if kind == "scene-object":
+                scene = int(seen["scene"].argmax())
+                self.photos[scene] += 1
+                counts[scene, np.unique(seen["object"])] += 1
+            else:
+                rows, columns = seen[first].astype(np.int64), seen["texture_map" if second == "texture" else second]
+                there = rows >= 0
+                flat = rows[there] * counts.shape[1] + columns[there]
+                counts += np.bincount(flat, minlength=counts.size).reshape(counts.shape)
+
+    def results(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Kind -> first concept -> {second concept: share}, largest first."""
+        results: dict = {kind: {} for kind in self.counts}
+        for kind, counts in self.counts.items():
+            totals = self.photos if kind == "scene-object" else counts.sum(axis=1)
+            for row in np.flatnonzero(totals):
+                shares = counts[row] / totals[row]
+                least = 0.3 if kind == "scene-object" else self.LEAST
+                order = [k for k in np.argsort(-shares, kind="stable") if shares[k] >= least]
+                if kind != "scene-object":
+                    order = order[:3]
+                    shares = shares / shares[order].sum() if order else shares
+                first, second = (self.names[level] for level in kind.split("-"))
+                if order:
+                    results[kind][first[row]] = {second[k]: float(shares[k]) for k in order}
+        return results
+
+
+def sentences(relations: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """The relations in words, as in table 4."""
+    verbs = {
+        "scene-object": "{} has {}",
+        "object-material": "{} is made of {}",
+        "part-material": "{} is made of {}",
+        "material-texture": "{} looks {}",
+    }
+    lines = []
+    for kind, found in relations.items():
+        for first, shares in found.items():
+            words = [f"{second} ({share:.0%})" for second, share in shares.items()]
+            listed = ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]
+            lines.append(verbs[kind].format(first, listed))
+    return lines
 
 
 # ---------------------------------------------------------------- the command
 
 
 def validation_images(
-    indexes: dict[str, Index], split: dict, args: argparse.Namespace, vocabulary: dict
+    indexes: dict[str, Index], split: dict | None, args: argparse.Namespace, vocabulary: dict
 ) -> list[tuple[str, int]]:
-    """The (source, image number)s to evaluate: the checkpoint's own validation images, or those that --split names.
+    """The (source, image number)s to evaluate: the checkpoint's own validation images (`split`), or those that --split names.
 
-    Says what is not there any more, and how many were no validation images of the checkpoint.
+    Of a released network (`split` is None) those of split.json, if there is one, else ADE20K's validation folder and all
+    of OpenSurfaces. Says what is not there any more, and how many were no validation images of the checkpoint.
     """
+    path = split_path(data_root(args), args.cache)
+    stored = read_split(path)["sources"]
     chosen = []
     for source, index in indexes.items():
-        own = set(split.get(source, ()))
-        names = own
+        own = set((split or {}).get(source, ()))
         if args.split == "official" and source != "os":
             names = official_validation(index)
-        elif args.split:
-            path = split_path(data_root(args), args.cache)
-            if source not in read_split(path)["sources"]:
+        elif args.split or (split is None and source in stored):
+            if source not in stored:
                 raise UserError(f"{path}: has no split of {source}; python balance_split.py --data {source} makes one")
             names = balanced_validation({source: index}, vocabulary, path)[source]
-        elif not own:
-            raise UserError(f"the checkpoint has no validation images of {source}; name some with --split")
+        elif split is None:
+            names = set(index.images) if source == "os" else official_validation(index)
+            print(
+                f"{source}: no split in {path}; evaluating {'all images' if source == 'os' else 'its validation folder'}"
+            )
+        else:
+            names = own
+        if not names:
+            raise UserError(f"{source}: no validation images; name some with --split")
         there = [i for i, image in enumerate(index.images) if image in names]
         if lacking := len(names) - len(there):
             print(f"{source}: {lacking} of {len(names)} validation images are not there")
-        if foreign := sum(index.images[i] not in own for i in there):
+        if split is not None and (foreign := sum(index.images[i] not in own for i in there)):
             print(
-                f"{source}: {foreign} of {len(there)} images were not validation images of the checkpoint, which may have learnt from them"
+                f"{source}: {foreign} of {len(there)} images were not validation images of the checkpoint: it may know them"
             )
         chosen += [(source, i) for i in there]
     if not chosen:
@@ -583,12 +649,71 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto (cuda, mps, cpu) or one by name")
 
 
+def released_names(labels: str, index: Index, vocabulary: dict) -> dict[str, dict]:
+    """`class_names` of a source for a network that the authors released: their label_assignment.csv maps ADE20K's and
+    OpenSurfaces' numbers, and ADE20K's scenes by name; SceneParsing's numbers are the classes of their ADE20K network.
+    """
+    if not os.path.isdir(labels):
+        if index.layout != "sceneparsing":
+            raise UserError(
+                f"{index.folder}: the authors' ADE20K network is measured on ADEChallengeData2016 (SceneParsing)"
+            )
+        return {"object": {number: name for number, name in enumerate(vocabulary["object"], start=1)}}
+    if index.layout == "sceneparsing":
+        raise UserError(f"{index.folder}: this network knows the classes of ADE20K_2021_17_01, not SceneParsing's")
+    path = os.path.join(labels, "label_assignment.csv")
+    names: dict[str, dict] = {level: {} for level in SOURCE_LEVELS[index.source]}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                level, label = row["category"], int(row["broden_label"])
+                if row["dataset"] != index.source or level not in names:
+                    continue
+                if level == "scene" and label >= 0:
+                    names[level][row["raw_name"].removesuffix("-s").replace(" ", "_")] = vocabulary[level][label]
+                elif level != "scene" and label > 0:
+                    names[level][int(row["raw_label"])] = (
+                        row["broden_name"] if level == "part" else vocabulary[level][label]
+                    )
+    except (OSError, KeyError, ValueError, IndexError, TypeError) as e:
+        raise UserError(f"{path}: not the authors' table of labels ({type(e).__name__}: {e})") from None
+    if "scene" in names:
+        names["scene"] = {tag: names["scene"].get(tag.replace(" ", "_")) for tag in index.tags}
+    return names
+
+
+def load_network(args: argparse.Namespace, device: torch.device) -> tuple[UPerNet, dict, dict, dict | None]:
+    """(network, vocabulary, arguments of its training, its validation images or None for a released network)."""
+    try:
+        if args.release:
+            if not args.labels:
+                raise UserError(
+                    "--release: --labels must name the authors' class tables (joint_dataset, or object150_info.csv)"
+                )
+            net, vocabulary = load_release(*args.release, args.labels)
+            # As released: short side 450, long side at most 1000, then stretched to a multiple; 32 is that of the ADE20K network.
+            multiple = 8 if os.path.isdir(args.labels) else 32
+            return net.to(device), vocabulary, {"sizes": [450], "max_size": 1000, "multiple": multiple}, None
+        checkpoint = read_tensors(args.checkpoint)
+        net, vocabulary = from_checkpoint(checkpoint, args.checkpoint, str(device))
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    return net, vocabulary, checkpoint.get("arguments", {}), checkpoint.get("split", {})
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Metrics and pictures of a trained network, or of one's own photos.")
-    parser.add_argument("checkpoint", metavar="ckpt.pt", help="a checkpoint of train.py")
+    parser.add_argument("checkpoint", nargs="?", metavar="ckpt.pt", help="a checkpoint of train.py")
+    parser.add_argument(
+        "--release", nargs=2, metavar=("ENCODER", "DECODER"), help="a network of the authors instead, two .pth files"
+    )
+    parser.add_argument("--labels", metavar="TABLES", help="its class tables: joint_dataset, or object150_info.csv")
     parser.add_argument("--photo", nargs="+", metavar="FILE", help="parse these photos instead of validation images")
     parser.add_argument("--pictures", metavar="DIR", help="write pictures there (of photos: default .)")
     parser.add_argument("--json", metavar="FILE", help="write the metrics there")
+    parser.add_argument(
+        "--relations", metavar="FILE", help="count section 4.2's relations over the images, write them there"
+    )
     parser.add_argument("--classes", action="store_true", help="all classes in the table, not the best and worst ten")
     parser.add_argument("--levels", type=levels_of, metavar="LIST", help=f"comma list of {','.join(LEVELS)} (all)")
     parser.add_argument("--size", type=positive, metavar="N", help="short side (the middle one of training's sizes)")
@@ -597,49 +722,95 @@ def main(argv: list[str] | None = None) -> None:
     add_data_options(parser, data=None)
     args = parser.parse_args(argv)
     try:
-        device = pick_device(args.device)
-        amp = pick_amp(args.amp, device)
-        try:
-            checkpoint = read_tensors(args.checkpoint)
-            net, vocabulary = from_checkpoint(checkpoint, args.checkpoint, str(device))
-        except ValueError as e:
-            raise UserError(str(e)) from None
-        trained = checkpoint.get("arguments", {})
-        sizes = trained.get("sizes", [450])
-        short, longest = args.size or sorted(sizes)[len(sizes) // 2], trained.get("max_size", 1200)
-        if args.levels and (lacking := set(args.levels) - set(vocabulary)):
-            raise UserError(
-                f"{args.checkpoint}: no head for {', '.join(sorted(lacking))}; it has {', '.join(vocabulary)}"
-            )
-        run = torch.compile(net) if args.compile else net
-        if args.photo:
-            parse_photos(run, vocabulary, args, short, longest, amp)
-            return
-        for option in ("data", "root", "cache"):
-            if getattr(args, option) is None:
-                setattr(args, option, trained.get(option))
-        if args.data is None or args.root is None:
-            raise UserError(
-                f"{args.checkpoint}: does not say what data it was trained on; name them with --data and --root"
-            )
-        wanted = [
-            s for s in chosen_sources(args.data) if set(SOURCE_LEVELS[s]) & set(args.levels or LEVELS) & set(vocabulary)
-        ]
-        if not wanted:
-            raise UserError(f"--data {args.data}: has no labels for the levels of this network")
-        indexes, _ = open_sources(args)
-        indexes = {source: indexes[source] for source in wanted}
-        readers = {source: Reader(index, vocabulary) for source, index in indexes.items()}
-        chosen = validation_images(indexes, checkpoint.get("split", {}), args, vocabulary)
-        results = evaluate(run, vocabulary, readers, chosen, short, longest, args.levels, amp, args.pictures)
-        print(table(results, all_classes=args.classes))
-        if args.json:
-            write_json(results, args.json)
-            print(f"wrote {args.json}")
-        if args.pictures:
-            print(f"wrote pictures to {args.pictures}")
+        if bool(args.checkpoint) == bool(args.release):
+            raise UserError("name a checkpoint (runs/toy/ckpt.pt, say), or a network of the authors with --release")
+        run(args)
     except UserError as e:
         parser.error(str(e))
+
+
+def run(args: argparse.Namespace) -> None:
+    device = pick_device(args.device)
+    amp = pick_amp(args.amp, device)
+    net, vocabulary, trained, split = load_network(args, device)
+    sizes = trained.get("sizes", [450])
+    short, longest, multiple = (
+        args.size or sorted(sizes)[len(sizes) // 2],
+        trained.get("max_size", 1200),
+        trained.get("multiple"),
+    )
+    if args.levels and (lacking := set(args.levels) - set(vocabulary)):
+        raise UserError(f"--levels: no head for {', '.join(sorted(lacking))}; this network has {', '.join(vocabulary)}")
+    model = torch.compile(net) if args.compile else net
+    relations = Relations(vocabulary) if args.relations else None
+    if relations and not relations.counts:
+        raise UserError("--relations: this network has no two levels that they relate")
+
+    if args.photo:
+        stems = [os.path.splitext(os.path.basename(path))[0] for path in args.photo]
+        if twice := [stem for stem in stems if stems.count(stem) > 1]:
+            raise UserError(
+                f"--photo: several files named {twice[0]} would be written to the same {twice[0]}_upernet.png"
+            )
+        failed = []
+        for path, stem in zip(args.photo, stems):
+            try:
+                photo = open_photo(path)
+            except UserError as e:
+                failed.append(str(e))
+                continue
+            seen = parse(model, photo, short, longest, multiple, args.levels, amp)
+            target = os.path.join(args.pictures or ".", f"{stem}_upernet")
+            save_picture(photo_sheet(photo, seen, vocabulary), f"{target}.png")
+            write_maps(seen, vocabulary, f"{target}.npz")
+            print(f"wrote {target}.png and {target}.npz")
+            if relations:
+                relations.add(parse(model, photo, short, longest, multiple, None, amp) if args.levels else seen)
+        if relations:
+            report(relations, args.relations)
+        if failed:
+            raise UserError("; ".join(failed))
+        return
+
+    for option in ("data", "root", "cache"):
+        if getattr(args, option) is None:
+            setattr(args, option, trained.get(option))
+    args.root = args.root or "data"
+    if args.data is None:
+        raise UserError(
+            "--data: name the sources to evaluate on, ade20k,os for one"
+            if split is None
+            else "--data: not in the checkpoint"
+        )
+    indexes, _ = open_sources(args)
+    readers = {}
+    for source, index in indexes.items():
+        names = released_names(args.labels, index, vocabulary) if split is None and source != "dtd" else None
+        reader = Reader(index, vocabulary, names)
+        if set(reader.levels) & set(args.levels or LEVELS):
+            readers[source] = reader
+    if not readers:
+        raise UserError(f"--data {args.data}: has no labels for the levels of this network")
+    chosen = validation_images({source: reader.index for source, reader in readers.items()}, split, args, vocabulary)
+    results = evaluate(model, vocabulary, readers, chosen, short, longest, multiple, args.levels, amp, args.pictures)
+    print(table(results, all_classes=args.classes))
+    if args.json:
+        write_json(results, args.json)
+        print(f"wrote {args.json}")
+    if args.pictures:
+        print(f"wrote pictures to {args.pictures}")
+    if relations:
+        for source, i in tqdm(chosen, desc="relations", unit=" images", disable=None, leave=False):
+            if source != "dtd":  # squares of texture, without things in them
+                relations.add(parse(model, readers[source].photo(i), short, longest, multiple, None, amp))
+        report(relations, args.relations)
+
+
+def report(relations: Relations, path: str) -> None:
+    found = relations.results()
+    print("\n".join(sentences(found)))
+    write_json(found, path)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

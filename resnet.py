@@ -8,7 +8,6 @@
 Keys of the state dict are torchvision's (those of the authors' own encoder with `stem="deep"`).
 """
 
-import torch
 from torch import Tensor, nn
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # residual blocks in C2..C5

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import zlib
 from unittest import mock
 
 import numpy as np
@@ -1336,6 +1337,278 @@ class TestMistakes(unittest.TestCase):
                 status, said, _ = command(main, "--help")
             self.assertEqual(status, 0)
             self.assertLessEqual(len(said.splitlines()), 40)
+
+
+# ---------------------------------------------------------------- the authors' weights
+
+
+def stand_in(key: str, shape: tuple, seed: int) -> torch.Tensor:
+    """A value for one key of the authors' files that anybody can make again: numpy's old generator, seeded by the key."""
+    generator = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32)
+    if len(shape) == 0:
+        return torch.zeros(())
+    if len(shape) > 1:
+        value = generator.standard_normal(shape) / math.prod(shape[1:]) ** 0.5
+    elif key.endswith(("running_var", "weight")):
+        value = generator.uniform(0.5, 1.5, shape)
+    else:
+        value = generator.standard_normal(shape) * 0.1
+    return torch.from_numpy(value.astype(np.float32))
+
+
+def released_files(place: str, seed: int, paper: bool, depth: int = 50) -> list[str]:
+    """The authors' encoder and decoder with stand-in values: their keys, in their names and shapes."""
+
+    def with_norm(conv: str, norm: str, out: int, inside: int, kernel: int) -> dict:
+        shapes = {f"{conv}.weight": (out, inside, kernel, kernel)}
+        shapes |= {f"{norm}.{name}": (out,) for name in ("weight", "bias", "running_mean", "running_var")}
+        shapes |= {
+            f"{norm}.num_batches_tracked": (),
+            f"{norm}._tmp_running_mean": (out,),
+            f"{norm}._tmp_running_var": (out,),
+        }
+        return shapes | {f"{norm}._running_iter": (1,)}
+
+    encoder = (
+        with_norm("conv1", "bn1", 64, 3, 3)
+        | with_norm("conv2", "bn2", 64, 64, 3)
+        | with_norm("conv3", "bn3", 128, 64, 3)
+    )
+    inside = 128
+    for stage, (width, blocks) in enumerate(zip((64, 128, 256, 512), (3, 4, 6 if depth == 50 else 23, 3)), start=1):
+        for b in range(blocks):
+            name = f"layer{stage}.{b}"
+            encoder |= with_norm(f"{name}.conv1", f"{name}.bn1", width, inside, 1)
+            encoder |= with_norm(f"{name}.conv2", f"{name}.bn2", width, width, 3)
+            encoder |= with_norm(f"{name}.conv3", f"{name}.bn3", 4 * width, width, 1)
+            if b == 0:
+                encoder |= with_norm(f"{name}.downsample.0", f"{name}.downsample.1", 4 * width, inside, 1)
+            inside = 4 * width
+    decoder = with_norm("ppm_last_conv.0", "ppm_last_conv.1", 512, 4096, 3)
+    for k in range(4):
+        decoder |= with_norm(f"ppm_conv.{k}.0", f"ppm_conv.{k}.1", 512, 2048, 1)
+    for k in range(3):
+        decoder |= with_norm(f"fpn_in.{k}.0", f"fpn_in.{k}.1", 512, 256 * 2**k, 1)
+        decoder |= with_norm(f"fpn_out.{k}.0.0", f"fpn_out.{k}.0.1", 512, 512, 3)
+    if paper:
+        decoder |= with_norm("conv_fusion.0", "conv_fusion.1", 512, 2048, 3)
+        for level, classes in (("scene", 365), ("object", 336), ("part", 427), ("material", 26)):
+            decoder |= with_norm(f"{level}_head.0.0", f"{level}_head.0.1", 512, 512, 3)
+            last = f"{level}_head.{2 if level == 'scene' else 1}"
+            decoder |= {f"{last}.weight": (classes, 512, 1, 1), f"{last}.bias": (classes,)}
+    else:
+        decoder |= with_norm("conv_last.0.0", "conv_last.0.1", 512, 2048, 3)
+        decoder |= {"conv_last.1.weight": (150, 512, 1, 1), "conv_last.1.bias": (150,)}
+    paths = []
+    for name, shapes in (("encoder", encoder), ("decoder", decoder)):
+        paths.append(os.path.join(place, f"{name}.pth"))
+        torch.save({key: stand_in(key, shape, seed) for key, shape in shapes.items()}, paths[-1])
+    return paths
+
+
+def class_tables(place: str) -> str:
+    """Tables in the format of the authors' joint_dataset, with their numbers of classes and names of our own."""
+    for level, n in (("object", 336), ("material", 26), ("scene", 365)):
+        first = 0 if level == "scene" else 1
+        names = ["-"] * first + [f"{level} {k}" for k in range(first, n)]
+        write(
+            os.path.join(place, f"{level}.csv"),
+            "label,name\n" + "".join(f"{k},{name}\n" for k, name in enumerate(names)),
+        )
+    sizes = [4] * 7 + [6] * 43 + [5] * 27 + [6] * 1  # 427 channels, backgrounds counted
+    sizes[-1] = 427 - sum(sizes[:-1])
+    rows = ["object_label,object_name,part_labels,part_names"]
+    for k, n in enumerate(sizes, start=1):
+        rows.append(
+            f"{k},object {k},{';'.join(map(str, range(n)))},{';'.join(['-'] + [f'part {p}' for p in range(1, n)])}"
+        )
+    write(os.path.join(place, "object_part_hierarchy.csv"), "\n".join(rows) + "\n")
+    rows = ["dataset,category,raw_label,raw_name,broden_label,broden_name"]
+    rows += ["ade20k,object,7,car;auto,3,object 3", "ade20k,object,300,wall,1,object 1", "ade20k,object,9,dust,0,-"]
+    rows += ["ade20k,part,20,wheel,1,part 1", "ade20k,part,21,dent,0,-", "ade20k,scene,0,,-1,nothing"]
+    rows += ["ade20k,scene,1,bus_stop-s,17,scene 17", "os,material,2,brick,25,material 25", "os,material,3,mud,0,-"]
+    write(os.path.join(place, "label_assignment.csv"), "\n".join(rows) + "\n")
+    return place
+
+
+class TestRelease(unittest.TestCase):
+    # What the authors' networks answer for the stand-in weights: the largest absolute logit, and logits by position in
+    # the flattened (classes, 24, 32).
+    PAPER = {
+        "scene": (111.824707, {26: 30.939142, 45: -12.718679, 78: -21.677933, 90: 19.938030, 106: -18.336777, 239: 39.410271, 259: -8.453082, 311: 21.192345, 346: -40.361965}),
+        "object": (259.550293, {7083: 3.665398, 86448: 38.188072, 124606: 117.981506, 142654: -37.625706, 150803: -58.221333, 154187: 65.421547, 167902: 27.453876, 206855: -45.236084, 246243: 29.480112}),
+        "part": (292.842102, {1576: 14.221946, 137135: -144.377502, 217882: 21.345314, 218834: 57.146763, 227395: 19.612314, 236683: -113.826965, 244721: 41.647491, 289944: 127.635223, 290522: -30.465378}),
+        "material": (372.585297, {45: -162.589355, 1236: 15.986570, 1573: 89.987411, 2735: -62.989471, 5037: -41.877739, 10661: 25.245480, 13971: -151.119659, 18329: -222.919479, 18680: 100.236534}),
+    }  # fmt: skip
+    ADE20K = {
+        "object": (6.769946, {1040: -1.023901, 5519: 0.554108, 22518: 0.544367, 28719: -2.428297, 29844: -1.378402, 57039: 3.349379, 81519: 2.326095, 102641: -0.731926, 107530: -0.148589}),
+    }  # fmt: skip
+
+    @classmethod
+    def setUpClass(cls):
+        cls.place = new_folder("release")
+        cls.tables = class_tables(os.path.join(cls.place, "joint_dataset"))
+        cls.table = os.path.join(cls.place, "object150_info.csv")
+        rows = "".join(f"{k},0,0,0,0,thing {k};other\n" for k in range(1, 151))
+        write(cls.table, "Idx,Ratio,Train,Val,Stuff,Name\n" + rows)
+        cls.paper = released_files(new_folder("paper"), 7, paper=True)
+        cls.ade20k = released_files(new_folder("mit"), 13, paper=False)
+
+    def assert_answers(self, net, answers, seed):
+        """Their input is BGR in [0, 255]; ours RGB in [0, 1]."""
+        theirs = np.random.RandomState(seed).uniform(0, 255, (1, 3, 96, 128)).astype(np.float32)
+        with torch.inference_mode():
+            logits = net(torch.from_numpy(theirs[:, ::-1] / 255))
+        self.assertEqual(set(logits), set(answers))
+        for level, (largest, values) in answers.items():
+            flat = logits[level].flatten()
+            self.assertAlmostEqual(flat.abs().max().item() / largest, 1, delta=1e-4)
+            for position, value in values.items():
+                self.assertLessEqual(abs(flat[position].item() - value) / largest, 1e-4, f"{level} at {position}")
+
+    def test_the_papers_network_answers_as_the_authors(self):
+        net, vocabulary = upernet.load_release(*self.paper, self.tables)
+        self.assertFalse(net.training)
+        self.assert_answers(net, self.PAPER, 7)
+        counts = {level: len(names) for level, names in vocabulary.items()}
+        self.assertEqual(counts, {"scene": 365, "object": 336, "material": 26, "part": 78})
+        self.assertEqual(vocabulary["object"][:2], ["background", "object 1"])
+
+    def test_their_ade20k_network_answers_as_the_authors(self):
+        net, vocabulary = upernet.load_release(*self.ade20k, self.table)
+        self.assert_answers(net, self.ADE20K, 13)
+        self.assertEqual((len(vocabulary["object"]), vocabulary["object"][0]), (150, "thing 1"))
+
+    def test_resnet_101(self):
+        paths = released_files(new_folder("deep"), 1, paper=False, depth=101)
+        net, _ = upernet.load_release(*paths, self.table)
+        self.assertEqual(net.backbone.depth, 101)
+        stored = torch.load(paths[0], weights_only=True)
+        self.assertTrue(torch.equal(net.backbone.layer3[22].conv3.weight, stored["layer3.22.conv3.weight"]))
+
+    def test_wrong_and_swapped_files(self):
+        encoder, decoder = self.paper
+        other = os.path.join(new_folder("damaged"), "decoder.pth")
+        state = torch.load(decoder, weights_only=True)
+        del state["fpn_in.1.0.weight"]
+        torch.save(state, other)
+        for files, says in (
+            ((decoder, encoder, self.tables), "decoder.pth: conv1.weight is missing"),
+            ((encoder, encoder, self.tables), "encoder.pth: ppm_last_conv.0.weight is missing"),
+            ((encoder, other, self.tables), "decoder.pth: fpn_in.1.0.weight is missing"),
+            ((encoder, self.ade20k[1], self.tables), "joint_dataset.*object150_info.csv"),
+            ((encoder, decoder, self.table), "object150_info.csv.*joint_dataset"),
+            ((encoder, decoder, self.place), "scene.csv"),
+            (("nothing.pth", decoder, self.tables), "nothing.pth: no such file"),
+        ):
+            with self.subTest(says=says), self.assertRaisesRegex(ValueError, says):
+                upernet.load_release(*files)
+
+    def test_photos_and_metrics_by_the_command(self):
+        ade = Ade()
+        objects = np.full((48, 64), 300)
+        objects[:24, :32], objects[40:] = 7, 9
+        parts = np.zeros((48, 64), int)
+        parts[:4, :4], parts[6:8, :4] = 20, 21
+        ade.add(objects, {7: "car", 300: "wall", 9: "dust", 20: "wheel", 21: "dent"}, ["outdoor", "bus stop"], parts)
+        shutil.move(
+            os.path.join(ade.folder, "images", "ADE", "training"),
+            os.path.join(ade.folder, "images", "ADE", "validation"),
+        )
+        options = ("--release", *self.paper, "--labels", self.tables, "--size", 32)
+        net, vocabulary = upernet.load_release(*self.paper, self.tables)
+        index = ade.index()
+        labels = Reader(index, vocabulary, evaluate.released_names(self.tables, index, vocabulary)).labels(0)
+        self.assertEqual(labels["scene"], 17)
+        expected = np.where(objects == 7, 3, np.where(objects == 300, 1, -1))
+        self.assertTrue((labels["object"] == expected).all())
+        self.assertTrue((labels["part"] == (parts == 20)).all())
+
+        out = new_folder("released-out")
+        path = os.path.join(out, "m.json")
+        status, said, err = command(evaluate.main, *options, "--data", "ade20k", "--root", ade.root, "--json", path)
+        self.assertEqual((status, err), (0, ""))
+        self.assertIn("evaluating its validation folder", said)
+        metrics = json.load(open(path))
+        self.assertEqual(set(metrics), {"scene", "object", "part"})
+        known = {name for name, value in metrics["object"]["iou"].items() if value is not None}
+        self.assertEqual((metrics["scene"]["n"], known), (1, {"object 1", "object 3"}))
+        self.assertFalse(os.path.exists(os.path.join(ade.root, "split.json")))
+
+        photo = os.path.join(index.folder, index.images[0])
+        status, said, err = command(evaluate.main, *options, "--photo", photo, "--pictures", out)
+        self.assertEqual((status, err), (0, ""))
+        with np.load(os.path.join(out, "ADE_train_00000000_upernet.npz")) as maps:
+            self.assertEqual(maps["object"].shape, (48, 64))
+            with torch.inference_mode():  # as released: short side 32, each side stretched up to a multiple of 8
+                resized = Image.open(photo).convert("RGB").resize((48, 32), Image.Resampling.BILINEAR)
+                logits = net(torch.from_numpy(np.asarray(resized).transpose(2, 0, 1).copy())[None] / 255)
+            full = F.interpolate(logits["object"], (48, 64), mode="bilinear")[0].argmax(dim=0).numpy()
+            self.assertGreater((full == maps["object"]).mean(), 0.99)
+
+    def test_opensurfaces_by_its_red_value(self):
+        index = Index(
+            "os", "os", "", ["a.jpg"], torch.tensor([[4, 4]]), [""], [""], torch.zeros(0, 3), torch.zeros(0, 4),
+            torch.tensor([[0, 2, 8]]), {2: "Brick", 3: "Mud"}, [],
+        )  # fmt: skip
+        _, vocabulary = upernet.load_release(*self.paper, self.tables)
+        reader = Reader(index, vocabulary, evaluate.released_names(self.tables, index, vocabulary))
+        self.assertEqual(reader.of_number.tolist(), [-1, -1, 25, -1])
+
+
+class TestRelations(unittest.TestCase):
+    VOCABULARY = {
+        "scene": ["kitchen", "street"],
+        "object": ["wall", "car", "pot"],
+        "part": {"car": ["background", "wheel", "door"]},
+        "material": ["wood", "brick", "metal", "glass", "stone"],
+        "texture": ["dotted", "banded"],
+    }
+
+    def test_against_a_plain_count(self):
+        rng = np.random.default_rng(0)
+        relations = evaluate.Relations(self.VOCABULARY)
+        photos = []
+        for k in range(7):
+            seen = {
+                "scene": rng.random(2),
+                "object": rng.integers(0, 2 + (k == 0), (6, 8)),
+                "part": rng.choice([-1, 1, 2], (6, 8)),
+            }
+            seen |= {"material": rng.integers(0, 5, (6, 8)), "texture_map": rng.integers(0, 2, (6, 8))}
+            photos.append(seen)
+            relations.add(seen)
+        found = relations.results()
+
+        streets = [seen for seen in photos if seen["scene"][1] > seen["scene"][0]]
+        share = {
+            name: sum((seen["object"] == k).any() for seen in streets) / len(streets)
+            for k, name in enumerate(self.VOCABULARY["object"])
+        }
+        self.assertEqual(
+            found["scene-object"]["street"], {name: value for name, value in share.items() if value >= 0.3}
+        )
+        for kind, first, second, index, name in (
+            ("object-material", "object", "material", 1, "car"),
+            ("part-material", "part", "material", 2, "car: door"),
+            ("material-texture", "material", "texture_map", 4, "stone"),
+        ):
+            pairs = [
+                seen[second][y, x] for seen in photos for y in range(6) for x in range(8) if seen[first][y, x] == index
+            ]
+            names = self.VOCABULARY[second.removesuffix("_map")]
+            share = {names[k]: pairs.count(k) / len(pairs) for k in range(len(names))}
+            best = sorted((name for name in share if share[name] >= 0.1), key=lambda n: -share[n])[:3]
+            total = sum(share[n] for n in best)
+            self.assertEqual(set(found[kind][name]), set(best))
+            for n in best:
+                self.assertAlmostEqual(found[kind][name][n], share[n] / total)
+
+    def test_sentences_read_as_in_table_4(self):
+        said = evaluate.sentences(
+            {"object-material": {"toilet": {"ceramic": 0.65, "plastic": 0.35}}, "scene-object": {"attic": {"box": 1.0}}}
+        )
+        self.assertEqual(said, ["toilet is made of ceramic (65%) and plastic (35%)", "attic has box (100%)"])
 
 
 # ---------------------------------------------------------------- real images, where they are at hand

@@ -50,7 +50,7 @@ PAPER = {  # section 3.1 and the released code
     "seed": 304, "workers": os.cpu_count() or 1, "save_every": 500, "eval_every": 0, "amp": "auto", "device": "auto",
 }  # fmt: skip
 TOY = {  # what two cores learn in minutes
-    "backbone": "resnet18", "channels": 64, "weights": "none", "iters": 2400, "texture_iters": 800, "batch_size": 4,
+    "backbone": "resnet18", "channels": 64, "weights": "none", "iters": 2000, "texture_iters": 600, "batch_size": 4, "lr": 0.04,
     "sizes": [76, 80, 84], "max_size": 160, "save_every": 400,
 }  # fmt: skip
 FREE = {
@@ -215,7 +215,7 @@ def run(args: argparse.Namespace) -> None:
     amp = pick_amp(args.amp, device)
     checkpoint_path, log_path = os.path.join(args.out, "ckpt.pt"), os.path.join(args.out, "log.jsonl")
     checkpoint = read_checkpoint(checkpoint_path) if args.resume else None
-    if checkpoint and checkpoint["stage"] == "done":
+    if checkpoint and checkpoint["stage"] == "done" and os.path.exists(os.path.join(args.out, "metrics.json")):
         say(f"{args.out}: this run is finished; python evaluate.py {checkpoint_path} evaluates it")
         return
 
@@ -254,7 +254,7 @@ def run(args: argparse.Namespace) -> None:
         torch.set_rng_state(checkpoint["random"])
         stage_now, start = checkpoint["stage"], checkpoint["iteration"]
         say(f"{args.out}: goes on in the {stage_now} stage at iteration {start}")
-        if first:
+        if first and stage_now != "done":
             cut_log(log_path, start + (stages["main"][1] if stage_now == "texture" else 0))
     if device.type == "cuda":
         net.to(memory_format=torch.channels_last)
@@ -286,7 +286,7 @@ def run(args: argparse.Namespace) -> None:
         return evaluate(judged, vocabulary, readers, chosen, short, args.max_size, amp=amp, pictures=pictures)
 
     for stage, (sources, iterations, batch_size) in stages.items():
-        if stage == "main" and stage_now == "texture":
+        if stage_now == "done" or (stage == "main" and stage_now == "texture"):
             continue
         if not checkpoint or stage != stage_now:
             start = 0
@@ -350,7 +350,8 @@ def run(args: argparse.Namespace) -> None:
             if first and args.eval_every and (iteration + 1) % args.eval_every == 0:
                 print(table(judge(net)))
         bar.close()
-    save("done", 0)
+    if stage_now != "done":
+        save("done", 0)
 
     if first and any(split.values()):
         results = judge(net, os.path.join(args.out, "pictures"))

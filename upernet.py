@@ -339,18 +339,19 @@ def read_tensors(path: str, device: str = "cpu") -> dict:
     return content
 
 
-def fill(net: nn.Module, state: dict, path: str) -> None:
-    """Loads `state` into `net`; ValueError names the first key that does not fit."""
-    wanted = net.state_dict()
-    for key in [*wanted, *state]:
-        if key not in state:
-            raise ValueError(f"{path}: {key} is missing")
-        if key not in wanted:
-            raise ValueError(f"{path}: {key} is not a part of this network")
-        if not isinstance(state[key], Tensor) or state[key].shape != wanted[key].shape:
-            found = tuple(state[key].shape) if isinstance(state[key], Tensor) else type(state[key]).__name__
-            raise ValueError(f"{path}: {key} is {found}, not {tuple(wanted[key].shape)}")
-    net.load_state_dict(state)
+def fill(net: nn.Module, state: dict, path: str, name_of=lambda key: key) -> None:
+    """Loads `state` into `net`, whose keys `name_of` turns into those of the file; ValueError names the first that does not fit."""
+    wanted = {name_of(key): (key, value) for key, value in net.state_dict().items()}
+    for name in [*wanted, *state]:
+        if name not in state:
+            raise ValueError(f"{path}: {name} is missing")
+        if name not in wanted:
+            raise ValueError(f"{path}: {name} is not a part of this network")
+        shape = wanted[name][1].shape
+        if not isinstance(state[name], Tensor) or state[name].shape != shape:
+            found = tuple(state[name].shape) if isinstance(state[name], Tensor) else type(state[name]).__name__
+            raise ValueError(f"{path}: {name} is {found}, not {tuple(shape)}")
+    net.load_state_dict({key: state[name] for name, (key, _) in wanted.items()})
 
 
 def load(path: str, device: str = "cpu") -> tuple[UPerNet, dict]:
@@ -387,19 +388,23 @@ def class_counts(vocabulary: dict) -> dict:
     return {level: counts[level] for level in LEVELS if level in counts}
 
 
-RELEASED_NAMES = {  # the authors' decoder -> ours
-    "ppm_conv.": "ppm.branches.",
-    "ppm_last_conv.": "ppm.last.",
-    "fpn_in.": "fpn.laterals.",
-    "fpn_out.": "fpn.convs.",
-    "conv_fusion.": "fusion.conv.",
-    "scene_head.0.": "heads.scene.conv.0.",
-    "scene_head.2.": "heads.scene.classifier.",
-    **{f"{level}_head.0.": f"heads.{level}.conv.0." for level in ("object", "part", "material")},
-    **{f"{level}_head.1.": f"heads.{level}.classifier." for level in ("object", "part", "material")},
-    "conv_last.0.": "fusion.conv.",  # these two: their ADE20K network, which has objects alone
-    "conv_last.1.": "heads.object.classifier.",
-}
+def released_name(key: str, paper: bool) -> str:
+    """What the authors' decoder calls a parameter or buffer of ours; `paper`: their network of the paper, not the ADE20K one."""
+    fusion, head = ("conv_fusion", r"\1_head.0") if paper else ("conv_last.0", None)
+    for ours, theirs in (
+        (r"ppm\.branches", "ppm_conv"),
+        (r"ppm\.last", "ppm_last_conv"),
+        (r"fpn\.laterals", "fpn_in"),
+        (r"fpn\.convs\.(\d)", r"fpn_out.\1.0"),
+        (r"fusion\.conv", fusion),
+        (r"heads\.(\w+)\.conv\.0", head),
+        (r"heads\.scene\.classifier", "scene_head.2"),  # their 1 is the pooling
+        (r"heads\.(\w+)\.classifier", r"\1_head.1" if paper else "conv_last.1"),
+    ):
+        key, changed = re.subn(f"^{ours}", theirs or "", key)
+        if changed:
+            break
+    return key
 
 
 def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict]:
@@ -412,10 +417,13 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
     Raises ValueError with the file and the first key that does not fit.
     """
     body, top = read_tensors(encoder), read_tensors(decoder)
-    for path, state, key in ((encoder, body, "layer1.0.conv1.weight"), (decoder, top, "ppm_last_conv.0.weight")):
-        if key not in state:
-            raise ValueError(f"{path}: {key} is missing (encoder first, decoder second)")
-    paper = "object_head.1.weight" in top
+    for path, state, key in ((encoder, body, "conv1.weight"), (decoder, top, "ppm_last_conv.0.weight")):
+        if not isinstance(state.get(key), Tensor):
+            raise ValueError(f"{path}: {key} is missing; the encoder comes first, then the decoder")
+    paper = "conv_last.1.weight" not in top
+    if paper != os.path.isdir(labels):
+        needs = "the authors' folder joint_dataset" if paper else "the authors' file object150_info.csv"
+        raise ValueError(f"{labels}: not the class tables of {decoder}, which needs {needs}")
     vocabulary = release_vocabulary(labels, paper)
     net = UPerNet(
         class_counts(vocabulary),
@@ -425,26 +433,27 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
         pool="prroi" if paper else "adaptive",
         stem="deep",
     )
+    # Their synchronised batch norm keeps sums of its own, which mean nothing in eval mode.
+    body, top = (
+        {
+            k: v
+            for k, v in state.items()
+            if not k.endswith(("._tmp_running_mean", "._tmp_running_var", "._running_iter"))
+        }
+        for state in (body, top)
+    )
+    fill(net.backbone, body, encoder)
+    fill(
+        nn.ModuleDict({n: m for n, m in net.named_children() if n != "backbone"}),
+        top,
+        decoder,
+        lambda k: released_name(k, paper),
+    )
     if paper:  # RGB in [0, 1] instead of BGR in [0, 255]: other constants, and the first filters' channels turned round
         net.mean.copy_(torch.tensor([122.7717, 115.9465, 102.9801]).view(3, 1, 1) / 255)
         net.std.fill_(1 / 255)
-        body = {**body, "conv1.weight": body["conv1.weight"].flip(1)}
-    fill(net.backbone, without_extra_buffers(body), encoder)
-
-    renamed = {}
-    for key, value in without_extra_buffers(top).items():
-        ours = next((new + key[len(old) :] for old, new in RELEASED_NAMES.items() if key.startswith(old)), key)
-        renamed[re.sub(r"^(fpn\.convs\.\d)\.0", r"\1", ours)] = value  # theirs are wrapped once more
-    rest = {key: value for key, value in net.state_dict().items() if key.startswith(("backbone.", "mean", "std"))}
-    fill(net, {**renamed, **rest}, decoder)
+        net.backbone.conv1.weight.data = net.backbone.conv1.weight.data.flip(1)
     return net.eval(), vocabulary
-
-
-def without_extra_buffers(state: dict) -> dict:
-    """The authors' synchronised batch norm keeps sums of its own (`_tmp_running_mean`, ..); eval mode never reads them."""
-    return {
-        k: v for k, v in state.items() if not k.endswith(("_tmp_running_mean", "_tmp_running_var", "_running_iter"))
-    }
 
 
 def release_vocabulary(labels: str, paper: bool) -> dict:
@@ -493,11 +502,12 @@ def main(argv: list[str] | None = None) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     parser = argparse.ArgumentParser(description="Parameters, operations and speed of the network on this machine.")
-    parser.add_argument("--size", type=int, default=512, help="height and width of the image for inference (512)")
-    parser.add_argument(
-        "--train-size", type=int, default=256, help="height and width of the two images of a training step (256)"
-    )
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
+    parser.add_argument("--size", type=int, default=512, help="side of the image for inference (512)")
+    parser.add_argument("--train-size", type=int, default=256, help="side of the two images of a training step (256)")
     args = parser.parse_args(argv)
+    if min(args.size, args.train_size) < 32:
+        parser.error("--size and --train-size: at least 32 pixels")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
