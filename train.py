@@ -50,7 +50,7 @@ PAPER = {  # section 3.1 and the released code
     "seed": 304, "workers": os.cpu_count() or 1, "save_every": 500, "eval_every": 0, "amp": "auto", "device": "auto",
 }  # fmt: skip
 TOY = {  # what two cores learn in minutes
-    "backbone": "resnet18", "channels": 64, "weights": "none", "iters": 2000, "texture_iters": 600, "batch_size": 4, "lr": 0.04,
+    "backbone": "resnet18", "channels": 48, "weights": "none", "iters": 2000, "texture_iters": 600, "batch_size": 4, "lr": 0.04,
     "sizes": [76, 80, 84], "max_size": 160, "save_every": 400,
 }  # fmt: skip
 FREE = {

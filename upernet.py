@@ -316,10 +316,9 @@ def part_loss(logits: Tensor, objects: Tensor, parts: Tensor, part_slices: dict[
     total = logits.float().sum() * 0
     for index in torch.unique(objects[annotated]).tolist():
         inside = objects == index  # (N, H/4, W/4)
-        counts = (inside & annotated).flatten(1).any(dim=1)  # (N,)
-        where = inside & counts[:, None, None]
-        of_object = logits[:, part_slices[index]].permute(0, 2, 3, 1)[where].float()  # (pixels, parts of this object)
-        total = total + F.cross_entropy(of_object, parts[where].long())
+        valid = (inside & annotated).flatten(1).any(dim=1)  # (N,)
+        labels = torch.where(inside & valid[:, None, None], parts.long(), UNLABELLED)
+        total = total + mean_cross_entropy(logits[:, part_slices[index]], labels)
     return total
 
 
