@@ -1118,14 +1118,13 @@ class TestTraining(unittest.TestCase):
         theirs = torchvision.models.resnet18().state_dict()
         path = os.path.join(new_folder("weights"), "r18.pth")
         torch.save(theirs, path)
-        args = toy_arguments(self.root, weights=path, seed=1)
         with contextlib.redirect_stdout(io.StringIO()) as said:
-            net = train.build_network(args, {"classes": {"object": 4}, "backbone": "resnet18", "channels": 8})
+            net = train.build_network({"classes": {"object": 4}, "backbone": "resnet18", "channels": 8}, 1, path)
         self.assertTrue(torch.equal(net.backbone.layer3[0].conv1.weight, theirs["layer3.0.conv1.weight"]))
         self.assertNotIn("anew", said.getvalue())
         torch.save({"model": net.state_dict()}, path)
         with contextlib.redirect_stdout(io.StringIO()) as said:
-            other = train.build_network(args, {"classes": {"object": 5}, "backbone": "resnet18", "channels": 8})
+            other = train.build_network({"classes": {"object": 5}, "backbone": "resnet18", "channels": 8}, 1, path)
         self.assertTrue(torch.equal(other.ppm.last[0].weight, net.ppm.last[0].weight))
         self.assertIn("2 start anew: heads.object.classifier.weight, heads.object.classifier.bias", said.getvalue())
 

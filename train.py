@@ -50,25 +50,12 @@ PAPER = {  # section 3.1 and the released code
     "seed": 304, "workers": os.cpu_count() or 1, "save_every": 500, "eval_every": 0, "amp": "auto", "device": "auto",
 }  # fmt: skip
 TOY = {  # what two cores learn in minutes
-    "backbone": "resnet18", "channels": 48, "weights": "none", "iters": 2000, "texture_iters": 600, "batch_size": 4, "lr": 0.04,
+    "backbone": "resnet18", "channels": 48, "weights": "none", "iters": 2400, "texture_iters": 600, "batch_size": 4, "lr": 0.04,
     "sizes": [76, 80, 84], "max_size": 160, "save_every": 400,
 }  # fmt: skip
-FREE = {
-    "root",
-    "cache",
-    "workers",
-    "save_every",
-    "eval_every",
-    "amp",
-    "compile",
-    "device",
-    "allow_broken",
-    "out",
-    "resume",
-}
-TEXTURE_IMAGES = (
-    8  # images of the texture stage for each of --batch-size: they have a fiftieth of the area (our choice)
-)
+# What a run that goes on may change.
+FREE = set("root cache workers save_every eval_every amp compile device allow_broken out resume".split())
+TEXTURE_IMAGES = 8  # for each of --batch-size in the texture stage: they have a fiftieth of the area (our choice)
 
 
 # ---------------------------------------------------------------- pieces of the loop
@@ -121,14 +108,14 @@ def load_weights(net: UPerNet, weights: str) -> None:
     )
 
 
-def build_network(args: argparse.Namespace, network: dict) -> UPerNet:
-    """The network as it is before the first step, a function of the options alone."""
-    torch.manual_seed(args.seed)
+def build_network(network: dict, seed: int, weights: str) -> UPerNet:
+    """The network as it is before the first step."""
+    torch.manual_seed(seed)
     try:
         net = UPerNet(**network)
     except ValueError as e:
         raise UserError(str(e)) from None
-    load_weights(net, args.weights)
+    load_weights(net, weights)
     return net
 
 
@@ -244,7 +231,7 @@ def run(args: argparse.Namespace) -> None:
         "stem": args.stem,
         "output_stride": args.output_stride,
     }
-    net = build_network(args, network).to(device)
+    net = build_network(network, args.seed, "none" if checkpoint else args.weights).to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     stages = plan_stages(args, sizes, ranks)
     stage_now, start = "main", 0
@@ -254,8 +241,8 @@ def run(args: argparse.Namespace) -> None:
         torch.set_rng_state(checkpoint["random"])
         stage_now, start = checkpoint["stage"], checkpoint["iteration"]
         say(f"{args.out}: goes on in the {stage_now} stage at iteration {start}")
-        if first and stage_now != "done":
-            cut_log(log_path, start + (stages["main"][1] if stage_now == "texture" else 0))
+    if first and stage_now != "done":
+        cut_log(log_path, start + (stages["main"][1] if stage_now == "texture" else 0))
     if device.type == "cuda":
         net.to(memory_format=torch.channels_last)
         if ranks > 1:
@@ -355,7 +342,7 @@ def run(args: argparse.Namespace) -> None:
 
     if first and any(split.values()):
         results = judge(net, os.path.join(args.out, "pictures"))
-        untrained = judge(build_network(args, network).to(device)) if args.data == "toy" else None
+        untrained = judge(build_network(network, args.seed, args.weights).to(device)) if args.data == "toy" else None
         print(table(results, untrained))
         write_json(results, os.path.join(args.out, "metrics.json"))
         print(f"wrote {checkpoint_path}, and beside it metrics.json, log.jsonl and pictures/")
@@ -384,18 +371,7 @@ def read_checkpoint(path: str) -> dict:
         checkpoint = read_tensors(path)
     except ValueError as e:
         raise UserError(str(e)) from None
-    keys = (
-        "model",
-        "network",
-        "vocabulary",
-        "optimizer",
-        "scaler",
-        "stage",
-        "iteration",
-        "random",
-        "split",
-        "arguments",
-    )
+    keys = "model network vocabulary optimizer scaler stage iteration random split arguments".split()
     if missing := [key for key in keys if key not in checkpoint]:
         raise UserError(f"{path}: not a checkpoint of train.py (no {missing[0]} in it)")
     return checkpoint
