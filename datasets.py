@@ -116,7 +116,8 @@ def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
     a scene or texture outside of the image's own files, and `label_files`, parts only where there are any.
     """
     stats = {}
-    for base, _, names in os.walk(folder):  # symbolic links to folders are not followed: no loops
+    for base, folders, names in os.walk(folder):  # symbolic links to folders are not followed: no loops
+        folders[:] = set(folders) - {name[:-4] for name in names if name.endswith(".jpg")}  # ADE20K's masks of instances
         for entry in os.scandir(base) if names else ():
             if entry.is_file():
                 stat = entry.stat()
