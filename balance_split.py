@@ -30,7 +30,7 @@ from datasets import (
     pixel_table,
 )
 
-SWAPS = 1_000_000  # a few seconds, whatever the number of images
+SWAPS = 1_000_000  # some seconds: a swap's cost does not depend on the number of images
 
 
 def class_shares(counts: torch.Tensor) -> np.ndarray:
@@ -101,12 +101,14 @@ def fingerprint(index: Index) -> str:
     return hashlib.sha256("\n".join(index.images).encode()).hexdigest()[:16]
 
 
-def split_source(index: Index, vocabulary: dict, fraction: float, swaps: int) -> dict:
+def split_source(index: Index, vocabulary: dict, fraction: float, swaps: int | None = None) -> dict:
     """The entry of one source in split.json."""
     counts = pixel_table(index, vocabulary)
     shares = class_shares(counts)
     at_random = balance(counts, fraction, 0, TOY_SEED)
-    validation = balance(counts, fraction, min(swaps, 1000 * len(index.images)), TOY_SEED)
+    validation = balance(
+        counts, fraction, swaps if swaps is not None else min(SWAPS, 1000 * len(index.images)), TOY_SEED
+    )
     return {
         "images": len(index.images),
         "fingerprint": fingerprint(index),
@@ -131,6 +133,7 @@ def read_split(path: str) -> dict:
     try:
         with open(path) as file:
             split = json.load(file)
+        split["fraction"] = split.get("fraction")
         for entry in split["sources"].values():
             entry["fingerprint"], set(entry["validation"])
         return split
@@ -162,7 +165,7 @@ def balanced_validation(indexes: dict[str, Index], vocabulary: dict, path: str) 
     lacking = [source for source in indexes if source not in split["sources"]]
     for source in lacking:
         split["fraction"] = split["fraction"] or 0.1
-        split["sources"][source] = split_source(indexes[source], vocabulary, split["fraction"], SWAPS)
+        split["sources"][source] = split_source(indexes[source], vocabulary, split["fraction"])
     if lacking:
         write_split(split, path)
     for source, index in indexes.items():
@@ -220,7 +223,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("Splits each source so that of every class about a tenth of the pixels are for validation.")
     add_data_options(parser)
     parser.add_argument("--fraction", type=fraction_of, default=0.1, metavar="F", help="share of the images (0.1)")
-    parser.add_argument("--swaps", type=natural, default=SWAPS, metavar="N", help=f"pairs of images to try ({SWAPS})")
+    parser.add_argument(
+        "--swaps", type=natural, metavar="N", help=f"pairs of images to try ({SWAPS}, of a small source fewer)"
+    )
     parser.add_argument("--plot", metavar="FILE", help="draws the classes' shares before and after, as a picture")
     args = parser.parse_args(argv)
     try:

@@ -44,7 +44,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=wide, usage="%(prog)s [options]", allow_abbrev=False)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+        message = message.rsplit("UserError: ", 1)[
+            -1
+        ]  # one raised in a worker of a DataLoader comes with its traceback
+        shown = f"{self.prog}: {' '.join(message.split())}\n"
+        self.exit(2, shown if os.environ.get("RANK", "0") == "0" else None)  # of several processes one speaks
 
 
 # ---------------------------------------------------------------- what lies on disk
@@ -116,8 +120,16 @@ def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
     a scene or texture outside of the image's own files, and `label_files`, parts only where there are any.
     """
     stats = {}
-    for base, folders, names in os.walk(folder):  # symbolic links to folders are not followed: no loops
-        folders[:] = set(folders) - {name[:-4] for name in names if name.endswith(".jpg")}  # ADE20K's masks of instances
+    visited = set()
+    for base, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(base)
+        if real in visited:  # a loop of symbolic links, or a second way to the same files
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = set(folders) - {
+            name[:-4] for name in names if name.endswith(".jpg")
+        }  # ADE20K's masks of instances
         for entry in os.scandir(base) if names else ():
             if entry.is_file():
                 stat = entry.stat()
@@ -140,7 +152,9 @@ def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
     if not files:
         raise UserError(f"{folder}: looks like the layout '{layout}' but holds no images of it")
     if layout == "sceneparsing":
-        scenes = dict(line.split()[:2] for line in read_lines(folder, "sceneCategories.txt") if len(line.split()) > 1)
+        table = "sceneCategories.txt"  # one's own data may have no scenes
+        lines = read_lines(folder, table) if os.path.exists(os.path.join(folder, table)) else []
+        scenes = dict(line.split()[:2] for line in lines if len(line.split()) > 1)
         for entry in files:
             entry["tag"] = usable_scene(scenes.get(os.path.splitext(os.path.basename(entry["image"]))[0], ""))
     if layout == "dtd":  # train1 + val1 against test1; an image in no list belongs to neither
@@ -305,7 +319,13 @@ def scan_all(source: str, layout: str, folder: str, files: list[dict]) -> Index:
         names.update(record.get("names", {}))
     if layout == "sceneparsing":
         rows = [line.split("\t") for line in read_lines(folder, "objectInfo150.txt")[1:] if line.strip()]
-        names = {int(row[0]): row[-1].strip() for row in rows}
+        try:
+            names = {int(row[0]): row[-1].strip() for row in rows}
+        except ValueError as e:
+            table = os.path.join(folder, "objectInfo150.txt")
+            raise UserError(
+                f"{table}: a header, then lines of columns with tabs between, number first, names last ({e})"
+            ) from None
     if layout == "os":
         names = substance_names(folder)
     for entry, record in zip(files, found):
@@ -506,7 +526,7 @@ class Reader:
     def __init__(self, index: Index, vocabulary: dict, names: dict[str, dict] | None = None):
         names = names or class_names(index)
         self.index = index
-        self.levels = [level for level in SOURCE_LEVELS[index.source] if level in vocabulary and level in names]
+        self.levels = [level for level in SOURCE_LEVELS[index.source] if level in vocabulary and names.get(level)]
         self.tag_level = {"ade20k": "scene", "dtd": "texture", "os": None}[index.source]
         self.map_level = {"ade20k": "object", "dtd": None, "os": "material"}[index.source]
         self.with_parts = set(index.parts[:, 0].tolist())
@@ -1136,14 +1156,14 @@ def add_data_options(parser: argparse.ArgumentParser, data: str | None = "toy") 
 
 
 def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999999999")
     return int(text)
 
 
 def natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    if not text.isdecimal() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 999999999")
     return int(text)
 
 

@@ -196,6 +196,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("cpu, cuda and mps are the choices")
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
@@ -611,7 +613,7 @@ def validation_images(
         else:
             names = own
         if not names:
-            raise UserError(f"{source}: no validation images; name some with --split")
+            print(f"{source}: no validation images; --split names others")
         there = [i for i, image in enumerate(index.images) if image in names]
         if lacking := len(names) - len(there):
             print(f"{source}: {lacking} of {len(names)} validation images are not there")
@@ -621,7 +623,9 @@ def validation_images(
             )
         chosen += [(source, i) for i in there]
     if not chosen:
-        raise UserError("no image to evaluate: none of the validation images is there (see --root and --data)")
+        raise UserError(
+            "no image to evaluate: no validation images, or none of them is there (see --split, --root, --data)"
+        )
     return chosen
 
 
@@ -746,6 +750,8 @@ def run(args: argparse.Namespace) -> None:
     if relations and not relations.counts:
         raise UserError("--relations: this network has no two levels that they relate")
 
+    if args.photo and args.json:
+        raise UserError("--json: photos have no labels to measure against; their maps go into .npz files")
     if args.photo:
         stems = [os.path.splitext(os.path.basename(path))[0] for path in args.photo]
         if twice := [stem for stem in stems if stems.count(stem) > 1]:
@@ -772,9 +778,9 @@ def run(args: argparse.Namespace) -> None:
             raise UserError("; ".join(failed))
         return
 
-    for option in ("data", "root", "cache"):
-        if getattr(args, option) is None:
-            setattr(args, option, trained.get(option))
+    args.cache = args.cache or (trained.get("cache") if args.root is None else None)
+    args.data, args.root = args.data or trained.get("data"), args.root or trained.get("root")
+    args.allow_broken = args.allow_broken or bool(trained.get("allow_broken"))
     args.root = args.root or "data"
     if args.data is None:
         raise UserError(

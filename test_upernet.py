@@ -669,21 +669,31 @@ class TestVocabulary(unittest.TestCase):
         found = [materials[v] if (v := labels[3, 5 * k + 2]) >= 0 else None for k in range(13)]
         self.assertEqual(found, expected)
 
-    def test_sceneparsing_has_its_own_table(self):
+    def sceneparsing(self, with_scenes: bool) -> Index:
         root = new_folder("sceneparsing")
         top = os.path.join(root, "ade20k", "ADEChallengeData2016")
         write(
             os.path.join(top, "objectInfo150.txt"),
             "Idx\tRatio\tTrain\tVal\tName\n1\t0.1\t9\t1\twall\n2\t0.1\t9\t1\tbuilding, edifice   \n3\t0\t0\t0\tsky\n",
         )
-        write(os.path.join(top, "sceneCategories.txt"), "a street\nb misc\nc street\n")
+        if with_scenes:
+            write(os.path.join(top, "sceneCategories.txt"), "a street\nb misc\nc street\n")
         for name, part in (("a", "training"), ("b", "training"), ("c", "validation")):
             save_jpeg(os.path.join(top, "images", part, f"{name}.jpg"), 40, 60)
             os.makedirs(os.path.join(top, "annotations", part), exist_ok=True)
             labels = np.full((40, 60), 2, np.uint8)
             labels[:5] = 0
             Image.fromarray(labels).save(os.path.join(top, "annotations", part, f"{name}.png"))
-        index = datasets.scan(root, "ade20k", os.path.join(root, ".cache"))
+        return datasets.scan(root, "ade20k", os.path.join(root, ".cache"))
+
+    def test_ones_own_data_needs_no_scenes(self):
+        index = self.sceneparsing(with_scenes=False)
+        vocabulary = datasets.build_vocabulary({"ade20k": index}, least())
+        self.assertEqual(vocabulary, {"object": ["wall", "building", "sky"]})
+        self.assertEqual(set(Reader(index, vocabulary).labels(0)), {"object"})
+
+    def test_sceneparsing_has_its_own_table(self):
+        index = self.sceneparsing(with_scenes=True)
         self.assertEqual(
             (index.layout, index.tags, index.official),
             ("sceneparsing", ["street", "", "street"], ["training", "training", "validation"]),
@@ -1064,6 +1074,11 @@ class TestTraining(unittest.TestCase):
         self.assertEqual(*logs)
 
     def test_only_the_path_of_the_drawn_source_moves(self):
+        for amp in ("off", "bf16"):
+            with self.subTest(amp=amp):
+                self.check_paths(amp)
+
+    def check_paths(self, amp):
         paths = {
             "ade20k": ("backbone.", "ppm.", "fpn.", "fusion.", "heads.scene.", "heads.object.", "heads.part."),
             "os": ("backbone.", "ppm.", "fpn.laterals.", "fpn.convs.0.", "heads.material."),
@@ -1102,7 +1117,7 @@ class TestTraining(unittest.TestCase):
 
         out = new_folder("paths")
         with mock.patch("train.build_network", build), mock.patch("torch.optim.SGD.step", step):
-            self.train("--iters", 8, "--texture-iters", 3, "--out", out)
+            self.train("--iters", 8, "--texture-iters", 3, "--amp", amp, "--out", out)
         sources = [json.loads(line)["source"] for line in open(os.path.join(out, "log.jsonl"))][1:]
         self.assertEqual(set(sources), {"ade20k", "os", "dtd"})
         for k, source in enumerate(sources):
@@ -1112,6 +1127,55 @@ class TestTraining(unittest.TestCase):
                 self.assertTrue(
                     any(name.startswith(prefix) for name in seen[k]), f"{prefix} stood still in a step of {source}"
                 )
+
+    def test_a_batch_without_labels_moves_its_path_alone(self):
+        torch.manual_seed(0)
+        net = UPerNet(CLASSES, "resnet18", channels=8).train()
+        optimizer = torch.optim.SGD(train.parameter_groups(net), lr=0.1, momentum=0.9)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        quarter = torch.full((2, 16, 16), -1)
+        batch = {"source": "ade20k", "files": [], "images": torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)}
+        batch |= {"scene": torch.tensor([-1, -1]), "object": quarter, "part": torch.zeros_like(quarter)}
+        before = {name: value.clone() for name, value in net.state_dict().items()}
+        loss = train.update(net, net.part_slices, [batch], optimizer, scaler, torch.device("cpu"), None)
+        self.assertEqual(loss, {"scene": 0, "object": 0, "part": 0})
+        moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+        self.assertTrue(any(name.startswith("heads.scene.") for name in moved))  # by weight decay: it is on the path
+        self.assertFalse([name for name in moved if name.startswith(("heads.material.", "heads.texture."))])
+
+    def test_a_loss_that_is_not_finite_stops_before_the_step(self):
+        out = new_folder("infinite")
+        poisoned = lambda *a: {"object": torch.tensor(float("nan"), requires_grad=True)}
+        with mock.patch("train.losses", poisoned):
+            status, _, err = command(train.main, *self.options, "--iters", 3, "--out", out)
+        self.assertEqual((status, err.count("\n")), (2, 1))
+        self.assertRegex(err, "not finite at iteration 0 of the main stage .*jpg.*--lr")
+        self.assertEqual(torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)["iteration"], 0)
+
+    def test_a_changed_data_set_is_refused_by_resume(self):
+        root, out = new_folder("changed"), new_folder("changed-out")
+        shutil.copytree(os.path.join(self.root, "toy", "os"), os.path.join(root, "os"))
+        options = ("--data", "os", "--root", root, *SMALL, "--backbone", "resnet18", "--weights", "none", "--out", out)
+        with mock.patch("train.losses", side_effect=KeyboardInterrupt), self.assertRaises(KeyboardInterrupt):
+            command(train.main, *options, "--iters", 3)
+        os.remove(os.path.join(root, "os", "photos", "1.jpg"))
+        status, _, err = command(train.main, "--resume", "--data", "os", "--root", root, "--out", out)
+        self.assertEqual(status, 2)
+        self.assertIn("os: its images are not those", err)
+
+    def test_two_processes(self):
+        out = new_folder("ranks")
+        argv = ["--standalone", "--nproc_per_node=2", os.path.join(HERE, "train.py"), *map(str, self.options)]
+        argv += ["--iters", "4", "--texture-iters", "2", "--out", out]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *argv], capture_output=True, text=True, env=environment
+        )
+        self.assertEqual(run.returncode, 0, run.stderr[-2000:])
+        self.assertEqual(run.stdout.count("next: python evaluate.py"), 1)  # one of them speaks
+        self.assertEqual(len(open(os.path.join(out, "log.jsonl")).readlines()), 6)
+        net, _ = upernet.load(os.path.join(out, "ckpt.pt"))
+        self.assertTrue(all(torch.isfinite(p).all() for p in net.parameters()))
 
     def test_weights_from_a_file(self):
         torch.manual_seed(5)
@@ -1221,8 +1285,12 @@ class TestMistakes(unittest.TestCase):
         shutil.copytree(os.path.join(folder, "data", "toy", "os"), os.path.join(surfaces, "os"))
         old = os.path.join(place, "old")
         write(os.path.join(old, "ade20k", "index_ade20k.mat"), "")
-        broken = os.path.join(place, "broken.jpg")
-        write(broken, "no picture")
+        table = os.path.join(place, "table")
+        write(os.path.join(table, "ade20k", "objectInfo150.txt"), "Idx Name\n1 wall\n")
+        save_jpeg(os.path.join(table, "ade20k", "images", "training", "a.jpg"), 40, 40)
+        shares = os.path.join(place, "shares")
+        shutil.copytree(surfaces, shares)
+        write(os.path.join(shares, "split.json"), "[]")
         out = ("--out", os.path.join(place, "out"))
         data = ("--root", os.path.join(folder, "data"))
         for main, argv, says in (
@@ -1247,7 +1315,15 @@ class TestMistakes(unittest.TestCase):
             (train.main, (*data, *out, "--device", "abacus"), "--device abacus"),
             (train.main, (*data, *out, "--min-images", "100000"), "--min-"),
             (train.main, (*data, *out, "--colour", "red"), "--colour"),
+            (train.main, (*data, *out, "--seed", "9" * 30), "--seed"),
+            (train.main, (*data, *out, "--batch-size", "1", "--sizes", "32"), "--sizes: .*33 pixels"),
+            (train.main, (*data, *out, "--device", "meta"), "--device meta"),
+            (train.main, (*data, *out, "--backbone", "50"), "backbone '50'"),
+            (train.main, ("--data", "ade20k", "--root", table, *out), "objectInfo150.txt: a header"),
+            (train.main, ("--data", "os", "--root", shares, "--min-images", "5", *out), "split.json: not a split"),
             (evaluate.main, (), "ckpt.pt"),
+            (evaluate.main, ("nothing.pt", "--release", "a", "b"), "a checkpoint .* or a network of the authors"),
+            (evaluate.main, ("--release", "a", "b"), "--labels"),
             (evaluate.main, ("nothing.pt",), "nothing.pt: no such file"),
             (evaluate.main, (junk,), "junk.pt: not a file of PyTorch weights"),
             (evaluate.main, (weights,), "weights.pt: not a checkpoint of train.py"),
@@ -1448,7 +1524,10 @@ class TestRelease(unittest.TestCase):
         cls.place = new_folder("release")
         cls.tables = class_tables(os.path.join(cls.place, "joint_dataset"))
         cls.table = os.path.join(cls.place, "object150_info.csv")
-        rows = "".join(f"{k},0,0,0,0,thing {k};other\n" for k in range(1, 151))
+        rows = "".join(
+            f"{k},0,0,0,0,{'screen' if k in (59, 131) else 'thing'}{'' if k in (59, 131) else f' {k}'};other {k}\n"
+            for k in range(1, 151)
+        )
         write(cls.table, "Idx,Ratio,Train,Val,Stuff,Name\n" + rows)
         cls.paper = released_files(new_folder("paper"), 7, paper=True)
         cls.ade20k = released_files(new_folder("mit"), 13, paper=False)
@@ -1476,7 +1555,8 @@ class TestRelease(unittest.TestCase):
     def test_their_ade20k_network_answers_as_the_authors(self):
         net, vocabulary = upernet.load_release(*self.ade20k, self.table)
         self.assert_answers(net, self.ADE20K, 13)
-        self.assertEqual((len(vocabulary["object"]), vocabulary["object"][0]), (150, "thing 1"))
+        self.assertEqual((len(set(vocabulary["object"])), vocabulary["object"][0]), (150, "thing 1"))
+        self.assertEqual(vocabulary["object"][58], "screen other 59")  # two classes of theirs begin with "screen"
 
     def test_resnet_101(self):
         paths = released_files(new_folder("deep"), 1, paper=False, depth=101)

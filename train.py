@@ -10,6 +10,7 @@ branch alone, on a trunk that stands still.
 
 import argparse
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from balance_split import balanced_validation, official_validation, split_path
+from balance_split import balanced_validation, fingerprint, official_validation, split_path
 from datasets import (
     SOURCE_LEVELS,
     Batches,
@@ -35,6 +36,7 @@ from datasets import (
     data_root,
     natural,
     open_sources,
+    padded,
     plan_batches,
     positive,
     save_atomically,
@@ -82,7 +84,7 @@ def load_weights(net: UPerNet, weights: str) -> None:
     if weights == "imagenet":
         try:
             load_imagenet(net.backbone)
-        except OSError as e:
+        except (OSError, RuntimeError) as e:
             raise UserError(f"--weights imagenet: the download failed ({e}); give --weights none, or a file") from None
         except ValueError as e:
             raise UserError(f"--weights imagenet: {e}; give --weights none, or a file") from None
@@ -92,7 +94,9 @@ def load_weights(net: UPerNet, weights: str) -> None:
     except ValueError as e:
         raise UserError(str(e)) from None
     ours = isinstance(content.get("model"), dict)
-    found = content["model"] if ours else {f"backbone.{k}": v for k, v in content.items() if not k.startswith("fc.")}
+    found = (
+        content["model"] if ours else {f"backbone.{k}": v for k, v in content.items() if not str(k).startswith("fc.")}
+    )
     wanted = net.state_dict()
     if not ours:
         wanted = {key: value for key, value in wanted.items() if key.startswith("backbone.")}
@@ -103,9 +107,9 @@ def load_weights(net: UPerNet, weights: str) -> None:
         )
     net.load_state_dict(fitting, strict=False)
     rest = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
-    print(
-        f"{weights}: loaded {len(fitting)} tensors" + (f"; {len(rest)} start anew: {', '.join(rest)}" if rest else "")
-    )
+    if int(os.environ.get("RANK", 0)) == 0:
+        anew = f"; {len(rest)} start anew: {', '.join(rest)}" if rest else ""
+        print(f"{weights}: loaded {len(fitting)} tensors{anew}")
 
 
 def build_network(network: dict, seed: int, weights: str) -> UPerNet:
@@ -189,6 +193,13 @@ def open_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[dict[s
     return indexes, vocabulary, checkpoint["split"] if checkpoint else validation_split(args, indexes, vocabulary)
 
 
+def broadcast(value: bool) -> bool:
+    """The first process's value, in all of them."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 def run(args: argparse.Namespace) -> None:
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     first = rank == 0
@@ -198,7 +209,8 @@ def run(args: argparse.Namespace) -> None:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while the first scans, splits and evaluates.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
     amp = pick_amp(args.amp, device)
     checkpoint_path, log_path = os.path.join(args.out, "ckpt.pt"), os.path.join(args.out, "log.jsonl")
     checkpoint = read_checkpoint(checkpoint_path) if args.resume else None
@@ -206,12 +218,24 @@ def run(args: argparse.Namespace) -> None:
         say(f"{args.out}: this run is finished; python evaluate.py {checkpoint_path} evaluates it")
         return
 
-    # The first process scans and splits; the others then find index and split on disk.
-    if not first:
-        dist.barrier()
-    indexes, vocabulary, split = open_data(args, checkpoint)
-    if first and ranks > 1:
-        dist.barrier()
+    # The first process scans and splits; the others then find index and split on disk, or end as it does.
+    opened = None
+    if first:
+        try:
+            opened = open_data(args, checkpoint)
+        finally:
+            if ranks > 1:
+                broadcast(opened is not None)
+    elif not broadcast(False):
+        raise SystemExit(2)
+    indexes, vocabulary, split = opened or open_data(args, checkpoint)
+    fingerprints = {source: fingerprint(index) for source, index in indexes.items()}
+    for source in indexes if checkpoint else ():
+        if fingerprints[source] != args.fingerprints.get(source):
+            raise UserError(
+                f"{source}: its images are not those that {args.out} was begun with; begin anew with another --out"
+            )
+    args.fingerprints = fingerprints
     readers = {source: Reader(index, vocabulary) for source, index in indexes.items()}
     sizes = {source: training_sizes(index, split[source]) for source, index in indexes.items()}
     for source in sizes:
@@ -237,7 +261,8 @@ def run(args: argparse.Namespace) -> None:
     stage_now, start = "main", 0
     if checkpoint:
         fill(net, checkpoint["model"], checkpoint_path)
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"] and scaler.is_enabled():  # empty where it was not needed
+            scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["random"])
         stage_now, start = checkpoint["stage"], checkpoint["iteration"]
         say(f"{args.out}: goes on in the {stage_now} stage at iteration {start}")
@@ -342,9 +367,9 @@ def run(args: argparse.Namespace) -> None:
 
     if first and any(split.values()):
         results = judge(net, os.path.join(args.out, "pictures"))
+        write_json(results, os.path.join(args.out, "metrics.json"))
         untrained = judge(build_network(network, args.seed, args.weights).to(device)) if args.data == "toy" else None
         print(table(results, untrained))
-        write_json(results, os.path.join(args.out, "metrics.json"))
         print(f"wrote {checkpoint_path}, and beside it metrics.json, log.jsonl and pictures/")
     say(f"next: python evaluate.py {checkpoint_path} --photo YOUR.jpg")
 
@@ -374,6 +399,8 @@ def read_checkpoint(path: str) -> dict:
     keys = "model network vocabulary optimizer scaler stage iteration random split arguments".split()
     if missing := [key for key in keys if key not in checkpoint]:
         raise UserError(f"{path}: not a checkpoint of train.py (no {missing[0]} in it)")
+    if not all(isinstance(checkpoint[key], dict) for key in ("model", "network", "vocabulary", "split", "arguments")):
+        raise UserError(f"{path}: not a checkpoint of train.py, or a damaged one")
     return checkpoint
 
 
@@ -449,7 +476,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]
     data = args.data or PAPER["data"]
     out = args.out or os.path.join("runs", "+".join(sorted(name.strip() for name in data.split(","))))
     stored = {}
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and not os.path.exists(
+        os.path.join(out, "ckpt.pt")
+    )
     try:
+        if args.resume and restarted:  # by torchrun, after it had failed before the first checkpoint: begin anew
+            args.resume = False
         if args.resume:
             stored = read_checkpoint(os.path.join(out, "ckpt.pt"))["arguments"]
             for key in sorted(given - FREE):
@@ -462,10 +494,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]
             raise UserError(
                 f"{out}: holds a run already; go on with it by --resume, or choose another folder with --out"
             )
+        args.fingerprints = stored.get("fingerprints", {})  # of the images that the run was begun with
         usual = {**PAPER, **(TOY if data == "toy" else {}), **stored, "out": out}
         for key, value in vars(args).items():
             if value is None:
                 setattr(args, key, usual.get(key))
+        if args.batch_size == 1 and padded(min(args.sizes)) < 64:
+            raise UserError("--sizes: batch norm needs at least 33 pixels where --batch-size is 1")
     except UserError as e:
         parser.error(str(e))
     return parser, args

@@ -185,6 +185,13 @@ class UPerNet(nn.Module):
         super().__init__()
         if not classes or set(classes) - set(LEVELS):
             raise ValueError(f"classes {list(classes)}: give one or more of {', '.join(LEVELS)}")
+        flat = [n for c in classes.values() for n in (c.values() if isinstance(c, dict) else [c])]
+        if not isinstance(classes.get("part", {}), dict) or not all(
+            isinstance(n, int) and n > 0 for n in [*flat, channels]
+        ):
+            raise ValueError(
+                "classes: numbers above 0, for part a dict of them by the object's class index; channels likewise"
+            )
         if pool not in ("prroi", "adaptive"):
             raise ValueError(f"pool {pool!r}: choose 'prroi' or 'adaptive'")
         if fpn not in (0, 2, 3, 4):
@@ -193,7 +200,7 @@ class UPerNet(nn.Module):
         self.fpn_level = fpn
 
         if isinstance(backbone, str):
-            if not backbone.removeprefix("resnet").isdecimal():
+            if not re.fullmatch(r"resnet\d+", backbone):
                 raise ValueError(
                     f"backbone {backbone!r}: choose resnet18, resnet34, resnet50 or resnet101, or give a module"
                 )
@@ -467,7 +474,9 @@ def release_vocabulary(labels: str, paper: bool) -> dict:
 
     try:
         if not paper:
-            return {"object": [row["Name"].split(";")[0].strip() for row in rows(labels)]}
+            synonyms = [row["Name"].split(";") for row in rows(labels)]
+            first = [names[0] for names in synonyms]  # the whole entry where two classes share the first: 59 and 131
+            return {"object": [n[0] if first.count(n[0]) == 1 else " ".join(n) for n in synonyms]}
         vocabulary = {
             level: [r["name"] for r in rows(os.path.join(labels, f"{level}.csv"))]
             for level in ("scene", "object", "material")
