@@ -1,5 +1,5 @@
-"""The balanced split (section 2.2): 10% of each source's images for validation, such that of every class about 10% of the
-pixels are there.
+"""The balanced split (section 2.2): 10% of each source's images for validation, such that of every class about 10% of
+the pixels are there.
 
     python balance_split.py --data ade20k,os,dtd     # writes data/split.json
 

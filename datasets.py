@@ -3,8 +3,9 @@
     python datasets.py --data ade20k,os,dtd --root data   # scans, says what is there and what is broken
 
 What happens to a source, in order: `find_folder` tells its layout on disk, `scan` opens every file once and keeps an
-`Index` of it in the cache, `build_vocabulary` makes the class names of each level out of the indexes by the paper's rules,
-a `Reader` turns an image's files into label maps of that vocabulary, `Batches` and `Whole` feed training and evaluation.
+`Index` of it in the cache, `build_vocabulary` makes the class names of each level out of the indexes by the paper's
+rules, a `Reader` turns an image's files into label maps of that vocabulary, `Batches` and `Whole` feed training and
+evaluation.
 """
 
 import argparse
@@ -56,7 +57,8 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass
 class Index:
-    """What one scan of a source found. Class numbers are the source's own; pixel counts are rows of (image, number, pixels)."""
+    """What one scan of a source found. Class numbers are the source's own; pixel counts are rows of (image, number,
+    pixels)."""
 
     source: str  # ade20k, os, dtd
     layout: str  # ade2021, sceneparsing, os, dtd
@@ -116,8 +118,8 @@ def label_files(layout: str, image: str) -> dict[str, str]:
 def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
     """The images of a source, and a fingerprint of its files: their names, sizes and times of change.
 
-    Of each image `image`, its path in the folder, `official` ("training", "validation" or ""), `tag` where the layout has
-    a scene or texture outside of the image's own files, and `label_files`, parts only where there are any.
+    Of each image `image`, its path in the folder, `official` ("training", "validation" or ""), `tag` where the layout
+    has a scene or texture outside of the image's own files, and `label_files`, parts only where there are any.
     """
     stats = {}
     visited = set()
@@ -220,7 +222,8 @@ def rgb(picture: Image.Image) -> Image.Image:
 
 
 def scan_image(task: tuple[str, str, dict]) -> dict:
-    """Opens every file of one image once: its size, tag, and pixels per class number; or `broken`, the reason why not."""
+    """Opens every file of one image once: its size, tag, and pixels per class number; or `broken`, the reason why
+    not."""
     layout, folder, files = task
     current = files["image"]
     try:
@@ -394,12 +397,13 @@ MATERIALS = {
     "fabric cloth": "fabric",
     "paper tissue": "paper",
     "rubber latex": "rubber/latex",
-    **{
-        name: name
-        for name in (
-            "brick cardboard ceramic foliage food fur glass hair laminate leather metal mirror painted skin tile wallpaper wicker wood"
-        ).split()
-    },
+}
+MATERIALS |= {
+    name: name
+    for name in (
+        "brick cardboard ceramic foliage food fur glass hair laminate leather metal mirror painted skin tile wallpaper "
+        "wicker wood"
+    ).split()
 }
 
 
@@ -622,8 +626,9 @@ def plan_batches(
 ) -> list[tuple[str, list[int]]]:
     """[(source, image numbers)] for every iteration of a run: which source is drawn, and which images of it.
 
-    sources: of each source, image number -> (height, width). Section 3.1: a source is drawn with probability by its number of images. Its images are
-    then of one orientation, landscape or portrait, so that little is padded; each is seen once before any is seen again.
+    sources: of each source, image number -> (height, width). Section 3.1: a source is drawn with probability by its
+    number of images. Its images are then of one orientation, landscape or portrait, so that little is padded; each is
+    seen once before any is seen again.
     """
     rng = np.random.default_rng(seed)
 
@@ -644,13 +649,13 @@ def plan_batches(
 
 
 class Batches(torch.utils.data.Dataset):
-    """Element k is the k-th batch of a run, ready made, a function of the plan and the seed alone: neither the number of
-    workers nor a pause in between changes anything.
+    """Element k is the k-th batch of a run, ready made, a function of the plan and the seed alone: neither the number
+    of workers nor a pause in between changes anything.
 
     A batch is a dict: `source`, `files`, `images` (N, 3, H, W) uint8 with H and W multiples of 32, and the labels as in
     `upernet.losses`, in small integer types. DTD's images are squares of TEXTURE_SIZE.
-    rank, ranks: this process takes the rank-th of `ranks` equal shares of the plan's images; `accumulate` cuts the share
-    into that many batches, elements k * accumulate, .. of iteration k.
+    rank, ranks: this process takes the rank-th of `ranks` equal shares of the plan's images; `accumulate` cuts the
+    share into that many batches, elements k * accumulate, .. of iteration k.
     """
 
     def __init__(
@@ -724,8 +729,8 @@ def texture_square(reader: Reader, i: int, place: float) -> Image.Image:
 def whole_image(
     picture: Image.Image, size: tuple[int, int], multiple: int | None = None
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """(images (1, 3, H, W) uint8, the (height, width) of it that the picture fills): the picture at `size`, padded as in
-    training; or, with `multiple`, stretched up to a multiple of that instead, as the authors do."""
+    """(images (1, 3, H, W) uint8, the (height, width) of it that the picture fills): the picture at `size`, padded as
+    in training; or, with `multiple`, stretched up to a multiple of that instead, as the authors do."""
     if multiple:
         size = tuple(math.ceil(n / multiple) * multiple for n in size)
         return torch.from_numpy(padded_image(picture, size, *size))[None], size
@@ -771,28 +776,34 @@ TOY_MINIMA = {"min_images": 20, "min_pixels": 5000, "min_part_images": 20, "min_
 PAPER_MINIMA = {"min_images": 50, "min_pixels": 50000, "min_part_images": 20, "min_scene_images": 10}
 
 TOY_COLOURS = {  # ranges of hue, saturation and value
-    "any": ((0, 1), (0.15, 0.65), (0.35, 0.95)), "dull": ((0, 1), (0.05, 0.5), (0.4, 0.95)), "grey": ((0, 1), (0, 0.2), (0.3, 0.75)),
-    "pale": ((0, 1), (0.05, 0.4), (0.6, 1)), "brown": ((0.95, 1.15), (0.15, 0.6), (0.3, 0.8)), "green": ((0.1, 0.4), (0.3, 0.7), (0.35, 0.85)),
-    "blue": ((0.46, 0.64), (0.2, 0.65), (0.5, 0.95)), "dusk": ((0.92, 1.12), (0.15, 0.5), (0.6, 1)), "sand": ((0.07, 0.15), (0.2, 0.5), (0.65, 1)),
-    "skin": ((0.04, 0.09), (0.3, 0.55), (0.45, 1)), "dark": ((0, 1), (0, 0.1), (0.2, 0.35)), "warm": ((0.03, 0.18), (0.2, 0.6), (0.6, 1)),
+    "any": ((0, 1), (0.15, 0.65), (0.35, 0.95)), "dull": ((0, 1), (0.05, 0.5), (0.4, 0.95)),
+    "grey": ((0, 1), (0, 0.2), (0.3, 0.75)), "pale": ((0, 1), (0.05, 0.4), (0.6, 1)),
+    "brown": ((0.95, 1.15), (0.15, 0.6), (0.3, 0.8)), "green": ((0.1, 0.4), (0.3, 0.7), (0.35, 0.85)),
+    "blue": ((0.46, 0.64), (0.2, 0.65), (0.5, 0.95)), "dusk": ((0.92, 1.12), (0.15, 0.5), (0.6, 1)),
+    "sand": ((0.07, 0.15), (0.2, 0.5), (0.65, 1)), "skin": ((0.04, 0.09), (0.3, 0.55), (0.45, 1)),
+    "dark": ((0, 1), (0, 0.1), (0.2, 0.35)), "warm": ((0.03, 0.18), (0.2, 0.6), (0.6, 1)),
 }  # fmt: skip
 
-# Of each thing its strokes: part, substances to pick from, colour (a number after it: one of several), shape, and points from
-# the feet, in heights of the thing, x to the right and y upwards: corners of a box for rectangle and ellipse.
+# Of each thing its strokes: part, substances to pick from, colour (a number after it: one of several), shape, and
+# points from the feet, in heights of the thing, x to the right and y upwards: corners of a box for rectangle and
+# ellipse.
 TOY_THINGS = {
     "mountain": [(None, "Stone", "dull", "polygon", (-1.5, 0, -0.2, 0.9, 0, 1, 0.3, 0.8, 1.5, 0))],
     "building": [
         (None, "Brick|Stone|Wood|Painted|Glass|Metal", "dull", "rectangle", (-0.34, 0, 0.34, 0.8)),
         ("roof", "Tile|Metal", "any", "polygon", (-0.42, 0.78, -0.22, 1, 0.22, 1, 0.42, 0.78)),
-        *(("window", "Glass", "blue", "rectangle", (x - 0.08, y, x + 0.08, y + 0.16)) for x in (-0.2, 0.04, 0.24) for y in (0.34, 0.57)),
+        *(("window", "Glass", "blue", "rectangle", (x - 0.08, y, x + 0.08, y + 0.16))
+          for x in (-0.2, 0.04, 0.24) for y in (0.34, 0.57)),
         ("door", "Wood", "any2", "rectangle", (-0.1, 0, 0.08, 0.26)),
     ],
     "tree": [
         ("trunk", "Wood", "brown", "rectangle", (-0.07, 0, 0.07, 0.5)),
-        *(("crown", "Foliage", "green", "ellipse", (x - 0.3, y - 0.28, x + 0.3, y + 0.28)) for x, y in ((0, 0.72), (-0.13, 0.6), (0.14, 0.62))),
+        *(("crown", "Foliage", "green", "ellipse", (x - 0.3, y - 0.28, x + 0.3, y + 0.28))
+          for x, y in ((0, 0.72), (-0.13, 0.6), (0.14, 0.62))),
     ],
     "car": [
-        (None, "Metal", "any", "polygon", (-1, 0.16, -1, 0.6, -0.65, 0.62, -0.42, 1, 0.4, 1, 0.7, 0.62, 1.02, 0.55, 1.02, 0.16)),
+        (None, "Metal", "any", "polygon",
+         (-1, 0.16, -1, 0.6, -0.65, 0.62, -0.42, 1, 0.4, 1, 0.7, 0.62, 1.02, 0.55, 1.02, 0.16)),
         ("window", "Glass", "blue", "polygon", (-0.52, 0.62, -0.34, 0.92, 0.32, 0.92, 0.54, 0.62)),
         *(("wheel", "Wax", "dark", "ellipse", (x - 0.25, -0.02, x + 0.25, 0.46)) for x in (-0.58, 0.58)),
     ],
@@ -816,7 +827,8 @@ TOY_THINGS = {
         ("canvas", "Painted", "any2", "rectangle", (-0.42, 0.18, 0.42, 0.82)),
     ],
     "lamp": [
-        ("base", "Wood", "any", "polygon", (-0.2, 0, -0.2, 0.08, -0.06, 0.12, -0.06, 0.7, 0.06, 0.7, 0.06, 0.12, 0.2, 0.08, 0.2, 0)),
+        ("base", "Wood", "any", "polygon",
+         (-0.2, 0, -0.2, 0.08, -0.06, 0.12, -0.06, 0.7, 0.06, 0.7, 0.06, 0.12, 0.2, 0.08, 0.2, 0)),
         ("shade", "Fabric/Cloth|Glass", "warm", "polygon", (-0.34, 0.55, -0.2, 1, 0.2, 1, 0.34, 0.55)),
     ],
     "bed": [
@@ -835,30 +847,36 @@ TOY_THINGS = {
     ],
 }  # fmt: skip
 
-# Of each kind of scene: ADE20K's path to it, what is behind, and what is on the ground from a share of its depth onwards
-# (name, substances, colours); then things: at least, at most, where their feet are (share of the ground, 1 is nearest;
-# negative: on the wall), how tall they are (share of the picture's short side).
+# Of each kind of scene: ADE20K's path to it, what is behind, and what is on the ground from a share of its depth
+# onwards (name, substances, colours); then things: at least, at most, where their feet are (share of the ground, 1 is
+# nearest; negative: on the wall), how tall they are (share of the picture's short side).
 TOY_SCENES = {
     "street": (
-        "outdoor urban street", ("sky", "Sky", "blue|dusk|grey"), {0: ("road", "Stone|Concrete|Brick", "grey|brown|dull")},
+        "outdoor urban street", ("sky", "Sky", "blue|dusk|grey"),
+        {0: ("road", "Stone|Concrete|Brick", "grey|brown|dull")},
         [("building", 1, 3, (0, 0.06), (0.5, 0.7)), ("tree", 0, 1, (0.03, 0.15), (0.5, 0.65)),
          ("car", 1, 2, (0.4, 0.9), (0.28, 0.4)), ("person", 0, 1, (0.6, 0.95), (0.6, 0.8))],
     ),
     "park": (
         "outdoor natural park", ("sky", "Sky", "blue|dusk|grey"), {0: ("grass", "Foliage", "green|green|sand")},
-        [("mountain", 1, 2, (0, 0), (0.4, 0.55)), ("tree", 1, 3, (0.02, 0.6), (0.55, 0.75)), ("person", 0, 2, (0.6, 0.95), (0.6, 0.8))],
+        [("mountain", 1, 2, (0, 0), (0.4, 0.55)), ("tree", 1, 3, (0.02, 0.6), (0.55, 0.75)),
+         ("person", 0, 2, (0.6, 0.95), (0.6, 0.8))],
     ),
     "beach": (
-        "outdoor natural beach", ("sky", "Sky", "blue|dusk|grey"), {0: ("sea", "Water", "blue"), 0.45: ("sand", "Dirt", "sand")},
+        "outdoor natural beach", ("sky", "Sky", "blue|dusk|grey"),
+        {0: ("sea", "Water", "blue"), 0.45: ("sand", "Dirt", "sand")},
         [("mountain", 0, 1, (0, 0), (0.4, 0.55)), ("boat", 1, 2, (0.15, 0.35), (0.5, 0.65)),
          ("sunshade", 0, 2, (0.6, 0.85), (0.6, 0.8)), ("person", 0, 1, (0.8, 0.95), (0.6, 0.8))],
     ),
     "bedroom": (
-        "indoor home bedroom", ("wall", "Painted|Brick|Tile", "pale|dull"), {0: ("floor", "Wood|Tile|Stone", "brown|dull")},
-        [("painting", 1, 2, (-0.8, -0.6), (0.3, 0.4)), ("lamp", 1, 2, (0.05, 0.3), (0.6, 0.75)), ("bed", 1, 1, (0.5, 0.9), (0.5, 0.65))],
+        "indoor home bedroom", ("wall", "Painted|Brick|Tile", "pale|dull"),
+        {0: ("floor", "Wood|Tile|Stone", "brown|dull")},
+        [("painting", 1, 2, (-0.8, -0.6), (0.3, 0.4)), ("lamp", 1, 2, (0.05, 0.3), (0.6, 0.75)),
+         ("bed", 1, 1, (0.5, 0.9), (0.5, 0.65))],
     ),
     "living_room": (
-        "indoor home living_room", ("wall", "Painted|Brick|Tile", "pale|dull"), {0: ("floor", "Wood|Tile|Stone", "brown|dull")},
+        "indoor home living_room", ("wall", "Painted|Brick|Tile", "pale|dull"),
+        {0: ("floor", "Wood|Tile|Stone", "brown|dull")},
         [("painting", 1, 2, (-0.8, -0.6), (0.3, 0.4)), ("lamp", 0, 1, (0.02, 0.1), (0.6, 0.75)),
          ("sofa", 1, 1, (0.2, 0.4), (0.45, 0.6)), ("table", 0, 1, (0.8, 0.95), (0.42, 0.52))],
     ),
@@ -1017,7 +1035,8 @@ TOY_TEXTURES = "banded bubbly chequered cracked grid polka-dotted spiralled zigz
 
 
 def make_toy(folder: str, scenes: int = 400, photos: int = 320, textures: int = 100) -> None:
-    """Writes the toy under `folder`: ade20k/, os/ and dtd/ with `scenes` and `photos` pictures and `textures` of each kind.
+    """Writes the toy under `folder`: ade20k/, os/ and dtd/ with `scenes` and `photos` pictures and `textures` of each
+    kind.
 
     The layouts are those of ADE20K 2021_17_01, of OpenSurfaces and of DTD. Always the same files. Nothing is done when
     the folder is there; it appears whole or not at all. Raises UserError if it cannot be written.
@@ -1181,7 +1200,8 @@ def data_root(args: argparse.Namespace) -> str:
 
 
 def open_sources(args: argparse.Namespace) -> tuple[dict[str, Index], dict[str, int]]:
-    """The index of every source that the options name, and the vocabulary's thresholds. Makes the toy if it is asked for."""
+    """The index of every source that the options name, and the vocabulary's thresholds. Makes the toy if it is asked
+    for."""
     sources, root = chosen_sources(args.data), data_root(args)
     if args.data == "toy":
         make_toy(root)
@@ -1192,7 +1212,8 @@ def open_sources(args: argparse.Namespace) -> tuple[dict[str, Index], dict[str, 
 
 
 def pixel_table(index: Index, vocabulary: dict) -> torch.Tensor:
-    """What a split is balanced in: a sparse (images, classes) tensor of pixels, all levels of the source side by side."""
+    """What a split is balanced in: a sparse (images, classes) tensor of pixels, all levels of the source side by
+    side."""
     rows, columns, values, column = [], [], [], 0
     for level, table in class_pixels(index).items():
         for name, images in table.items():

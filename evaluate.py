@@ -52,8 +52,9 @@ def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) ->
     """The best class of every pixel of a picture, (height, width) int64.
 
     logits: (K, h, w) at a quarter of the padded input; `filled` is the (height, width) of the input that the picture
-    took before padding, `size` the (height, width) asked for. The logits are enlarged bilinearly by size / filled and the
-    padding is cut off. Rows are made a few at a time: the full-size logits of all classes would not fit for large photos.
+    took before padding, `size` the (height, width) asked for. The logits are enlarged bilinearly by size / filled and
+    the padding is cut off. Rows are made a few at a time: the full-size logits of all classes would not fit for large
+    photos.
     """
     (top, bottom, down), (left, right, across) = (
         taps(length, asked, cells, logits) for length, asked, cells in zip(filled, size, logits.shape[1:])
@@ -68,7 +69,8 @@ def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) ->
 
 
 def taps(filled: int, size: int, cells: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Bilinear interpolation along one axis: of each of `size` pixels its two neighbours among `cells` and the second's weight.
+    """Bilinear interpolation along one axis: of each of `size` pixels its two neighbours among `cells` and the
+    second's weight.
 
     A cell is four input pixels wide, `filled` input pixels are stretched over the `size` pixels, corners not aligned.
     """
@@ -79,15 +81,23 @@ def taps(filled: int, size: int, cells: int, like: Tensor) -> tuple[Tensor, Tens
 
 
 def part_map(logits: Tensor, objects: Tensor, part_slices: dict[int, slice], filled: tuple[int, int]) -> Tensor:
-    """The best part of every pixel among those of the object that `objects` (H, W) has there: its channel in the part
-    logits (sum of parts, h, w), or -1 for background and where the object has no parts."""
-    parts = torch.full_like(objects, -1)
+    """The best part of every pixel among those of the object that `objects` (H, W) has there, as `part_channels`."""
+    parts = torch.zeros_like(objects)
     for index in torch.unique(objects).tolist():
         if index in part_slices:
             best = class_map(logits[part_slices[index]], filled, tuple(objects.shape))
-            inside = (objects == index) & (best > 0)
-            parts[inside] = part_slices[index].start + best[inside]
-    return parts
+            parts = torch.where(objects == index, best, parts)
+    return part_channels(objects, parts, part_slices)
+
+
+def part_channels(objects: Tensor, parts: Tensor, part_slices: dict[int, slice]) -> Tensor:
+    """(object, index in its list of parts) of every pixel -> its channel in the part logits, -1 for background: (H,
+    W)."""
+    channels = torch.full_like(objects, -1)
+    for index in torch.unique(objects[parts > 0]).tolist():
+        here = (objects == index) & (parts > 0)
+        channels[here] = part_slices[index].start + parts[here]
+    return channels
 
 
 def prepare(images: Tensor, device: torch.device) -> Tensor:
@@ -232,8 +242,9 @@ def evaluate(
 ) -> dict:
     """The metrics of `net` on the chosen (source, image number)s, in the format of `evaluate.py --json`.
 
-    Images are resized to a short side of `short` and padded as in training (or stretched, see `whole_image`); predictions
-    are judged at the label maps' own size. With `pictures`, a folder, up to `shown` of each source's images are drawn there, truth beside prediction.
+    Images are resized to a short side of `short` and padded as in training (or stretched, see `whole_image`);
+    predictions are judged at the label maps' own size. With `pictures`, a folder, up to `shown` of each source's images
+    are drawn there, truth beside prediction.
     """
     device = next(net.parameters()).device
     was_training = net.training
@@ -266,14 +277,9 @@ def evaluate(
                     metrics.add_map(level, maps[level], labels[level])
             if pair in drawn:
                 if "part" in asked:
-                    maps["part"] = part_map(
-                        logits["part"], maps.get("object", labels["object"].long()), net.part_slices, filled
-                    )
-                    starts = torch.zeros(len(vocabulary["object"]) + 1, dtype=torch.int64, device=device)
-                    for index, channels in net.part_slices.items():
-                        starts[index] = channels.start
-                    parts = labels["part"].long()
-                    labels["part"] = torch.where(parts > 0, starts[labels["object"].long()] + parts, -1)
+                    objects, slices = labels["object"].long(), net.part_slices
+                    maps["part"] = part_map(logits["part"], maps.get("object", objects), slices, filled)
+                    labels["part"] = part_channels(objects, labels["part"].long(), slices)
                 name = os.path.splitext(image["file"])[0].replace("/", "_")[-80:]
                 sheet = comparison(reader.photo(pair[1]), maps, logits, labels, vocabulary)
                 save_picture(sheet, os.path.join(pictures, f"{pair[0]}_{name}.png"))
@@ -589,10 +595,11 @@ def sentences(relations: dict[str, dict[str, dict[str, float]]]) -> list[str]:
 def validation_images(
     indexes: dict[str, Index], split: dict | None, args: argparse.Namespace, vocabulary: dict
 ) -> list[tuple[str, int]]:
-    """The (source, image number)s to evaluate: the checkpoint's own validation images (`split`), or those that --split names.
+    """The (source, image number)s to evaluate: the checkpoint's own validation images (`split`), or those that --split
+    names.
 
-    Of a released network (`split` is None) those of split.json, if there is one, else ADE20K's validation folder and all
-    of OpenSurfaces. Says what is not there any more, and how many were no validation images of the checkpoint.
+    Of a released network (`split` is None) those of split.json, if there is one, else ADE20K's validation folder and
+    all of OpenSurfaces. Says what is not there any more, and how many were no validation images of the checkpoint.
     """
     path = split_path(data_root(args), args.cache)
     stored = read_split(path)["sources"]
@@ -695,7 +702,8 @@ def load_network(args: argparse.Namespace, device: torch.device) -> tuple[UPerNe
                     "--release: --labels must name the authors' class tables (joint_dataset, or object150_info.csv)"
                 )
             net, vocabulary = load_release(*args.release, args.labels)
-            # As released: short side 450, long side at most 1000, then stretched to a multiple; 32 is that of the ADE20K network.
+            # As released: short side 450, long side at most 1000, then stretched to a multiple; 32 is that of the
+            # ADE20K network.
             multiple = 8 if os.path.isdir(args.labels) else 32
             return net.to(device), vocabulary, {"sizes": [450], "max_size": 1000, "multiple": multiple}, None
         checkpoint = read_tensors(args.checkpoint)

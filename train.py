@@ -1,11 +1,11 @@
 """Training of UPerNet on sources that each label only some of the levels (section 3.1).
 
-    python train.py                                             # the toy, made on the spot; all five heads; minutes on a CPU
+    python train.py                                             # the toy, made on the spot: minutes on a CPU
     python train.py --data ade20k,dtd,os                        # the real thing, under ./data
     torchrun --nproc_per_node=8 train.py --data ade20k,dtd,os   # several GPUs
 
-At each iteration one source is drawn, and only what lies on the path to its labels is updated. Textures come last: their
-branch alone, on a trunk that stands still.
+At each iteration one source is drawn, and only what lies on the path to its labels is updated. Textures come last:
+their branch alone, on a trunk that stands still.
 """
 
 import argparse
@@ -48,12 +48,13 @@ from upernet import LEVELS, LOSS_WEIGHTS, UPerNet, class_counts, fill, losses, r
 PAPER = {  # section 3.1 and the released code
     "data": "toy", "root": "data", "split": "balanced", "backbone": "resnet50", "channels": 512, "stem": "7x7",
     "output_stride": 32, "no_ppm": False, "fpn": 2, "no_fusion": False, "weights": "imagenet", "iters": None,
-    "texture_iters": None, "batch_size": 2, "accumulate": 1, "lr": 0.02, "sizes": [300, 375, 450, 525, 600], "max_size": 1200,
-    "seed": 304, "workers": os.cpu_count() or 1, "save_every": 500, "eval_every": 0, "amp": "auto", "device": "auto",
+    "texture_iters": None, "batch_size": 2, "accumulate": 1, "lr": 0.02, "sizes": [300, 375, 450, 525, 600],
+    "max_size": 1200, "seed": 304, "workers": os.cpu_count() or 1, "save_every": 500, "eval_every": 0,
+    "amp": "auto", "device": "auto",
 }  # fmt: skip
 TOY = {  # what two cores learn in minutes
-    "backbone": "resnet18", "channels": 48, "weights": "none", "iters": 2400, "texture_iters": 600, "batch_size": 4, "lr": 0.04,
-    "sizes": [76, 80, 84], "max_size": 160, "save_every": 400,
+    "backbone": "resnet18", "channels": 48, "weights": "none", "iters": 2400, "texture_iters": 600, "batch_size": 4,
+    "lr": 0.04, "sizes": [76, 80, 84], "max_size": 160, "save_every": 400,
 }  # fmt: skip
 # What a run that goes on may change.
 FREE = set("root cache workers save_every eval_every amp compile device allow_broken out resume".split())
@@ -78,7 +79,8 @@ def parameter_groups(module: nn.Module) -> list[dict]:
 
 
 def load_weights(net: UPerNet, weights: str) -> None:
-    """The start: `imagenet`, `none`, a file with a backbone's state dict, or one of our checkpoints, as far as they fit."""
+    """The start: `imagenet`, `none`, a file with a backbone's state dict, or one of our checkpoints, as far as they
+    fit."""
     if weights == "none":
         return
     if weights == "imagenet":
@@ -156,8 +158,8 @@ def update(
 ) -> dict[str, float]:
     """One step on batches of one source, whose gradients are averaged: the loss of each of its levels.
 
-    Gradients start as None, and what is off the path of the source's levels keeps None: SGD then leaves it alone, with its
-    weight decay and its momentum too. Raises FloatingPointError before the step if a loss is not finite.
+    Gradients start as None, and what is off the path of the source's levels keeps None: SGD then leaves it alone, with
+    its weight decay and its momentum too. Raises FloatingPointError before the step if a loss is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
     mean_loss: dict[str, float] = {}
@@ -184,7 +186,8 @@ def update(
 
 
 def open_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[dict[str, Index], dict, dict[str, list[str]]]:
-    """(indexes, vocabulary, validation images) of the sources; vocabulary and split of a run that goes on are its own."""
+    """(indexes, vocabulary, validation images) of the sources; vocabulary and split of a run that goes on are its
+    own."""
     indexes, minima = open_sources(args)
     vocabulary = checkpoint["vocabulary"] if checkpoint else build_vocabulary(indexes, minima)
     for source in indexes:

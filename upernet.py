@@ -122,7 +122,8 @@ class FPN(nn.Module):
 
 
 class Fusion(nn.Module):
-    """P<finest>..P5, resized to the finest and concatenated, through one 3x3 convolution: the map of objects and parts."""
+    """P<finest>..P5, resized to the finest and concatenated, through one 3x3 convolution: the map of objects and
+    parts."""
 
     def __init__(self, maps: int, channels: int):
         super().__init__()
@@ -152,7 +153,8 @@ class UPerNet(nn.Module):
 
     classes: level -> number of classes, for any of scene, object, part, material, texture; for part a dict, object's
         class index -> number of its parts with the object's background (index 0 among them) counted.
-    backbone: "resnet18", "resnet34", "resnet50", "resnet101" (resnet.py beside this file), or a module with `.channels`,
+    backbone: "resnet18", "resnet34", "resnet50", "resnet101" (resnet.py beside this file), or a module with
+    `.channels`,
         the widths of the four maps C2..C5 that its forward returns.
     channels: width of all that follows the backbone.
     head_conv: a 3x3 convolution before each classifier, as in the paper; without it the network of most other code
@@ -163,8 +165,8 @@ class UPerNet(nn.Module):
         through a 1x1 lateral of its own.
     stem, output_stride: see `resnet.ResNet`; for a backbone that is named.
 
-    Parameters are named `backbone.*`, `ppm.*`, `fpn.*`, `fusion.*`, `heads.<level>.*`. `part_slices[object index]` is the
-    slice of that object's channels in the part logits. Raises ValueError for an argument that is not as above.
+    Parameters are named `backbone.*`, `ppm.*`, `fpn.*`, `fusion.*`, `heads.<level>.*`. `part_slices[object index]` is
+    the slice of that object's channels in the part logits. Raises ValueError for an argument that is not as above.
     """
 
     TEXTURE_CONVS = 4  # "several" in the paper; the released code has no texture head; the number is our choice
@@ -333,7 +335,8 @@ def part_loss(logits: Tensor, objects: Tensor, parts: Tensor, part_slices: dict[
 
 
 def read_tensors(path: str, device: str = "cpu") -> dict:
-    """What `torch.load` finds in a file of tensors and plain values; it runs no code. ValueError names a file that is none."""
+    """What `torch.load` finds in a file of tensors and plain values; it runs no code. ValueError names a file that is
+    none."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
     try:
@@ -346,7 +349,8 @@ def read_tensors(path: str, device: str = "cpu") -> dict:
 
 
 def fill(net: nn.Module, state: dict, path: str, name_of=lambda key: key) -> None:
-    """Loads `state` into `net`, whose keys `name_of` turns into those of the file; ValueError names the first that does not fit."""
+    """Loads `state` into `net`, whose keys `name_of` turns into those of the file; ValueError names the first that
+    does not fit."""
     wanted = {name_of(key): (key, value) for key, value in net.state_dict().items()}
     for name in [*wanted, *state]:
         if name not in state:
@@ -395,7 +399,8 @@ def class_counts(vocabulary: dict) -> dict:
 
 
 def released_name(key: str, paper: bool) -> str:
-    """What the authors' decoder calls a parameter or buffer of ours; `paper`: their network of the paper, not the ADE20K one."""
+    """What the authors' decoder calls a parameter or buffer of ours; `paper`: their network of the paper, not the
+    ADE20K one."""
     fusion, head = ("conv_fusion", r"\1_head.0") if paper else ("conv_last.0", None)
     for ours, theirs in (
         (r"ppm\.branches", "ppm_conv"),
@@ -416,8 +421,8 @@ def released_name(key: str, paper: bool) -> str:
 def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict]:
     """(network in eval mode, vocabulary) of a network that the authors released, from its two .pth files.
 
-    The network of the paper (unifiedparsing) with `labels` their folder `joint_dataset` of class tables: 336 objects and
-    26 materials with a background at index 0, 427 part channels, 365 scenes. Or their ADE20K network
+    The network of the paper (unifiedparsing) with `labels` their folder `joint_dataset` of class tables: 336 objects
+    and 26 materials with a background at index 0, 427 part channels, 365 scenes. Or their ADE20K network
     (semantic-segmentation-pytorch), 150 objects, with `labels` their `object150_info.csv`. ResNet-50 or 101.
     Their input (BGR in [0, 255] minus a mean, or ImageNet's normalisation) is folded in: call it as any other network.
     Raises ValueError with the file and the first key that does not fit.
