@@ -168,6 +168,32 @@ class TestResNet(unittest.TestCase):
             fine[2][:, :, ::2, ::2][:, :, 2:-2, 2:-2], coarse[2][:, :, 2:-2, 2:-2], rtol=1e-4, atol=1e-4
         )
 
+    def test_an_impulse_spreads_in_the_steps_of_the_dilations(self):
+        for depth, stride, stage, dilations in (
+            (18, 16, "layer4", [1, 2, 2, 2]),
+            (18, 8, "layer3", [1, 2, 2, 2]),
+            (18, 8, "layer4", [2, 4, 4, 4]),
+            (50, 16, "layer4", [1, 2, 2]),
+            (50, 8, "layer3", [1, 2, 2, 2, 2, 2]),
+            (50, 8, "layer4", [2, 4, 4]),
+        ):
+            layer = getattr(ResNet(depth, output_stride=stride), stage).eval()
+            for p in layer.parameters():
+                nn.init.constant_(p, 1 / 64)  # nothing cancels
+            for name, p in layer.named_parameters():
+                if name.endswith("bias"):
+                    nn.init.zeros_(p)
+            channels = next(layer.parameters()).shape[1]
+            impulse = torch.zeros(1, channels, 1, 41)
+            impulse[..., 20] = 1
+            with torch.inference_mode():
+                reached = set((layer(impulse)[0, 0, 0].nonzero().flatten() - 20).tolist())
+            expected = {0}
+            for d in dilations:
+                expected = {offset + step for offset in expected for step in (-d, 0, d)}
+            with self.subTest(depth=depth, stride=stride, stage=stage):
+                self.assertEqual(reached, expected)
+
     def test_stops_at_the_stage_that_is_asked_for(self):
         net = ResNet(18)
         net.layer3.register_forward_hook(lambda *_: self.fail("layer3 was computed"))
@@ -1557,6 +1583,17 @@ class TestRelease(unittest.TestCase):
         self.assert_answers(net, self.ADE20K, 13)
         self.assertEqual((len(set(vocabulary["object"])), vocabulary["object"][0]), (150, "thing 1"))
         self.assertEqual(vocabulary["object"][58], "screen other 59")  # two classes of theirs begin with "screen"
+
+    def test_its_classes_are_sceneparsings_numbers(self):
+        _, vocabulary = upernet.load_release(*self.ade20k, self.table)
+        numbers = torch.stack([torch.zeros(150), torch.arange(1, 151), torch.ones(150)], dim=1).long()
+        index = Index(
+            "ade20k", "sceneparsing", "", ["a.jpg"], torch.tensor([[4, 4]]), [""], [""], numbers, torch.zeros(0, 4),
+            torch.zeros(0, 3), {n: f"class {n}" for n in range(1, 151)}, [],
+        )  # fmt: skip
+        reader = Reader(index, vocabulary, evaluate.released_names(self.table, index, vocabulary))
+        self.assertEqual(reader.of_number.tolist(), list(range(-1, 150)))
+        self.assertEqual(reader.levels, ["object"])
 
     def test_resnet_101(self):
         paths = released_files(new_folder("deep"), 1, paper=False, depth=101)
