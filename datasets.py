@@ -40,9 +40,9 @@ class UserError(ValueError):
 class Parser(argparse.ArgumentParser):
     """argparse with short messages: a mistake is one line on stderr, and --help has a line per option."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, usage: str = "%(prog)s [options]"):
         wide = lambda prog: argparse.HelpFormatter(prog, max_help_position=31)
-        super().__init__(description=description, formatter_class=wide, usage="%(prog)s [options]", allow_abbrev=False)
+        super().__init__(description=description, formatter_class=wide, usage=usage, allow_abbrev=False)
 
     def error(self, message: str):
         message = message.rsplit("UserError: ", 1)[
@@ -98,7 +98,7 @@ def find_folder(root: str, source: str) -> tuple[str, str]:
         )
     there = [s for s in (*SOURCE_LEVELS, "opensurfaces") if os.path.isdir(os.path.join(root, s))]
     raise UserError(
-        f"{source}: not found below {root} (there: {', '.join(there) or 'none of the sources'}); "
+        f"{source}: not found below {root} (folders there: {', '.join(there) or 'none of a source'}); "
         f"expected {' or '.join(tops)} with {' or '.join(marks.values())} in it, directly or one folder down"
     )
 
@@ -152,7 +152,13 @@ def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
                 entry.pop("parts", None)
             files.append(entry)
     if not files:
-        raise UserError(f"{folder}: looks like the layout '{layout}' but holds no images of it")
+        place = {
+            "ade2021": "images/ADE/training or images/ADE/validation",
+            "sceneparsing": "images/training or images/validation (with labels of the same names under annotations/)",
+            "os": "photos",
+            "dtd": "images/<texture>",
+        }[layout]
+        raise UserError(f"{folder}: no images in {place}")
     if layout == "sceneparsing":
         table = "sceneCategories.txt"  # one's own data may have no scenes
         lines = read_lines(folder, table) if os.path.exists(os.path.join(folder, table)) else []
@@ -321,8 +327,10 @@ def scan_all(source: str, layout: str, folder: str, files: list[dict]) -> Index:
     for record in found:
         names.update(record.get("names", {}))
     if layout == "sceneparsing":
-        rows = [line.split("\t") for line in read_lines(folder, "objectInfo150.txt")[1:] if line.strip()]
+        header, *rows = [line.split("\t") for line in read_lines(folder, "objectInfo150.txt") if line.strip()] or [[""]]
         try:
+            if header[0].strip().isdecimal():
+                raise ValueError("the first line is no header")
             names = {int(row[0]): row[-1].strip() for row in rows}
         except ValueError as e:
             table = os.path.join(folder, "objectInfo150.txt")
@@ -1204,6 +1212,8 @@ def open_sources(args: argparse.Namespace) -> tuple[dict[str, Index], dict[str, 
     for."""
     sources, root = chosen_sources(args.data), data_root(args)
     if args.data == "toy":
+        if not os.path.isdir(root) and os.environ.get("RANK", "0") == "0":
+            print(f"drawing the toy data into {root}", flush=True)
         make_toy(root)
     cache = args.cache or os.path.join(root, ".cache")
     usual = TOY_MINIMA if args.data == "toy" else PAPER_MINIMA
@@ -1248,7 +1258,8 @@ def main(argv: list[str] | None = None) -> None:
         table = class_pixels(index)
         for level in SOURCE_LEVELS[source]:
             if level not in vocabulary:
-                print(f"  {level:9s} no class is large enough: see the --min- options")
+                why = "no class is large enough: see the --min- options" if table.get(level) else "no labels"
+                print(f"  {level:9s} {why}")
                 continue
             names = vocabulary[level]
             n = sum(len(parts) - 1 for parts in names.values()) if level == "part" else len(names)

@@ -714,7 +714,8 @@ def load_network(args: argparse.Namespace, device: torch.device) -> tuple[UPerNe
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("Metrics and pictures of a trained network, or of one's own photos.")
+    usage = "%(prog)s ckpt.pt [options]"
+    parser = Parser("Metrics and pictures of a trained network, or of one's own photos.", usage)
     parser.add_argument("checkpoint", nargs="?", metavar="ckpt.pt", help="a checkpoint of train.py")
     parser.add_argument(
         "--release", nargs=2, metavar=("ENCODER", "DECODER"), help="a network of the authors instead, two .pth files"
@@ -735,7 +736,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         if bool(args.checkpoint) == bool(args.release):
-            raise UserError("name a checkpoint (runs/toy/ckpt.pt, say), or a network of the authors with --release")
+            raise UserError(
+                "name a checkpoint before the options (runs/toy/ckpt.pt, say), or a network of the authors with --release"
+            )
         run(args)
     except UserError as e:
         parser.error(str(e))

@@ -1348,7 +1348,12 @@ class TestMistakes(unittest.TestCase):
             (train.main, ("--data", "ade20k", "--root", table, *out), "objectInfo150.txt: a header"),
             (train.main, ("--data", "os", "--root", shares, "--min-images", "5", *out), "split.json: not a split"),
             (evaluate.main, (), "ckpt.pt"),
-            (evaluate.main, ("nothing.pt", "--release", "a", "b"), "a checkpoint .* or a network of the authors"),
+            (
+                evaluate.main,
+                ("nothing.pt", "--release", "a", "b"),
+                "a checkpoint before .* or a network of the authors",
+            ),
+            (evaluate.main, (place,), "mistakes-.*: a folder, not a file"),
             (evaluate.main, ("--release", "a", "b"), "--labels"),
             (evaluate.main, ("nothing.pt",), "nothing.pt: no such file"),
             (evaluate.main, (junk,), "junk.pt: not a file of PyTorch weights"),

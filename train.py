@@ -242,7 +242,9 @@ def run(args: argparse.Namespace) -> None:
     readers = {source: Reader(index, vocabulary) for source, index in indexes.items()}
     sizes = {source: training_sizes(index, split[source]) for source, index in indexes.items()}
     for source in sizes:
-        say(f"{source}: {len(sizes[source])} images to train on, {len(split[source])} to validate on")
+        say(
+            f"{source}: {len(sizes[source])} images to train on, {len(split[source])} to validate on ({args.split} split)"
+        )
         if not sizes[source]:
             raise UserError(f"{source}: every image is a validation image, none is left to train on")
     counts = {k: sum(len(p) - 1 for p in v.values()) if k == "part" else len(v) for k, v in vocabulary.items()}
@@ -374,6 +376,8 @@ def run(args: argparse.Namespace) -> None:
         untrained = judge(build_network(network, args.seed, args.weights).to(device)) if args.data == "toy" else None
         print(table(results, untrained))
         print(f"wrote {checkpoint_path}, and beside it metrics.json, log.jsonl and pictures/")
+    elif first:
+        print(f"wrote {checkpoint_path} and log.jsonl beside it; no metrics, for there are no validation images")
     say(f"next: python evaluate.py {checkpoint_path} --photo YOUR.jpg")
 
 

@@ -338,7 +338,7 @@ def read_tensors(path: str, device: str = "cpu") -> dict:
     """What `torch.load` finds in a file of tensors and plain values; it runs no code. ValueError names a file that is
     none."""
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: a folder, not a file" if os.path.isdir(path) else f"{path}: no such file")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # damaged bytes can trip the reader anywhere
