@@ -1325,7 +1325,7 @@ class TestMistakes(unittest.TestCase):
                 ("--data", "ade20k", "--root", os.path.join(place, "nowhere")),
                 "nowhere: no such folder; --root",
             ),
-            (train.main, ("--data", "ade20k", "--root", surfaces), r"ade20k: not found .* \(there: os\)"),
+            (train.main, ("--data", "ade20k", "--root", surfaces), r"ade20k: not found .* \(folders there: os\)"),
             (train.main, ("--data", "ade"), "'ade' is not one of toy"),
             (train.main, ("--data", "ade20k", "--root", old), "ADE20K_2021_17_01"),
             (train.main, (*data, *out, "--backbone", "vgg16"), "backbone 'vgg16'"),
