@@ -4,12 +4,13 @@
 
 What happens to a source, in order: `find_folder` tells its layout on disk, `scan` opens every file once and keeps an
 `Index` of it in the cache, `build_vocabulary` makes the class names of each level out of the indexes by the paper's
-rules, a `Reader` turns an image's files into label maps of that vocabulary, `Batches` and `Whole` feed training and
-evaluation.
+rules, a `Reader` turns an image's files into label maps of that vocabulary (for training once, into the cache), and
+`Batches` and `Whole` feed training and evaluation.
 """
 
 import argparse
 import colorsys
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -20,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +74,7 @@ class Index:
     materials: torch.Tensor  # (rows, 3)
     names: dict[int, str]  # of the numbers: ADE20K's objects and parts, OpenSurfaces' substances
     broken: list[list[str]]  # [path, reason] of what was set aside
+    stamp: str = ""  # changes with the names, sizes and times of the source's files
 
 
 def find_folder(root: str, source: str) -> tuple[str, str]:
@@ -132,10 +135,11 @@ def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
         folders[:] = set(folders) - {
             name[:-4] for name in names if name.endswith(".jpg")
         }  # ADE20K's masks of instances
+        within = "" if base == folder else os.path.relpath(base, folder).replace(os.sep, "/") + "/"
         for entry in os.scandir(base) if names else ():
             if entry.is_file():
                 stat = entry.stat()
-                stats[os.path.relpath(entry.path, folder).replace(os.sep, "/")] = (stat.st_size, stat.st_mtime_ns)
+                stats[within + entry.name] = (stat.st_size, stat.st_mtime_ns)
     stamp = hashlib.sha256(repr(sorted(stats.items())).encode()).hexdigest()
 
     pattern = {
@@ -287,7 +291,8 @@ def scan(root: str, source: str, cache: str, allow_broken: bool = False) -> Inde
     index = load_index(stored, stamp, folder)
     if index is None:
         index = scan_all(source, layout, folder, files)
-        save_atomically({"version": 1, "stamp": stamp, **vars(index)}, stored, "choose another folder with --cache")
+        index.stamp = stamp
+        save_atomically({"version": 1, **vars(index)}, stored, "choose another folder with --cache")
     if index.broken:
         share = len(index.broken) / len(files)
         print(
@@ -305,12 +310,10 @@ def scan(root: str, source: str, cache: str, allow_broken: bool = False) -> Inde
 
 def load_index(stored: str, stamp: str, folder: str) -> Index | None:
     """The index in the file `stored` if it is of the same files; None where it must be made anew."""
-    try:
+    with contextlib.suppress(Exception):  # there is none yet, or it is damaged: it can always be made again
         content = torch.load(stored, weights_only=True)
-        if content.pop("version") == 1 and content.pop("stamp") == stamp:
+        if content.pop("version") == 1 and content["stamp"] == stamp:
             return Index(**{**content, "folder": folder})
-    except Exception:  # there is none yet, or it is damaged: it can always be made again
-        pass
     return None
 
 
@@ -532,7 +535,8 @@ def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int]) -> dict:
 class Reader:
     """Reads the images of one source with their labels as class indices of a vocabulary.
 
-    `names`: as `class_names` gives them, and those by default.
+    `names`: as `class_names` gives them, and those by default. For training `prepare` makes the label maps ready once:
+    each pixel one code, 0 for unlabelled, 1 + its class, and beyond the classes one for each part of each object.
     """
 
     def __init__(self, index: Index, vocabulary: dict, names: dict[str, dict] | None = None):
@@ -548,6 +552,10 @@ class Reader:
         }
         of_tag = names.get(self.tag_level, {})
         self.tags = [place.get(self.tag_level, {}).get(of_tag.get(tag), -1) for tag in index.tags]
+        self.stored = ""  # the file of prepared maps
+        self.maps: dict = {}  # its content, read by the process that needs it
+        classes = len(place.get(self.map_level, ()))
+        pairs = [(-1, 0)] + [(c, 0) for c in range(classes)]  # code -> class, part
         size = max(index.names, default=0) + 1
         self.of_number = np.full(size, -1, np.int16)  # number of an object or a material -> class index
         for number, name in names.get(self.map_level, {}).items():
@@ -561,6 +569,13 @@ class Reader:
             for (number, name), (owner, parts) in itertools.product(names["part"].items(), owned.items()):
                 if name in parts and number < size:
                     self.of_part[owner, number] = parts.index(name)
+            pairs += [(owner, part) for owner, parts in owned.items() for part in range(1, len(parts))]
+        self.class_of_code, self.part_of_code = (np.array(v, t) for v, t in zip(zip(*pairs), (np.int16, np.uint8)))
+        self.code_of = np.zeros(
+            (classes + 1, self.part_of_code.max() + 1), np.uint16
+        )  # class (-1 the last), part -> code
+        self.code_of[self.class_of_code, self.part_of_code] = np.arange(len(pairs))
+        self.key = hashlib.sha256(repr((index.stamp, [(v, vocabulary[v]) for v in self.levels])).encode()).hexdigest()
 
     def photo(self, i: int, box: tuple[int, int] | None = None) -> Image.Image:
         """Image i in RGB; with `box` (width, height) perhaps smaller than it is, but not smaller than the box."""
@@ -593,6 +608,71 @@ class Reader:
                 raise UserError(f"{current}: cannot be read as labels any more ({e})") from None
         return {level: labels[level] for level in self.levels}
 
+    def prepare(self, cache: str, short: int, longest: int) -> None:
+        """Makes the label maps that training reads, each at most as large as its photo is at a short side of `short`.
+
+        They are kept in `<cache>/<source>.labels.pt`, and made anew for other files, another vocabulary or other sizes.
+        Raises UserError if that cannot be written, or a label not be read.
+        """
+        if self.map_level not in self.levels:
+            return
+        self.stored = os.path.join(cache, f"{self.index.source}.labels.pt")
+        key = f"{self.key} {short} {longest}"
+        with contextlib.suppress(Exception):  # there are none yet, or they are damaged: they can always be made again
+            if torch.load(self.stored, weights_only=True, mmap=True)["key"] == key:
+                return
+        n = len(self.index.images)
+        loader = torch.utils.data.DataLoader(
+            PackedLabels(self, short, longest), batch_size=None, num_workers=(os.cpu_count() or 1) if n >= 200 else 0
+        )
+        sizes, ends, packed = [], [], bytearray()
+        for size, content in tqdm(
+            loader, desc=f"preparing {self.index.source}", unit=" labels", disable=None, leave=False
+        ):
+            packed += content
+            sizes.append(size)
+            ends.append(len(packed))
+        content = {
+            "key": key,
+            "sizes": torch.tensor(sizes),
+            "ends": torch.tensor(ends),
+            "packed": torch.frombuffer(packed, dtype=torch.uint8),
+        }
+        save_atomically(content, self.stored, "choose another folder with --cache")
+
+    def codes(self, i: int) -> np.ndarray:
+        """Image i's prepared label map: uint16 (h, w)."""
+        if not self.maps:
+            self.maps = torch.load(self.stored, weights_only=True, mmap=True)
+        start, end = self.maps["ends"][i - 1].item() if i else 0, self.maps["ends"][i].item()
+        unpacked = zlib.decompress(self.maps["packed"][start:end].numpy())
+        return np.frombuffer(unpacked, np.uint16).reshape(self.maps["sizes"][i].tolist())
+
+    def decoded(self, codes: np.ndarray) -> dict[str, np.ndarray]:
+        """Codes of any shape -> object or material int16 and part uint8, as `labels` has them."""
+        maps = {self.map_level: self.class_of_code[codes], "part": self.part_of_code[codes]}
+        return {level: maps[level] for level in self.levels if level in maps}
+
+
+class PackedLabels(torch.utils.data.Dataset):
+    """Element i is image i's label map as it is prepared: (height, width), zlib-compressed uint16 codes."""
+
+    def __init__(self, reader: Reader, short: int, longest: int):
+        self.reader, self.short, self.longest = reader, short, longest
+
+    def __len__(self) -> int:
+        return len(self.reader.index.images)
+
+    def __getitem__(self, i: int) -> tuple[tuple[int, int], bytes]:
+        labels = self.reader.labels(i)
+        classes = labels[self.reader.map_level]
+        largest = resized(tuple(self.reader.index.sizes[i].tolist()), self.short, self.longest)
+        height, width = np.minimum(largest, classes.shape).tolist()
+        rows, columns = ((np.arange(n) * 2 + 1) * full // (2 * n) for n, full in zip((height, width), classes.shape))
+        parts = labels.get("part", np.zeros_like(classes))
+        codes = self.reader.code_of[tuple(v[rows[:, None], columns] for v in (classes, parts))]
+        return (height, width), zlib.compress(codes.tobytes(), 1)
+
 
 def resized(size: tuple[int, int], short: int, longest: int) -> tuple[int, int]:
     """(height, width) with the short side at `short`, or smaller so that the long side is at most `longest`."""
@@ -613,16 +693,14 @@ def padded_image(picture: Image.Image, size: tuple[int, int], height: int, width
     return np.ascontiguousarray(canvas.transpose(2, 0, 1))
 
 
-def quarter_labels(labels: np.ndarray, size: tuple[int, int], height: int, width: int, fill: int) -> np.ndarray:
-    """Labels of any size as the network sees them: at a quarter of (height, width), of which the image fills `size`.
+def quarter_codes(codes: np.ndarray, size: tuple[int, int], height: int, width: int) -> np.ndarray:
+    """A label map of any size as the network sees it: at a quarter of (height, width), of which the image fills `size`.
 
-    A cell of the quarter map has the label at its centre, and `fill` where its centre is in the padding.
+    A cell of the quarter map has the label at its centre, and 0, unlabelled, where its centre is in the padding.
     """
-    quarter = np.full((height // 4, width // 4), fill, labels.dtype)
-    rows, columns = (
-        ((np.arange(math.ceil((n - 2) / 4)) * 4 + 2) * label_n // n) for n, label_n in zip(size, labels.shape)
-    )
-    quarter[: len(rows), : len(columns)] = labels[rows[:, None], columns]
+    quarter = np.zeros((height // 4, width // 4), codes.dtype)
+    rows, columns = ((np.arange(math.ceil((n - 2) / 4)) * 4 + 2) * full // n for n, full in zip(size, codes.shape))
+    quarter[: len(rows), : len(columns)] = codes[rows[:, None], columns]
     return quarter
 
 
@@ -690,28 +768,24 @@ class Batches(torch.utils.data.Dataset):
         n = len(numbers) // (self.accumulate * self.ranks)
         start = (piece * self.ranks + self.rank) * n
         short = int(np.random.default_rng((self.seed, iteration)).choice(self.sizes))
+        chosen = numbers[start : start + n]
         samples = [
-            self.sample(
-                reader, source, numbers[position], short, np.random.default_rng((self.seed, iteration, position))
-            )
-            for position in range(start, start + n)
+            self.sample(reader, source, i, short, np.random.default_rng((self.seed, iteration, position)))
+            for position, i in enumerate(chosen, start)
         ]
         height = padded(max(size[0] for _, size, _ in samples))
         width = padded(max(size[1] for _, size, _ in samples))
-        batch = {"source": source, "files": [reader.index.images[i] for i in numbers[start : start + n]]}
+        batch = {"source": source, "files": [reader.index.images[i] for i in chosen]}
         batch["images"] = torch.from_numpy(np.stack([padded_image(p, size, height, width) for p, size, _ in samples]))
-        for level in reader.levels:
-            values = [labels[level] for _, _, labels in samples]
-            if level in ("scene", "texture"):
-                batch[level] = torch.tensor(values, dtype=torch.int16)
-            else:
-                fill = 0 if level == "part" else -1
-                maps = [quarter_labels(v, size, height, width, fill) for v, (_, size, _) in zip(values, samples)]
-                batch[level] = torch.from_numpy(np.stack(maps))
+        if reader.tag_level in reader.levels:
+            batch[reader.tag_level] = torch.tensor([reader.tags[i] for i in chosen], dtype=torch.int16)
+        if reader.map_level in reader.levels:
+            codes = np.stack([quarter_codes(codes, size, height, width) for _, size, codes in samples])
+            batch |= {level: torch.from_numpy(labels) for level, labels in reader.decoded(codes).items()}
         return batch
 
     def sample(self, reader: Reader, source: str, i: int, short: int, rng: np.random.Generator):
-        """(picture, (height, width) that it will have, labels) of image i, flipped by chance."""
+        """(picture, (height, width) that it will have, label codes) of image i, flipped by chance."""
         size = tuple(reader.index.sizes[i].tolist())
         if source == "dtd":
             picture = texture_square(reader, i, rng.random())
@@ -719,11 +793,11 @@ class Batches(torch.utils.data.Dataset):
         else:
             size = resized(size, short, self.longest)
             picture = reader.photo(i, (size[1], size[0]))
-        labels = reader.labels(i)
+        codes = reader.codes(i) if reader.map_level in reader.levels else None
         if rng.random() < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            labels = {level: v[:, ::-1] if isinstance(v, np.ndarray) else v for level, v in labels.items()}
-        return picture, size, labels
+            codes = codes if codes is None else codes[:, ::-1]
+        return picture, size, codes
 
 
 def texture_square(reader: Reader, i: int, place: float) -> Image.Image:
@@ -1168,7 +1242,7 @@ def add_data_options(parser: argparse.ArgumentParser, data: str | None = "toy") 
     parser.add_argument(
         "--root", default="data" if data else None, metavar="DIR", help="folder that holds ade20k/, os/, dtd/"
     )
-    parser.add_argument("--cache", metavar="DIR", help="where indexes go (default <root>/.cache)")
+    parser.add_argument("--cache", metavar="DIR", help="where indexes and prepared labels go (default <root>/.cache)")
     for option, what in (
         ("--min-images", "keep objects and materials in at least so many images"),
         ("--min-pixels", "keep objects of at least so many pixels"),
@@ -1207,6 +1281,10 @@ def data_root(args: argparse.Namespace) -> str:
     return os.path.join(args.root, "toy") if args.data == "toy" else args.root
 
 
+def cache_folder(args: argparse.Namespace) -> str:
+    return args.cache or os.path.join(data_root(args), ".cache")
+
+
 def open_sources(args: argparse.Namespace) -> tuple[dict[str, Index], dict[str, int]]:
     """The index of every source that the options name, and the vocabulary's thresholds. Makes the toy if it is asked
     for."""
@@ -1215,10 +1293,9 @@ def open_sources(args: argparse.Namespace) -> tuple[dict[str, Index], dict[str, 
         if not os.path.isdir(root) and os.environ.get("RANK", "0") == "0":
             print(f"drawing the toy data into {root}", flush=True)
         make_toy(root)
-    cache = args.cache or os.path.join(root, ".cache")
     usual = TOY_MINIMA if args.data == "toy" else PAPER_MINIMA
     minima = {name: getattr(args, name) or usual[name] for name in usual}
-    return {source: scan(root, source, cache, args.allow_broken) for source in sources}, minima
+    return {source: scan(root, source, cache_folder(args), args.allow_broken) for source in sources}, minima
 
 
 def pixel_table(index: Index, vocabulary: dict) -> torch.Tensor:

@@ -836,6 +836,8 @@ class TestBatches(unittest.TestCase):
         cls.indexes, minima = datasets.open_sources(args)
         cls.vocabulary = datasets.build_vocabulary(cls.indexes, minima)
         cls.readers = {source: Reader(index, cls.vocabulary) for source, index in cls.indexes.items()}
+        for reader in cls.readers.values():
+            reader.prepare(new_folder("prepared"), 96, 200)
 
     def test_sources_are_drawn_by_their_number_of_images(self):
         sizes = {"ade20k": {i: (3, 4) for i in range(300)}, "os": {i: (4, 3) if i % 3 else (3, 4) for i in range(100)}}
@@ -893,9 +895,9 @@ class TestBatches(unittest.TestCase):
             size = datasets.resized((height, width), short, 200)
             big = datasets.padded(size[0]), datasets.padded(size[1])
             image = datasets.padded_image(picture, size, *big)
-            quarter = datasets.quarter_labels(labels.astype(np.int16), size, *big, -1)
+            quarter = datasets.quarter_codes(labels.astype(np.int16), size, *big)
             seen = image[0, 2::4, 2::4] / 50
-            inside = quarter >= 0
+            inside = quarter > 0
             self.assertEqual(inside.sum(), len(range(2, size[0], 4)) * len(range(2, size[1], 4)))
             agree = np.abs(seen - quarter)[inside] < 0.3
             self.assertGreater(agree.mean(), 0.8)  # all but cells on an edge between two blocks
@@ -907,13 +909,53 @@ class TestBatches(unittest.TestCase):
         reader = self.readers["ade20k"]
         flips = 0
         for seed in range(6):
-            picture, _, labels = batches.sample(reader, "ade20k", 2, 64, np.random.default_rng(seed))
+            picture, _, codes = batches.sample(reader, "ade20k", 2, 64, np.random.default_rng(seed))
+            labels = reader.decoded(codes)
             straight, plain = reader.photo(2, (picture.width, picture.height)), reader.labels(2)
             flipped = np.array_equal(np.asarray(picture), np.asarray(straight)[:, ::-1])
             flips += flipped
             self.assertTrue(np.array_equal(labels["object"], plain["object"][:, ::-1] if flipped else plain["object"]))
             self.assertTrue(np.array_equal(labels["part"], plain["part"][:, ::-1] if flipped else plain["part"]))
         self.assertTrue(0 < flips < 6)
+
+    def test_prepared_labels_are_those_of_the_files(self):
+        for source, i in (("ade20k", 2), ("ade20k", 11), ("os", 4)):
+            index = self.indexes[source]
+            reader = Reader(index, self.vocabulary)
+            reader.prepare(new_folder("smaller"), 70, 90)  # the longest side of 90 makes the short one 60
+            labels = reader.labels(i)
+            prepared = reader.decoded(reader.codes(i))
+            self.assertEqual(labels.keys() - {"scene"}, prepared.keys())
+            upright = index.sizes[i][0] > index.sizes[i][1]
+            height, width = (90, 60) if upright else (60, 90)
+            for level, small in prepared.items():
+                full = labels[level]
+                self.assertEqual((small.shape, small.dtype), ((height, width), full.dtype))
+                for y in range(0, height, 7):
+                    for x in range(0, width, 7):
+                        at = int((y + 0.5) * full.shape[0] / height), int((x + 0.5) * full.shape[1] / width)
+                        self.assertEqual(small[y, x], full[at])
+
+    def test_labels_are_prepared_again_when_something_changed_and_only_then(self):
+        cache, ade = new_folder("labels"), Ade()
+        for k in range(3):
+            ade.add(np.full((40, 50), 5 + k), {5: "wall", 6: "car", 7: "tree"}, ["street"])
+
+        def prepare(vocabulary, *size) -> Reader:
+            reader = Reader(datasets.scan(ade.root, "ade20k", ade.root), vocabulary)
+            reader.prepare(cache, *size)
+            return reader
+
+        prepare({"object": ["wall", "car"]}, 40, 100)
+        with mock.patch("datasets.PackedLabels", side_effect=AssertionError):
+            self.assertTrue((prepare({"object": ["wall", "car"]}, 40, 100).codes(1) == 2).all())
+            for changed in (({"object": ["car", "wall"]}, 40, 100), ({"object": ["wall", "car"]}, 20, 100)):
+                self.assertRaises(AssertionError, prepare, *changed)
+        self.assertTrue((prepare({"object": ["car", "wall"]}, 40, 100).codes(1) == 1).all())
+        write(os.path.join(cache, "ade20k.labels.pt"), "damaged")
+        self.assertTrue((prepare({"object": ["car", "wall"]}, 40, 100).codes(1) == 1).all())
+        ade.add(np.full((40, 50), 7), {7: "tree"}, ["street"])
+        self.assertEqual(prepare({"object": ["car", "tree"]}, 40, 100).codes(3).max(), 2)
 
 
 class TestSplit(unittest.TestCase):

@@ -33,6 +33,7 @@ from datasets import (
     UserError,
     add_data_options,
     build_vocabulary,
+    cache_folder,
     data_root,
     natural,
     open_sources,
@@ -185,15 +186,27 @@ def update(
 # ---------------------------------------------------------------- the run
 
 
-def open_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[dict[str, Index], dict, dict[str, list[str]]]:
-    """(indexes, vocabulary, validation images) of the sources; vocabulary and split of a run that goes on are its
-    own."""
+def open_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[dict[str, Reader], dict, dict[str, list]]:
+    """(readers with prepared labels, vocabulary, validation images) of the sources; a run that goes on has its own
+    vocabulary and split. Raises UserError if its images are no longer those that it was begun with.
+    """
     indexes, minima = open_sources(args)
     vocabulary = checkpoint["vocabulary"] if checkpoint else build_vocabulary(indexes, minima)
     for source in indexes:
         if not set(SOURCE_LEVELS[source]) & set(vocabulary):
             raise UserError(f"{source}: no class is large enough to be kept; lower the --min- options")
-    return indexes, vocabulary, checkpoint["split"] if checkpoint else validation_split(args, indexes, vocabulary)
+    fingerprints = {source: fingerprint(index) for source, index in indexes.items()}
+    for source in indexes if checkpoint else ():
+        if fingerprints[source] != args.fingerprints.get(source):
+            raise UserError(
+                f"{source}: its images are not those that {args.out} was begun with; begin anew with another --out"
+            )
+    args.fingerprints = fingerprints
+    split = checkpoint["split"] if checkpoint else validation_split(args, indexes, vocabulary)
+    readers = {source: Reader(index, vocabulary) for source, index in indexes.items()}
+    for reader in readers.values():
+        reader.prepare(cache_folder(args), max(args.sizes), args.max_size)
+    return readers, vocabulary, split
 
 
 def broadcast(value: bool) -> bool:
@@ -221,7 +234,7 @@ def run(args: argparse.Namespace) -> None:
         say(f"{args.out}: this run is finished; python evaluate.py {checkpoint_path} evaluates it")
         return
 
-    # The first process scans and splits; the others then find index and split on disk, or end as it does.
+    # The first process scans, splits and prepares; the others then find all that on disk, or end as it does.
     opened = None
     if first:
         try:
@@ -231,15 +244,8 @@ def run(args: argparse.Namespace) -> None:
                 broadcast(opened is not None)
     elif not broadcast(False):
         raise SystemExit(2)
-    indexes, vocabulary, split = opened or open_data(args, checkpoint)
-    fingerprints = {source: fingerprint(index) for source, index in indexes.items()}
-    for source in indexes if checkpoint else ():
-        if fingerprints[source] != args.fingerprints.get(source):
-            raise UserError(
-                f"{source}: its images are not those that {args.out} was begun with; begin anew with another --out"
-            )
-    args.fingerprints = fingerprints
-    readers = {source: Reader(index, vocabulary) for source, index in indexes.items()}
+    readers, vocabulary, split = opened or open_data(args, checkpoint)
+    indexes = {source: reader.index for source, reader in readers.items()}
     sizes = {source: training_sizes(index, split[source]) for source, index in indexes.items()}
     for source in sizes:
         say(
