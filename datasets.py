@@ -39,6 +39,11 @@ class UserError(ValueError):
     """Something that the user can mend: scripts print it as one line and exit with status 2."""
 
 
+def is_first() -> bool:
+    """Whether this is the first of the processes that torchrun started, or the only one: that which speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with short messages: a mistake is one line on stderr, and --help has a line per option."""
 
@@ -51,7 +56,7 @@ class Parser(argparse.ArgumentParser):
             -1
         ]  # one raised in a worker of a DataLoader comes with its traceback
         shown = f"{self.prog}: {' '.join(message.split())}\n"
-        self.exit(2, shown if os.environ.get("RANK", "0") == "0" else None)  # of several processes one speaks
+        self.exit(2, shown if is_first() else None)
 
 
 # ---------------------------------------------------------------- what lies on disk
@@ -295,10 +300,9 @@ def scan(root: str, source: str, cache: str, allow_broken: bool = False) -> Inde
         save_atomically({"version": 1, **vars(index)}, stored, "choose another folder with --cache")
     if index.broken:
         share = len(index.broken) / len(files)
-        print(
-            f"{source}: {len(index.broken)} of {len(files)} images set aside, the first: {index.broken[0][1]}",
-            file=sys.stderr,
-        )
+        if is_first():
+            found = f"{len(index.broken)} of {len(files)} images set aside, the first: {index.broken[0][1]}"
+            print(f"{source}: {found}", file=sys.stderr)
         if share > 0.05 and not allow_broken:
             raise UserError(
                 f"{source}: {share:.0%} of its images are broken (see above); go on all the same with --allow-broken"
@@ -1290,7 +1294,7 @@ def open_sources(args: argparse.Namespace) -> tuple[dict[str, Index], dict[str, 
     for."""
     sources, root = chosen_sources(args.data), data_root(args)
     if args.data == "toy":
-        if not os.path.isdir(root) and os.environ.get("RANK", "0") == "0":
+        if not os.path.isdir(root) and is_first():
             print(f"drawing the toy data into {root}", flush=True)
         make_toy(root)
     usual = TOY_MINIMA if args.data == "toy" else PAPER_MINIMA

@@ -3,6 +3,7 @@
     python evaluate.py ckpt.pt                             # on the validation images of the checkpoint's own data
     python evaluate.py ckpt.pt --photo a.jpg b.png         # one picture per photo: every level, with a legend
     python evaluate.py ckpt.pt --json m.json --pictures d  # metrics as JSON, truth beside prediction as pictures
+    torchrun --nproc_per_node=8 evaluate.py ckpt.pt        # several GPUs share the images out
     python evaluate.py ckpt.pt --relations r.json          # section 4.2: which objects, materials, .. go together
     python evaluate.py --release encoder.pth decoder.pth --labels joint_dataset --photo a.jpg   # the authors' weights
 
@@ -12,12 +13,15 @@ A checkpoint says itself which data, images and sizes it is to be judged on.
 import argparse
 import colorsys
 import csv
+import datetime
 import json
 import os
+import sys
 import warnings
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -34,6 +38,7 @@ from datasets import (
     Whole,
     add_data_options,
     data_root,
+    is_first,
     open_sources,
     positive,
     resized,
@@ -148,6 +153,15 @@ class Metrics:
             self.judged[level] += 1
             self.right[level] += predicted == truth
 
+    def merge(self) -> None:
+        """Adds up what all processes have counted, in each of them."""
+        everyone: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (self.confusion, self.part_confusion, self.right, self.judged, self.seen))
+        for kind, total in enumerate((self.confusion, self.part_confusion, self.right, self.judged)):
+            for key in total:
+                total[key] = sum(counted[kind][key] for counted in everyone)
+        self.seen = set().union(*(counted[-1] for counted in everyone))
+
     def results(self) -> dict:
         """Fractions in [0, 1], None where there is nothing to count: the format of `evaluate.py --json`."""
         results: dict = {}
@@ -223,6 +237,39 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     return AMP_TYPES.get(name)
 
 
+def join_processes(device: torch.device) -> torch.device:
+    """Joins the processes that torchrun has started, if it has; this one's device. Only the first one prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # The others wait while the first scans and splits.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def first_before_others(read):
+    """What `read()` returns, in each process: in the first one before the others, who find on disk what it left there,
+    and end when it fails."""
+    if not dist.is_initialized():
+        return read()
+    done, content = [False], None
+    if is_first():
+        try:
+            content = read()
+            done = [True]
+        finally:
+            dist.broadcast_object_list(done)
+        return content
+    dist.broadcast_object_list(done)
+    if not done[0]:
+        raise SystemExit(2)
+    return read()
+
+
 def autocast(device: torch.device, amp: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None)
 
@@ -244,8 +291,9 @@ def evaluate(
 
     Images are resized to a short side of `short` and padded as in training (or stretched, see `whole_image`);
     predictions are judged at the label maps' own size. With `pictures`, a folder, up to `shown` of each source's images
-    are drawn there, truth beside prediction.
+    are drawn there, truth beside prediction. Several processes share the images out, and each returns the metrics of all.
     """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(net.parameters()).device
     was_training = net.training
     net.eval()
@@ -256,10 +304,12 @@ def evaluate(
     for source in readers if pictures else ():
         of_source = [pair for pair in chosen if pair[0] == source]
         drawn |= set(of_source[:: max(1, len(of_source) // shown)][:shown])
+    chosen = chosen[rank::ranks]
     workers = min(8, os.cpu_count() or 1) if len(chosen) > 500 else 0
+    hidden = None if rank == 0 else True
     loader = DataLoader(Whole(readers, chosen, short, longest, multiple), batch_size=None, num_workers=workers)
     with torch.inference_mode():
-        for pair, image in zip(chosen, tqdm(loader, desc="evaluating", unit=" images", disable=None, leave=False)):
+        for pair, image in zip(chosen, tqdm(loader, desc="evaluating", unit=" images", disable=hidden, leave=False)):
             reader, filled = readers[pair[0]], image["size"]
             asked = [level for level in reader.levels if level in levels]
             with autocast(device, amp):
@@ -284,6 +334,8 @@ def evaluate(
                 sheet = comparison(reader.photo(pair[1]), maps, logits, labels, vocabulary)
                 save_picture(sheet, os.path.join(pictures, f"{pair[0]}_{name}.png"))
     net.train(was_training)
+    if ranks > 1:
+        metrics.merge()
     return metrics.results()
 
 
@@ -742,10 +794,15 @@ def main(argv: list[str] | None = None) -> None:
         run(args)
     except UserError as e:
         parser.error(str(e))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def run(args: argparse.Namespace) -> None:
-    device = pick_device(args.device)
+    device = join_processes(pick_device(args.device))
+    if dist.is_initialized() and (args.photo or args.relations):
+        raise UserError("--photo, --relations: for a single process; leave torchrun out")
     amp = pick_amp(args.amp, device)
     net, vocabulary, trained, split = load_network(args, device)
     sizes = trained.get("sizes", [450])
@@ -799,7 +856,7 @@ def run(args: argparse.Namespace) -> None:
             if split is None
             else "--data: not in the checkpoint"
         )
-    indexes, _ = open_sources(args)
+    indexes, _ = first_before_others(lambda: open_sources(args))
     readers = {}
     for source, index in indexes.items():
         names = released_names(args.labels, index, vocabulary) if split is None and source != "dtd" else None
@@ -811,7 +868,7 @@ def run(args: argparse.Namespace) -> None:
     chosen = validation_images({source: reader.index for source, reader in readers.items()}, split, args, vocabulary)
     results = evaluate(model, vocabulary, readers, chosen, short, longest, multiple, args.levels, amp, args.pictures)
     print(table(results, all_classes=args.classes))
-    if args.json:
+    if args.json and is_first():
         write_json(results, args.json)
         print(f"wrote {args.json}")
     if args.pictures:

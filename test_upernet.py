@@ -7,10 +7,13 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import zlib
 from unittest import mock
@@ -34,6 +37,7 @@ from upernet import UPerNet
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = os.path.join(os.path.dirname(HERE), "shared")  # real samples; what needs them is skipped where they are not
+LONG = os.environ.get("UPERNET_LONG") == "1"  # more kills
 CLASSES = {"scene": 5, "object": 7, "part": {1: 3, 4: 2}, "material": 6, "texture": 4}
 
 folder = None  # one for all tests, with the toy under data/
@@ -64,6 +68,16 @@ def command(main, *argv) -> tuple[int, str, str]:
         except SystemExit as e:
             status = e.code or 0
     return status, out.getvalue(), err.getvalue()
+
+
+class Killed(BaseException):
+    """Ends a run in the middle of a step, as a kill does."""
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in found.stdout.split()]
 
 
 def toy_arguments(root: str, **given) -> object:
@@ -384,6 +398,66 @@ class TestPooling(unittest.TestCase):
         pools = [nn.AdaptiveAvgPool2d(bins)(c5) for bins in (1, 2, 3, 6)]
         enlarged = [branch(F.interpolate(p, (5, 7), mode="bilinear")) for branch, p in zip(ppm.branches, pools)]
         torch.testing.assert_close(ppm(c5), ppm.last(torch.cat([c5, *enlarged], dim=1)))
+
+
+class TestFusion(unittest.TestCase):
+    """The rewritten fusion against the line that defines it."""
+
+    def maps(self, dtype, batch, size, channels=12):
+        torch.manual_seed(0)
+        sizes = [size]
+        for _ in range(3):
+            sizes.append(tuple((n + 1) // 2 for n in sizes[-1]))
+        return [torch.randn(batch, channels, *s, dtype=dtype) for s in sizes]
+
+    def plain(self, fusion, maps):
+        enlarged = [F.interpolate(p, maps[0].shape[2:], mode="bilinear", align_corners=False) for p in maps[1:]]
+        return fusion.conv(torch.cat([maps[0], *enlarged], dim=1))
+
+    def check(self, dtype, tolerance):
+        for training in (True, False):
+            for batch, size in ((1, (8, 8)), (2, (24, 32)), (3, (13, 19)), (2, (1, 9)), (1, (37, 5))):
+                with self.subTest(training=training, batch=batch, size=size):
+                    maps = self.maps(dtype, batch, size)
+                    fusion = upernet.Fusion(4, 12).to(dtype).train(training)
+                    results = []
+                    for way in (fusion, lambda maps: self.plain(fusion, maps)):
+                        inputs = [m.clone().requires_grad_() for m in maps]
+                        y = way(inputs)
+                        torch.manual_seed(1)
+                        wanted = [*inputs, *fusion.parameters()]
+                        results.append([y, *torch.autograd.grad((y * torch.randn_like(y)).sum(), wanted)])
+                    for ours, plain in zip(*results, strict=True):
+                        error = (ours - plain).abs().max() / plain.abs().max()
+                        self.assertLessEqual(error.item(), tolerance)
+
+    def test_values_and_gradients_in_float64(self):
+        self.check(torch.float64, 1e-10)
+
+    def test_values_and_gradients_in_float32(self):
+        self.check(torch.float32, 1e-5)
+
+    def test_bf16_is_as_near_to_float32_as_the_plain_line(self):
+        for size in ((24, 32), (31, 45)):
+            maps = self.maps(torch.float32, 2, size, channels=64)
+            fusion = upernet.Fusion(4, 64).eval()
+            with torch.inference_mode():
+                exact = self.plain(fusion, maps)
+                with torch.autocast("cpu", torch.bfloat16):
+                    ours, plain = (
+                        (way(maps) - exact).abs().mean().item() for way in (fusion, lambda m: self.plain(fusion, m))
+                    )
+            self.assertGreater(plain, 0)
+            self.assertLessEqual(ours, 1.5 * plain)
+
+    def test_keeps_no_enlarged_map_for_the_backward_pass(self):
+        kept = []
+        maps = [m.requires_grad_() for m in self.maps(torch.float32, 1, (32, 32))]
+        fusion = upernet.Fusion(4, 12)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+            fusion(maps)
+        self.assertIn((1, 12, 32, 32), kept)
+        self.assertFalse([shape for shape in kept if len(shape) == 4 and shape[1] > 12 and shape[2:] == (32, 32)])
 
 
 # ---------------------------------------------------------------- losses and metrics
@@ -1008,6 +1082,13 @@ class TestSplit(unittest.TestCase):
         for wrong in (0, 1, -0.5, 2):
             with self.assertRaises(ValueError):
                 balance_split.balance(empty, wrong)
+        dense = np.zeros((9, 3))
+        dense[4, 0], dense[:, 1] = 7, 1  # a class in one image, one in all, one without a pixel
+        for images in (1, 2, 5, 9):
+            counts = torch.from_numpy(dense[:images]).to_sparse().coalesce()
+            for fraction in (0.01, 0.1, 0.5):
+                validation = balance_split.balance(counts, fraction, swaps=50)
+                self.assertEqual((len(validation), int(validation.sum())), (images, round(fraction * images)))
 
     def test_split_json_keeps_other_sources_and_notices_change(self):
         root = new_folder("split")
@@ -1127,20 +1208,125 @@ class TestTraining(unittest.TestCase):
             def until(*values):
                 calls[0] += 1
                 if calls[0] > stop_at:
-                    raise KeyboardInterrupt
+                    raise Killed
                 return step(*values)
 
-            with mock.patch("train.losses", until), self.assertRaises(KeyboardInterrupt):
+            with mock.patch("train.losses", until), self.assertRaises(Killed):
                 command(train.main, *self.options, *(arguments if stop_at == 5 else ("--resume",)), "--out", stopped)
         self.train("--resume", "--out", stopped)
-        one, other = (torch.load(os.path.join(out, "ckpt.pt"), weights_only=True) for out in (whole, stopped))
-        for key, value in one["model"].items():
-            self.assertTrue(torch.equal(value, other["model"][key]), key)
-        logs = [[json.loads(line) for line in open(os.path.join(out, "log.jsonl"))] for out in (whole, stopped)]
-        for lines in logs:
-            for line in lines:
-                del line["seconds"]
+        self.assert_same_run(whole, stopped)
+
+    def assert_same_run(self, one: str, other: str):
+        """Two runs that ended with the same weights, optimizer, vocabulary and log, bit for bit."""
+        checkpoints, logs = [], []
+        for out in (one, other):
+            checkpoints.append(torch.load(os.path.join(out, "ckpt.pt"), weights_only=True))
+            with open(os.path.join(out, "log.jsonl")) as log:
+                logs.append([{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in log])
         self.assertEqual(*logs)
+        self.assertEqual(*(c["model"].keys() for c in checkpoints))
+        for key, value in checkpoints[0]["model"].items():
+            self.assertTrue(torch.equal(value, checkpoints[1]["model"][key]), key)
+        for key in ("vocabulary", "stage", "iteration", "split", "network", "optimizer"):
+            self.assertEqual(*(c[key] for c in checkpoints))
+
+    def test_sigterm_and_ctrl_c_end_the_iteration_save_and_say_how_to_go_on(self):
+        whole, stopped = new_folder("whole"), new_folder("stopped")
+        arguments = ("--iters", 5, "--texture-iters", 3, "--save-every", 100)
+        self.train(*arguments, "--out", whole)
+        real_losses, calls = train.losses, []
+
+        def losses(*values):
+            calls.append(0)
+            if len(calls) in (2, 5, 7):  # in the middle, in the last iteration of a stage, in the texture stage
+                os.kill(os.getpid(), signal.SIGINT if len(calls) == 5 else signal.SIGTERM)
+            return real_losses(*values)
+
+        with mock.patch("train.losses", losses):
+            for status, iteration, stage in ((143, 2, "main"), (130, 5, "main"), (143, 2, "texture")):
+                ended, said, _ = command(train.main, *self.options, *arguments, "--out", stopped)
+                self.assertEqual(ended, status)
+                self.assertIn(f"train.py --resume --out {stopped}", said)
+                checkpoint = torch.load(os.path.join(stopped, "ckpt.pt"), weights_only=True)
+                self.assertEqual((checkpoint["iteration"], checkpoint["stage"]), (iteration, stage))
+                arguments = ("--resume",)
+        self.train("--resume", "--out", stopped)
+        self.assert_same_run(whole, stopped)
+
+    def test_killed_at_any_moment_and_resumed_ends_the_same(self):
+        kills, cases = (10, ((0, 1), (2, 1), (0, 3))) if LONG else (3, ((1, 2),))
+        for workers, save_every in cases:
+            with self.subTest(workers=workers, save_every=save_every):
+                whole, killed = new_folder("whole"), new_folder("killed")
+                options = [*map(str, self.options), "--iters", "20", "--texture-iters", "12", "--workers", str(workers)]
+                options += ["--save-every", str(save_every)]
+                with mock.patch("train.evaluate", return_value={}):
+                    self.train(*options, "--out", whole)
+                rng = np.random.default_rng(save_every)
+                environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+                for k in range(kills + 1):
+                    begun = os.path.exists(os.path.join(killed, "ckpt.pt"))
+                    argv = [sys.executable, os.path.join(HERE, "train.py"), "--out", killed]
+                    run = subprocess.Popen(
+                        argv + (["--resume"] if begun else options), stdout=subprocess.DEVNULL, env=environment
+                    )
+                    before = self.lines(killed)
+                    while k < kills and run.poll() is None and self.lines(killed) <= before:  # until it is under way
+                        time.sleep(0.02)
+                    if k < kills:
+                        time.sleep(rng.uniform(0, 0.3))
+                        if k % 3 == 2 and workers:
+                            for child in children(run.pid):
+                                os.kill(child, signal.SIGKILL)
+                            time.sleep(1)
+                        run.kill()
+                    run.wait()
+                self.assertEqual(run.returncode, 0)
+                self.assert_same_run(whole, killed)
+
+    def lines(self, out: str) -> int:
+        path = os.path.join(out, "log.jsonl")
+        if not os.path.exists(path):
+            return 0
+        with open(path) as log:
+            return len(log.readlines())
+
+    def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(self):
+        out = new_folder("full")
+        self.train("--iters", 2, "--texture-iters", 0, "--out", out)
+        path = os.path.join(out, "ckpt.pt")
+        with open(path, "rb") as file:
+            good = file.read()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        usual = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            checkpoint = torch.load(path, weights_only=True)
+            with self.assertRaisesRegex(UserError, "ckpt.pt: cannot be written .*the last one is kept"):
+                datasets.save_atomically(checkpoint, path, "the last one is kept")
+        finally:
+            signal.signal(signal.SIGXFSZ, usual)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        with open(path, "rb") as file:
+            self.assertEqual(file.read(), good)
+        self.assertEqual([name for name in os.listdir(out) if name.endswith(".tmp")], [])
+
+    def test_failures_from_outside_are_told_in_one_line(self):
+        for error, says in (
+            (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out of memory; lower --batch-size"),
+            (MemoryError(), "out of memory; lower --batch-size"),
+            (
+                RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+                "ended .*--resume, with fewer --w",
+            ),
+        ):
+            with mock.patch("train.losses", side_effect=error):
+                status, _, err = command(train.main, *self.options, "--iters", 2, "--out", new_folder("failing"))
+            self.assertEqual((status, err.count("\n")), (2, 1))
+            self.assertRegex(err, says)
+        with mock.patch("train.losses", side_effect=RuntimeError("a mistake of ours")):
+            self.assertRaises(
+                RuntimeError, command, train.main, *self.options, "--iters", 2, "--out", new_folder("ours")
+            )
 
     def test_only_the_path_of_the_drawn_source_moves(self):
         for amp, stop_at in (("off", None), ("bf16", None), ("fp16", None), ("off", 3), ("off", 7)):
@@ -1174,7 +1360,7 @@ class TestTraining(unittest.TestCase):
 
         def until(*arguments):
             if len(states) == stop_at:
-                raise KeyboardInterrupt
+                raise Killed
             return real_losses(*arguments)
 
         out = new_folder("paths")
@@ -1187,7 +1373,7 @@ class TestTraining(unittest.TestCase):
             if stop_at is None:
                 self.train(*options)
             else:
-                with mock.patch("train.losses", until), self.assertRaises(KeyboardInterrupt):
+                with mock.patch("train.losses", until), self.assertRaises(Killed):
                     command(train.main, *self.options, *options)
                 self.train("--resume", "--out", out)
         with open(os.path.join(out, "log.jsonl")) as log:
@@ -1232,7 +1418,7 @@ class TestTraining(unittest.TestCase):
         root, out = new_folder("changed"), new_folder("changed-out")
         shutil.copytree(os.path.join(self.root, "toy", "os"), os.path.join(root, "os"))
         options = ("--data", "os", "--root", root, *SMALL, "--backbone", "resnet18", "--weights", "none", "--out", out)
-        with mock.patch("train.losses", side_effect=KeyboardInterrupt), self.assertRaises(KeyboardInterrupt):
+        with mock.patch("train.losses", side_effect=Killed), self.assertRaises(Killed):
             command(train.main, *options, "--iters", 3)
         os.remove(os.path.join(root, "os", "photos", "1.jpg"))
         status, _, err = command(train.main, "--resume", "--data", "os", "--root", root, "--out", out)

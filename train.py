@@ -10,10 +10,12 @@ their branch alone, on a trunk that stands still.
 
 import argparse
 import contextlib
-import datetime
 import json
 import math
 import os
+import re
+import shlex
+import signal
 import time
 
 import torch
@@ -35,6 +37,7 @@ from datasets import (
     build_vocabulary,
     cache_folder,
     data_root,
+    is_first,
     natural,
     open_sources,
     padded,
@@ -42,7 +45,18 @@ from datasets import (
     positive,
     save_atomically,
 )
-from evaluate import add_device_options, autocast, evaluate, pick_amp, pick_device, prepare, table, write_json
+from evaluate import (
+    add_device_options,
+    autocast,
+    evaluate,
+    first_before_others,
+    join_processes,
+    pick_amp,
+    pick_device,
+    prepare,
+    table,
+    write_json,
+)
 from resnet import load_imagenet
 from upernet import LEVELS, LOSS_WEIGHTS, UPerNet, class_counts, fill, losses, read_tensors
 
@@ -110,7 +124,7 @@ def load_weights(net: UPerNet, weights: str) -> None:
         )
     net.load_state_dict(fitting, strict=False)
     rest = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first():
         anew = f"; {len(rest)} start anew: {', '.join(rest)}" if rest else ""
         print(f"{weights}: loaded {len(fitting)} tensors{anew}")
 
@@ -186,6 +200,10 @@ def update(
 # ---------------------------------------------------------------- the run
 
 
+class TrainingFailed(Exception):
+    """What ends a run in the middle, perhaps in one of its processes alone."""
+
+
 def open_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[dict[str, Reader], dict, dict[str, list]]:
     """(readers with prepared labels, vocabulary, validation images) of the sources; a run that goes on has its own
     vocabulary and split. Raises UserError if its images are no longer those that it was begun with.
@@ -209,182 +227,222 @@ def open_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[dict[s
     return readers, vocabulary, split
 
 
-def broadcast(value: bool) -> bool:
-    """The first process's value, in all of them."""
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
+@contextlib.contextmanager
+def signals_noted():
+    """While it lasts, the first SIGTERM or Ctrl-C is only noted, in the list that it gives; the second does its work."""
+    noted: list[int] = []
+
+    def note(number: int, _) -> None:
+        noted.append(number)
+        signal.signal(number, usual[number])
+
+    usual = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
-def run(args: argparse.Namespace) -> None:
-    ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    first = rank == 0
-    say = print if first else lambda *_, **__: None
-    device = pick_device(args.device)
-    if ranks > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        # The others wait while the first scans, splits and evaluates.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
-    amp = pick_amp(args.amp, device)
-    checkpoint_path, log_path = os.path.join(args.out, "ckpt.pt"), os.path.join(args.out, "log.jsonl")
-    checkpoint = read_checkpoint(checkpoint_path) if args.resume else None
-    if checkpoint and checkpoint["stage"] == "done" and os.path.exists(os.path.join(args.out, "metrics.json")):
-        say(f"{args.out}: this run is finished; python evaluate.py {checkpoint_path} evaluates it")
-        return
+def ignore_interrupts(_) -> None:
+    """For the processes that read images: Ctrl-C reaches them too, and is the main process's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    # The first process scans, splits and prepares; the others then find all that on disk, or end as it does.
-    opened = None
-    if first:
-        try:
-            opened = open_data(args, checkpoint)
-        finally:
-            if ranks > 1:
-                broadcast(opened is not None)
-    elif not broadcast(False):
-        raise SystemExit(2)
-    readers, vocabulary, split = opened or open_data(args, checkpoint)
-    indexes = {source: reader.index for source, reader in readers.items()}
-    sizes = {source: training_sizes(index, split[source]) for source, index in indexes.items()}
-    for source in sizes:
-        say(
-            f"{source}: {len(sizes[source])} images to train on, {len(split[source])} to validate on ({args.split} split)"
-        )
-        if not sizes[source]:
-            raise UserError(f"{source}: every image is a validation image, none is left to train on")
-    counts = {k: sum(len(p) - 1 for p in v.values()) if k == "part" else len(v) for k, v in vocabulary.items()}
-    say("classes: " + ", ".join(f"{n} {level}" for level, n in counts.items()))
 
-    network = {
-        "classes": class_counts(vocabulary),
-        "backbone": args.backbone,
-        "channels": args.channels,
-        "ppm": not args.no_ppm,
-        "fpn": args.fpn,
-        "fusion": not args.no_fusion,
-        "stem": args.stem,
-        "output_stride": args.output_stride,
-    }
-    net = build_network(network, args.seed, "none" if checkpoint else args.weights).to(device)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    stages = plan_stages(args, sizes, ranks)
-    stage_now, start = "main", 0
-    if checkpoint:
-        fill(net, checkpoint["model"], checkpoint_path)
-        if checkpoint["scaler"] and scaler.is_enabled():  # empty where it was not needed
-            scaler.load_state_dict(checkpoint["scaler"])
-        torch.set_rng_state(checkpoint["random"])
-        stage_now, start = checkpoint["stage"], checkpoint["iteration"]
-        say(f"{args.out}: goes on in the {stage_now} stage at iteration {start}")
-    if first and stage_now != "done":
-        cut_log(log_path, start + (stages["main"][1] if stage_now == "texture" else 0))
-    if device.type == "cuda":
-        net.to(memory_format=torch.channels_last)
-        if ranks > 1:
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+class Run:
+    """A run of training: its data, its network, and what its checkpoint holds.
 
-    def save(stage: str, iteration: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+    `checkpoint`: the content of the one to go on from, if it does. Raises UserError if the options or the data will not
+    do.
+    """
+
+    def __init__(self, args: argparse.Namespace, checkpoint: dict | None):
+        self.args = args
+        self.device = join_processes(pick_device(args.device))
+        self.amp = pick_amp(args.amp, self.device)
+        self.ranks, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.path, self.log = (os.path.join(args.out, name) for name in ("ckpt.pt", "log.jsonl"))
+        self.readers, self.vocabulary, self.split = first_before_others(lambda: open_data(args, checkpoint))
+        self.sizes = {s: training_sizes(reader.index, self.split[s]) for s, reader in self.readers.items()}
+        for source, images in self.sizes.items():
+            held = f"{len(self.split[source])} to validate on ({args.split} split)"
+            print(f"{source}: {len(images)} images to train on, {held}")
+            if not images:
+                raise UserError(f"{source}: every image is a validation image, none is left to train on")
+        counts = {k: sum(len(p) - 1 for p in v.values()) if k == "part" else len(v) for k, v in self.vocabulary.items()}
+        print("classes: " + ", ".join(f"{n} {level}" for level, n in counts.items()))
+
+        self.network = {
+            "classes": class_counts(self.vocabulary),
+            "backbone": args.backbone,
+            "channels": args.channels,
+            "ppm": not args.no_ppm,
+            "fpn": args.fpn,
+            "fusion": not args.no_fusion,
+            "stem": args.stem,
+            "output_stride": args.output_stride,
+        }
+        self.net = build_network(self.network, args.seed, "none" if checkpoint else args.weights).to(self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
+        self.stage, self.start, self.momenta = "main", 0, {}  # where the checkpoint stands; its optimizer's state
+        if checkpoint:
+            fill(self.net, checkpoint["model"], self.path)
+            if checkpoint["scaler"] and self.scaler.is_enabled():  # empty where it was not needed
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            torch.set_rng_state(checkpoint["random"])
+            self.stage, self.start, self.momenta = (checkpoint[key] for key in ("stage", "iteration", "optimizer"))
+            print(f"{args.out}: goes on in the {self.stage} stage at iteration {self.start}")
+        if self.device.type == "cuda":
+            self.net.to(memory_format=torch.channels_last)
+            if self.ranks > 1:
+                self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
+
+    def save(self, stage: str, iteration: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         content = {
-            "model": net.state_dict(),
-            "network": network,
-            "vocabulary": vocabulary,
+            "model": self.net.state_dict(),
+            "network": self.network,
+            "vocabulary": self.vocabulary,
             "optimizer": optimizer.state_dict() if optimizer else {},
-            "scaler": scaler.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "stage": stage,
             "iteration": iteration,
             "random": torch.get_rng_state(),
-            "split": split,
-            "arguments": {key: value for key, value in vars(args).items() if key != "resume"},
+            "split": self.split,
+            "arguments": {key: value for key, value in vars(self.args).items() if key != "resume"},
         }
-        if first:
-            save_atomically(
-                content, checkpoint_path, "the last one is kept; make room, or choose another folder with --out"
-            )
+        if is_first():
+            advice = "the last one is kept; make room, or choose another folder with --out"
+            save_atomically(content, self.path, advice)
 
-    def judge(judged: UPerNet, pictures: str | None = None) -> dict:
-        held = {source: set(images) for source, images in split.items()}
+    def judge(self, net: UPerNet, pictures: str | None = None) -> dict:
+        """Metrics on the validation images, at the middle one of the training sizes."""
+        held = {source: set(images) for source, images in self.split.items()}
+        indexes = {source: reader.index for source, reader in self.readers.items()}
         chosen = [(s, i) for s, index in indexes.items() for i, image in enumerate(index.images) if image in held[s]]
-        short = sorted(args.sizes)[len(args.sizes) // 2]
-        return evaluate(judged, vocabulary, readers, chosen, short, args.max_size, amp=amp, pictures=pictures)
+        short = sorted(self.args.sizes)[len(self.args.sizes) // 2]
+        return evaluate(
+            net, self.vocabulary, self.readers, chosen, short, self.args.max_size, amp=self.amp, pictures=pictures
+        )
 
-    for stage, (sources, iterations, batch_size) in stages.items():
-        if stage_now == "done" or (stage == "main" and stage_now == "texture"):
-            continue
-        if not checkpoint or stage != stage_now:
-            start = 0
-            save(stage, start)
+    def train(self) -> None:
+        """Both stages, from where the checkpoint stands. Raises TrainingFailed, and SystemExit after a signal."""
+        stages = plan_stages(self.args, self.sizes, self.ranks)
+        if is_first() and self.stage != "done":
+            cut_log(self.log, self.start + (stages["main"][1] if self.stage == "texture" else 0))
+        if self.stage == "main" and not self.start:
+            self.save("main", 0)
+        with signals_noted() as noted:
+            if self.stage == "main":
+                self.train_stage("main", *stages["main"], noted)
+                self.stage, self.start = "texture", 0
+                self.save("texture", 0)
+            if self.stage == "texture":
+                self.train_stage("texture", *stages["texture"], noted)
+                self.stage = "done"
+                self.save("done", 0)
+
+    def train_stage(self, stage: str, sources: dict, iterations: int, batch_size: int, noted: list[int]) -> None:
+        """The iterations from `self.start` on: section 3's loop."""
         if not iterations:
-            continue
+            return
+        args, net, device = self.args, self.net, self.device
         # Textures are learnt after everything else and by their head alone: the trunk stands still, its statistics too.
         trained = net if stage == "main" else net.heads["texture"]
         net.requires_grad_(False)
         trained.requires_grad_(True)
         optimizer = torch.optim.SGD(parameter_groups(trained), lr=args.lr, momentum=0.9)
-        if start:
-            optimizer.load_state_dict(checkpoint["optimizer"])
+        if self.start:
+            optimizer.load_state_dict(self.momenta)
         model = torch.compile(net) if args.compile else net
-        if ranks > 1:
+        if self.ranks > 1:
             own = [device.index] if device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=own, find_unused_parameters=True)
 
-        plan = plan_batches(sources, iterations, batch_size * args.accumulate * ranks, args.seed)
-        batches = Batches(readers, plan, args.sizes, args.max_size, args.seed, args.accumulate, rank, ranks)
-        rest = Subset(batches, range(start * args.accumulate, len(batches)))
-        loader = iter(DataLoader(rest, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda"))
-        bar = tqdm(
-            total=iterations, initial=start, desc=stage, unit="it", disable=None if first else True, smoothing=0.05
+        plan = plan_batches(sources, iterations, batch_size * args.accumulate * self.ranks, args.seed)
+        batches = Batches(
+            self.readers, plan, args.sizes, args.max_size, args.seed, args.accumulate, self.rank, self.ranks
         )
-        for iteration in range(start, iterations):
+        rest = Subset(batches, range(self.start * args.accumulate, len(batches)))
+        pinned = device.type == "cuda"
+        loader = iter(
+            DataLoader(rest, None, num_workers=args.workers, pin_memory=pinned, worker_init_fn=ignore_interrupts)
+        )
+        hidden = None if is_first() else True
+        bar = tqdm(total=iterations, initial=self.start, desc=stage, unit="it", disable=hidden, smoothing=0.05)
+        left_out = 0
+        for iteration in range(self.start, iterations):
             began = time.perf_counter()
             net.eval()
             trained.train()
-            lr = learning_rate(args.lr, iteration, iterations)
+            lr = learning_rate(args.lr, iteration, iterations)  # each stage has its own policy: our choice
             for group in optimizer.param_groups:
                 group["lr"] = lr
             drawn = [next(loader) for _ in range(args.accumulate)]
+            scale = self.scaler.get_scale()
             try:
-                loss = update(model, net.part_slices, drawn, optimizer, scaler, device, amp)
+                loss = update(model, net.part_slices, drawn, optimizer, self.scaler, device, self.amp)
             except FloatingPointError as e:
                 where = f"the loss is not finite at iteration {iteration} of the {stage} stage"
-                raise UserError(
-                    f"{where} ({e}); {checkpoint_path} is the last good checkpoint; try a lower --lr"
+                raise TrainingFailed(
+                    f"{where} ({e}); {self.path} is the last good checkpoint; try a lower --lr"
                 ) from None
+            left_out += self.scaler.get_scale() < scale
 
-            seconds = round(time.perf_counter() - began, 4)
-            line = {
-                "stage": stage,
-                "iteration": iteration,
-                "source": drawn[0]["source"],
-                "lr": lr,
-                "loss": loss,
-                "seconds": seconds,
-            }
-            if first:
-                with open(log_path, "a") as log:
+            line = {"stage": stage, "iteration": iteration, "source": drawn[0]["source"], "lr": lr, "loss": loss}
+            line["seconds"] = round(time.perf_counter() - began, 4)
+            if is_first():
+                with open(self.log, "a") as log:
                     log.write(json.dumps(line) + "\n")
             shown = ", ".join(f"{level} {value:.2f}" for level, value in loss.items())
             bar.set_postfix_str(shown, refresh=False)
             bar.update()
             if bar.disable and (iteration + 1) % 100 == 0:  # the output is no terminal: a plain line now and then
-                say(f"{stage} {iteration + 1}/{iterations}: {line['source']}, {shown}", flush=True)
-            if (iteration + 1) % args.save_every == 0 and iteration + 1 < iterations:
-                save(stage, iteration + 1, optimizer)
-            if first and args.eval_every and (iteration + 1) % args.eval_every == 0:
-                print(table(judge(net)))
+                print(f"{stage} {iteration + 1}/{iterations}: {line['source']}, {shown}", flush=True)
+            number = noted_anywhere(noted, device)
+            if number or ((iteration + 1) % args.save_every == 0 and iteration + 1 < iterations):
+                self.save(stage, iteration + 1, optimizer)
+            if number:
+                bar.close()
+                print(f"stopped and saved after iteration {iteration} of the {stage} stage; this goes on:")
+                print(f"python train.py --resume --out {shlex.quote(args.out)}", flush=True)
+                raise SystemExit(128 + number)
+            if args.eval_every and (iteration + 1) % args.eval_every == 0:
+                print(table(self.judge(net)))
         bar.close()
-    if stage_now != "done":
-        save("done", 0)
+        if left_out:
+            print(f"{stage}: {left_out} steps left out whose fp16 gradients overflowed")
 
-    if first and any(split.values()):
-        results = judge(net, os.path.join(args.out, "pictures"))
-        write_json(results, os.path.join(args.out, "metrics.json"))
-        untrained = judge(build_network(network, args.seed, args.weights).to(device)) if args.data == "toy" else None
+
+def noted_anywhere(noted: list[int], device: torch.device) -> int:
+    """The number of a signal that any process has noted, 0 for none: all of them stop after the same iteration."""
+    if not dist.is_initialized():
+        return noted[0] if noted else 0
+    number = torch.tensor(noted[0] if noted else 0, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def run(args: argparse.Namespace) -> None:
+    checkpoint_path, metrics_path = (os.path.join(args.out, name) for name in ("ckpt.pt", "metrics.json"))
+    checkpoint = read_checkpoint(checkpoint_path) if args.resume else None
+    if checkpoint and checkpoint["stage"] == "done" and os.path.exists(metrics_path):
+        if is_first():
+            print(f"{args.out}: this run is finished; python evaluate.py {checkpoint_path} evaluates it")
+        return
+    training = Run(args, checkpoint)
+    training.train()
+    if any(training.split.values()):
+        results = training.judge(training.net, os.path.join(args.out, "pictures"))
+        untrained = None
+        if args.data == "toy":
+            untrained = training.judge(build_network(training.network, args.seed, args.weights).to(training.device))
+        if is_first():
+            write_json(results, metrics_path)
         print(table(results, untrained))
         print(f"wrote {checkpoint_path}, and beside it metrics.json, log.jsonl and pictures/")
-    elif first:
+    else:
         print(f"wrote {checkpoint_path} and log.jsonl beside it; no metrics, for there are no validation images")
-    say(f"next: python evaluate.py {checkpoint_path} --photo YOUR.jpg")
+    print(f"next: python evaluate.py {checkpoint_path} --photo YOUR.jpg")
 
 
 def plan_stages(args: argparse.Namespace, sizes: dict[str, dict], ranks: int) -> dict[str, tuple[dict, int, int]]:
@@ -424,6 +482,18 @@ def cut_log(path: str, lines: int) -> None:
             for _ in range(lines):
                 log.readline()
             log.truncate(log.tell())
+
+
+def known_failure(error: Exception) -> str | None:
+    """What to say of an error that comes from outside of this program; None for any other."""
+    said = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", said):
+        return "out of memory; lower --batch-size (--accumulate makes up for it), --sizes or --max-size"
+    if "DataLoader worker" in said:
+        return f"a process that reads images ended ({said[:80]}); go on with --resume, with fewer --workers if memory is short"
+    if dist.is_initialized() and re.search("onnection|peer|NCCL|gloo", said):
+        return f"process {dist.get_rank()} lost touch with the others; go on with --resume"
+    return None
 
 
 # ---------------------------------------------------------------- the command
@@ -525,6 +595,14 @@ def main(argv: list[str] | None = None) -> None:
         run(args)
     except UserError as e:
         parser.error(str(e))
+    except TrainingFailed as e:
+        parser.exit(2, f"{parser.prog}: {e}\n")
+    except (RuntimeError, MemoryError) as e:
+        if (reason := known_failure(e)) is None:
+            raise
+        parser.exit(2, f"{parser.prog}: {reason}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

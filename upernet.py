@@ -53,6 +53,36 @@ def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
+def enlarged_and_shifted(n: int, size: int, like: Tensor) -> Tensor:
+    """(size, 3 * n): `resize` along one axis from n cells to `size`, as a matrix, three times side by side: moved by one
+    cell, as it is, and moved by one the other way, zeros coming in at the border, as the taps of a 3x3 convolution see it.
+    """
+    precise = torch.promote_types(like.dtype, torch.float32)
+    unit_vectors = torch.eye(n, dtype=precise, device=like.device)[None]
+    matrix = F.interpolate(unit_vectors, size=size, mode="linear", align_corners=False)[0].T  # (size, n)
+    rows = F.pad(matrix, (0, 0, 1, 1))
+    return torch.cat([rows[tap : tap + size] for tap in range(3)], dim=1).to(like.dtype)
+
+
+def conv_of_enlarged(maps: list[Tensor], weight: Tensor, size: torch.Size) -> Tensor:
+    """`F.conv2d(torch.cat([resize(x, size) for x in maps], dim=1), weight, padding=1)`, exact up to rounding, for a
+    quarter of the operations and without the enlarged maps.
+
+    Enlarging and convolution are linear and act on different axes, so that they may change places. The sum over the
+    taps (t, u) of weight_tu @ A_t x B_u^T, where A_t enlarges and shifts along the height and B_u along the width, is the
+    same as that of A_t (weight_tu @ x) B_u^T: first a 1x1 convolution of the small map to 9 times the channels, then two
+    matrix products, whose inner sums run over the taps too.
+    """
+    columns, rows = [], []
+    for x, w in zip(maps, weight.split([x.shape[1] for x in maps], dim=1)):
+        out, (n, _, height, width) = len(w), x.shape
+        taps = F.conv2d(x, w.permute(2, 3, 0, 1).reshape(9 * out, -1, 1, 1)).view(n, 3, 3, out, height, width)
+        taps = taps.permute(0, 3, 1, 4, 2, 5).reshape(n, out, 3 * height, 3 * width)
+        columns.append(taps @ enlarged_and_shifted(width, size[1], taps).T)  # (n, out, 3 * height, W)
+        rows.append(enlarged_and_shifted(height, size[0], taps))  # (H, 3 * height)
+    return torch.cat(rows, dim=1) @ torch.cat(columns, dim=2)  # (n, out, H, W)
+
+
 def prroi_weights(bins: int, n: int, like: Tensor) -> Tensor:
     """Precise RoI pooling along one axis, over the whole of it, as a matrix (bins, n).
 
@@ -122,15 +152,23 @@ class FPN(nn.Module):
 
 
 class Fusion(nn.Module):
-    """P<finest>..P5, resized to the finest and concatenated, through one 3x3 convolution: the map of objects and
-    parts."""
+    """P<finest>..P5, resized to the finest and concatenated, through one 3x3 convolution: the map of objects and parts.
+
+    That is `self.conv(torch.cat([maps[0], *(resize(p, maps[0].shape[2:]) for p in maps[1:])], dim=1))`, two thirds of the
+    whole network's operations; the coarser maps' share of it is computed before they are enlarged.
+    """
 
     def __init__(self, maps: int, channels: int):
         super().__init__()
         self.conv = conv_bn_relu(maps * channels, channels)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        return self.conv(torch.cat([maps[0], *(resize(p, maps[0].shape[2:]) for p in maps[1:])], dim=1))
+        finest, *coarser = maps
+        conv, norm, relu = self.conv
+        fine, coarse = conv.weight.split([finest.shape[1], conv.in_channels - finest.shape[1]], dim=1)
+        fused = F.conv2d(finest, fine, padding=1)
+        fused += conv_of_enlarged(coarser, coarse, finest.shape[2:])
+        return relu(norm(fused))
 
 
 class Head(nn.Module):
@@ -499,7 +537,7 @@ def release_vocabulary(labels: str, paper: bool) -> dict:
 # ---------------------------------------------------------------- speed
 
 
-def milliseconds(run, device: str, rounds: int = 5) -> float:
+def seconds(run, device: str, rounds: int = 5) -> float:
     """Median time of a call, after one to warm up."""
     times = []
     for _ in range(rounds + 1):
@@ -507,52 +545,89 @@ def milliseconds(run, device: str, rounds: int = 5) -> float:
         run()
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
+        times.append(time.perf_counter() - start)
     return sorted(times[1:])[rounds // 2]
+
+
+def peak_flops(device: str, dtype: torch.dtype) -> float:
+    """Operations a second that this machine really does: of a large matrix product or a 3x3 convolution, the faster."""
+    a = torch.rand(4096, 2048, device=device, dtype=dtype)
+    image, weight = torch.rand(1, 512, 64, 64, device=device, dtype=dtype), torch.rand(512, 512, 3, 3).to(a)
+    with torch.inference_mode():
+        product = 2 * 4096 * 4096 * 2048 / seconds(lambda: a @ a.T, device)
+        convolution = 2 * 512 * 512 * 9 * 64 * 64 / seconds(lambda: F.conv2d(image, weight, padding=1), device)
+    return max(product, convolution)
+
+
+def peak_memory(run, device: str) -> float | None:
+    """GiB at the most while `run` runs: of the GPU's tensors, or of the process (on Linux; None elsewhere)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak starts anew
+        run()
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**20
+    except OSError:
+        return None
 
 
 def main(argv: list[str] | None = None) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    parser = argparse.ArgumentParser(description="Parameters, operations and speed of the network on this machine.")
+    parser = argparse.ArgumentParser(description="Parameters, operations, speed and memory of the network, here.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     parser.add_argument("--size", type=int, default=512, help="side of the image for inference (512)")
     parser.add_argument("--train-size", type=int, default=256, help="side of the two images of a training step (256)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     args = parser.parse_args(argv)
     if min(args.size, args.train_size) < 32:
         parser.error("--size and --train-size: at least 32 pixels")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"150 objects, 512 channels, {where}: one {args.size}x{args.size} image; a step on two of {args.train_size}")
+    print(f"{'':32s}{'inference':^39s}{'training':^39s}")
+    columns = f"{'GMAC':>8s} {'ms':>7s} {'images/s':>8s} {'GiB':>6s} {'peak':>5s}  "
+    print(f"{'backbone':11s}{'numbers':9s}{'M param.':>8s}    {columns}{columns}")
+    for dtype in (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,):
+        peak = peak_flops(device, dtype)
+        for backbone in ("resnet18", "resnet50", "resnet101"):
+            net = UPerNet({"object": 150}, backbone).to(device)
+            half = dtype == torch.bfloat16
+            if half:
+                net.to(memory_format=torch.channels_last)
+            autocast = torch.autocast(device, torch.bfloat16, enabled=half)
+            image, pair = (torch.rand(n, 3, s, s, device=device) for n, s in ((1, args.size), (2, args.train_size)))
+
+            def infer(model: nn.Module) -> None:
+                with torch.inference_mode(), autocast:
+                    model(image)
+
+            def step(model: nn.Module) -> None:
+                model.zero_grad(set_to_none=True)
+                with autocast:
+                    logits = model(pair)["object"]
+                mean_cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.long)).backward()
+
+            parameters = sum(p.numel() for p in net.parameters()) / 1e6
+            line = f"{backbone:11s}{'bf16' if half else 'fp32':9s}{parameters:8.1f}    "
+            for run, images in ((infer, 1), (step, 2)):
+                net.train(run is step)
+                with FlopCounterMode(display=False) as counter:
+                    run(net)
+                model = torch.compile(net) if args.compile else net
+                operations, taken = counter.get_total_flops(), seconds(lambda: run(model), device)
+                memory = peak_memory(lambda: run(model), device)
+                shown = "     -" if memory is None else f"{memory:6.2f}"
+                share = operations / taken / peak
+                line += f"{operations / 2e9:8.1f} {1000 * taken:7.1f} {images / taken:8.2f} {shown} {share:5.0%}  "
+            print(line, flush=True)
     print(
-        f"150 objects, 512 channels, fp32, {where}: one {args.size}x{args.size} image; a step on two of {args.train_size}"
+        "peak: share of the operations a second of a large matrix product or a 3x3 convolution here, the faster of them"
     )
-    print(
-        f"{'backbone':10s} {'parameters, M':>14s} {'GMAC':>8s} {'inference, ms':>14s} {'images/s':>9s} {'training, ms':>13s}"
-    )
-    for backbone in ("resnet18", "resnet50", "resnet101"):
-        net = UPerNet({"object": 150}, backbone).to(device)
-        image, pair = (torch.rand(n, 3, s, s, device=device) for n, s in ((1, args.size), (2, args.train_size)))
-
-        def infer() -> None:
-            with torch.inference_mode():
-                net(image)
-
-        def step() -> None:
-            net.zero_grad(set_to_none=True)
-            logits = net(pair)["object"]
-            mean_cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.long)).backward()
-
-        net.eval()
-        with FlopCounterMode(display=False) as counter:
-            infer()
-        inference = milliseconds(infer, device)
-        net.train()
-        training = milliseconds(step, device)
-        parameters = sum(p.numel() for p in net.parameters()) / 1e6
-        gmac = counter.get_total_flops() / 2e9
-        print(
-            f"{backbone:10s} {parameters:14.1f} {gmac:8.1f} {inference:14.1f} {1000 / inference:9.2f} {training:13.1f}"
-        )
 
 
 if __name__ == "__main__":
