@@ -339,6 +339,8 @@ def scan_all(source: str, layout: str, folder: str, files: list[dict]) -> Index:
             if header[0].strip().isdecimal():
                 raise ValueError("the first line is no header")
             names = {int(row[0]): row[-1].strip() for row in rows}
+            if min(names, default=1) < 1:
+                raise ValueError("0 is unlabelled, classes are numbered from 1 on")
         except ValueError as e:
             table = os.path.join(folder, "objectInfo150.txt")
             raise UserError(
@@ -447,10 +449,12 @@ def merged_names(names: dict[int, str], source: str, part: bool = False) -> dict
 
 
 def table_names(names: dict[int, str]) -> list[str]:
-    """SceneParsing's own table in its order: first synonyms, whole entries where two classes share the first one."""
+    """SceneParsing's own table in its order: first synonyms, whole entries where two classes share the first one, and
+    with the number where they share all."""
     first = {n: name.split(",")[0].split(";")[0].strip() for n, name in names.items()}
-    unique = lambda n: list(first.values()).count(first[n]) == 1
-    return [first[n] if unique(n) else names[n] for n in sorted(names)]
+    numbered = {n: f"{name} ({n})" for n, name in names.items()}
+    once = lambda table, n: list(table.values()).count(table[n]) == 1
+    return [next((t[n] for t in (first, names) if once(t, n)), numbered[n]) for n in sorted(names)]
 
 
 def class_names(index: Index) -> dict[str, dict]:
@@ -521,7 +525,7 @@ def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int]) -> dict:
                 vocabulary["object"] = sorted(kept, key=lambda n: (-pixels["object"][n], n))
             parts = {name: ["background"] for name in vocabulary["object"]}
             for (name, part), images in sorted(table["part"].items(), key=lambda kv: (-pixels["part"][kv[0]], kv[0])):
-                if name in parts and len(images) >= minima["min_part_images"]:
+                if name in parts and part != "background" and len(images) >= minima["min_part_images"]:
                     parts[name].append(part)
             vocabulary["part"] = {name: names for name, names in parts.items() if len(names) > 1}
         elif index.source == "os":

@@ -16,6 +16,7 @@ import csv
 import datetime
 import json
 import os
+import re
 import sys
 import warnings
 
@@ -715,33 +716,50 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 def released_names(labels: str, index: Index, vocabulary: dict) -> dict[str, dict]:
     """`class_names` of a source for a network that the authors released: their label_assignment.csv maps ADE20K's and
     OpenSurfaces' numbers, and ADE20K's scenes by name; SceneParsing's numbers are the classes of their ADE20K network.
+
+    Raises UserError where the tables do not fit each other: where most numbers have other names in the source's own.
     """
+    plain = lambda name: re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")
+    theirs: dict[int, str] = {}  # number -> their name of it
     if not os.path.isdir(labels):
         if index.layout != "sceneparsing":
             raise UserError(
                 f"{index.folder}: the authors' ADE20K network is measured on ADEChallengeData2016 (SceneParsing)"
             )
-        return {"object": {number: name for number, name in enumerate(vocabulary["object"], start=1)}}
-    if index.layout == "sceneparsing":
-        raise UserError(f"{index.folder}: this network knows the classes of ADE20K_2021_17_01, not SceneParsing's")
-    path = os.path.join(labels, "label_assignment.csv")
-    names: dict[str, dict] = {level: {} for level in SOURCE_LEVELS[index.source]}
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                level, label = row["category"], int(row["broden_label"])
-                if row["dataset"] != index.source or level not in names:
-                    continue
-                if level == "scene" and label >= 0:
-                    names[level][row["raw_name"].removesuffix("-s").replace(" ", "_")] = vocabulary[level][label]
-                elif level != "scene" and label > 0:
-                    names[level][int(row["raw_label"])] = (
-                        row["broden_name"] if level == "part" else vocabulary[level][label]
-                    )
-    except (OSError, KeyError, ValueError, IndexError, TypeError) as e:
-        raise UserError(f"{path}: not the authors' table of labels ({type(e).__name__}: {e})") from None
+        names: dict[str, dict] = {"object": dict(enumerate(vocabulary["object"], start=1))}
+        theirs = names["object"]
+    else:
+        if index.layout == "sceneparsing":
+            raise UserError(f"{index.folder}: this network knows the classes of ADE20K_2021_17_01, not SceneParsing's")
+        path = os.path.join(labels, "label_assignment.csv")
+        names = {level: {} for level in SOURCE_LEVELS[index.source]}
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    level, label = row["category"], int(row["broden_label"])
+                    if row["dataset"] != index.source or level not in names:
+                        continue
+                    if level == "scene" and label >= 0:
+                        names[level][plain(row["raw_name"].removesuffix("-s"))] = vocabulary[level][label]
+                    elif level != "scene":
+                        number = int(row["raw_label"])
+                        theirs[number] = row["raw_name"]
+                        if label > 0:
+                            name = row["broden_name"] if level == "part" else vocabulary[level][label]
+                            names[level][number] = name
+        except (OSError, KeyError, ValueError, IndexError, TypeError, AttributeError) as e:
+            raise UserError(f"{path}: not the authors' table of labels ({type(e).__name__}: {e})") from None
+
+    words = lambda name: set(plain(name).split("_"))  # tables differ in punctuation and in how many synonyms they list
+    shared = [number for number in index.names if number in theirs]
+    if sum(bool(words(theirs[n]) & words(index.names[n])) for n in shared) < 0.5 * max(1, len(shared)):
+        raise UserError(f"{index.folder}: its class numbers do not mean what {labels} says: they have other names")
     if "scene" in names:
-        names["scene"] = {tag: names["scene"].get(tag.replace(" ", "_")) for tag in index.tags}
+        known = {tag: names["scene"].get(plain(tag)) for tag in index.tags if tag}
+        if lacking := sorted(tag for tag, name in known.items() if name is None):
+            n = sum(tag in lacking for tag in index.tags)
+            print(f"{index.source}: {n} images of scenes that the network does not know: {', '.join(lacking[:5])}, ..")
+        names["scene"] = known
     return names
 
 

@@ -291,25 +291,36 @@ class TestNetwork(unittest.TestCase):
 
     def test_rows_of_table_2(self):
         quarter = (1, 9, 16, 24)
-        for arguments in (
-            {"ppm": False, "fpn": 4, "fusion": False},
-            {"ppm": False, "fpn": 3, "fusion": False},
-            {"ppm": False, "fpn": 2, "fusion": False},
-            {"fpn": 2, "fusion": False},
-            {"fpn": 2},
-            {"fpn": 3},
-            {"fpn": 4},
-            {"ppm": False, "fpn": 0, "output_stride": 8},
-            {"fpn": 0, "output_stride": 8, "pool": "adaptive"},
+        for arguments, head_stride, c5_stride in (
+            ({"ppm": False, "fpn": 4, "fusion": False}, 16, 32),
+            ({"ppm": False, "fpn": 3, "fusion": False}, 8, 32),
+            ({"ppm": False, "fpn": 2, "fusion": False}, 4, 32),
+            ({"fpn": 2, "fusion": False}, 4, 32),
+            ({"fpn": 2}, 4, 32),
+            ({"fpn": 3}, 8, 32),
+            ({"fpn": 4}, 16, 32),
+            ({"ppm": False, "fpn": 0, "output_stride": 8}, 8, 8),  # DilatedNet
+            ({"fpn": 0, "output_stride": 8, "pool": "adaptive"}, 8, 8),  # PSPNet
         ):
             with self.subTest(**arguments):
                 net = UPerNet({"object": 9, "material": 3, "part": {2: 4}}, "resnet18", channels=16, **arguments)
-                logits = net(torch.rand(2, 3, 64, 96))
+                seen = {}  # what comes into a module
+                for name, module in net.named_modules():
+                    module.register_forward_hook(lambda _, x, y, name=name: seen.update({name: (x[0], y)}))
+                images = torch.rand(2, 3, 64, 96)
+                logits = net(images)
                 self.assertEqual(tuple(logits["object"].shape[1:]), quarter[1:])
                 self.assertEqual(tuple(logits["material"].shape[2:]), quarter[2:])
                 sum(v.sum() for v in logits.values()).backward()
                 idle = [n for n, p in net.named_parameters() if p.grad is None]
                 self.assertEqual(idle, [])
+                self.assertEqual(seen["backbone"][1][-1].shape[2], 64 // c5_stride)
+                self.assertEqual(seen["heads.object"][0].shape[2], 64 // head_stride)
+                self.assertIs(seen["heads.part"][0], seen["heads.object"][0])
+                self.assertEqual("ppm.branches.3" in seen, arguments.get("ppm", True))
+                self.assertEqual("fusion.conv.1" in seen, arguments.get("fusion", True) and arguments["fpn"] > 0)
+                on_objects_map = seen["heads.material"][0] is seen["heads.object"][0]
+                self.assertEqual(on_objects_map, arguments != {"fpn": 2})  # only the whole network has another for it
 
     def test_works_on_another_backbone(self):
         class Foreign(nn.Module):
@@ -367,11 +378,21 @@ class TestNetwork(unittest.TestCase):
             UPerNet({"object": 3}, "resnet18", channels=8)(torch.rand(1, 3, 64, 64), levels=["material"])
 
     def test_initialisation(self):
-        net = UPerNet({"object": 50}, "resnet18", channels=64)
-        conv, norm = net.fusion.conv[0], net.fusion.conv[1]
-        self.assertAlmostEqual(conv.weight.std().item(), math.sqrt(2 / (256 * 9)), delta=2e-4)
-        self.assertTrue((norm.weight == 1).all() and torch.allclose(norm.bias, torch.tensor(1e-4)))
-        self.assertAlmostEqual(net.heads["object"].classifier.weight.std().item(), math.sqrt(2 / 64), delta=6e-3)
+        torch.manual_seed(0)
+        net = UPerNet({"object": 50, "scene": 40, "texture": 30}, "resnet18", channels=64)
+        for name, module in net.named_modules():
+            if name.startswith("backbone."):
+                continue
+            if isinstance(module, nn.Conv2d):
+                wanted = math.sqrt(2 / module.weight[0].numel())  # Kaiming, fan in
+                self.assertAlmostEqual(module.weight.std().item() / wanted, 1, delta=0.08, msg=name)
+            if isinstance(module, nn.BatchNorm2d):
+                self.assertTrue((module.weight == 1).all() and torch.allclose(module.bias, torch.tensor(1e-4)), name)
+
+    def test_texture_of_an_image_is_the_mean_over_its_map(self):
+        logits = UPerNet(CLASSES, "resnet18", channels=8).eval()(torch.rand(2, 3, 40, 70), levels=["texture"])
+        expected = [[np.mean(kind.detach().numpy()) for kind in image] for image in logits["texture_map"]]
+        torch.testing.assert_close(logits["texture"], torch.tensor(np.array(expected)))
 
 
 class TestPooling(unittest.TestCase):
@@ -793,6 +814,21 @@ class TestVocabulary(unittest.TestCase):
         self.assertEqual(vocabulary, {"object": ["wall", "building", "sky"]})
         self.assertEqual(set(Reader(index, vocabulary).labels(0)), {"object"})
 
+    def test_sceneparsing_classes_with_one_name_stay_apart(self):
+        names = {1: "screen, door screen", 2: "wall", 3: "screen, silver screen", 4: "thing", 5: "thing"}
+        self.assertEqual(datasets.table_names(names), ["screen, door screen", "wall", "screen, silver screen", "thing (4)", "thing (5)"])  # fmt: skip
+
+    def test_a_part_named_background_is_the_background(self):
+        ade = Ade()
+        parts = np.zeros((20, 20), int)
+        parts[:5], parts[5:8] = 8, 9
+        ade.add(np.full((20, 20), 5), {5: "painting", 8: "background", 9: "frame"}, ["attic"], parts)
+        vocabulary = datasets.build_vocabulary({"ade20k": ade.index()}, least())
+        self.assertEqual(vocabulary["part"], {"painting": ["background", "frame"]})
+        self.assertEqual(
+            Reader(ade.index(), vocabulary).labels(0)["part"].max(axis=1)[:9].tolist(), [0] * 5 + [1] * 3 + [0]
+        )
+
     def test_sceneparsing_has_its_own_table(self):
         index = self.sceneparsing(with_scenes=True)
         self.assertEqual(
@@ -954,6 +990,14 @@ class TestBatches(unittest.TestCase):
                          {"scene": ((4,), torch.int16), "object": ((4, *quarter), torch.int16), "part": ((4, *quarter), torch.uint8)})  # fmt: skip
         self.assertEqual(tuple(textures["images"].shape), (4, 3, 64, 64))
         self.assertEqual(set(photos), {"source", "files", "images", "material"})
+        for batch, k, level in (
+            (scenes, 0, "object"),
+            (photos, 1, "material"),
+        ):  # short side 64 or 80, long side 1.5 of it
+            padding = (batch["images"] == torch.tensor(datasets.MEAN_COLOUR).view(3, 1, 1)).all(dim=1)[:, 2::4, 2::4]
+            padding = padding.flip(1, 2).cummin(1).values.cummin(2).values.flip(1, 2)  # that colour, and all beyond too
+            self.assertTrue(padding.any() and (batch[level][padding] == -1).all())
+            self.assertTrue((batch[level][~padding] >= 0).any())
         empty = datasets.padded_image(Image.new("RGB", (10, 10)), (40, 50), 64, 64)
         self.assertTrue(
             (empty[:, 40:] == np.array(datasets.MEAN_COLOUR)[:, None, None]).all() and not empty[:, :40, :50].any()
@@ -977,6 +1021,26 @@ class TestBatches(unittest.TestCase):
             self.assertGreater(agree.mean(), 0.8)  # all but cells on an edge between two blocks
             if short == min(height, width):
                 self.assertTrue((quarter[: size[0] // 4, : size[1] // 4] == labels[2::4, 2::4]).all())
+
+    def test_sizes(self):
+        for size, short, longest, expected in (
+            ((300, 400), 150, 1000, (150, 200)),
+            ((400, 300), 150, 1000, (200, 150)),
+            ((100, 900), 150, 600, (67, 600)),  # the long side is at its limit
+            ((900, 100), 150, 600, (600, 67)),
+            ((1, 5000), 450, 1200, (1, 1200)),
+        ):
+            self.assertEqual(datasets.resized(size, short, longest), expected)
+
+    def test_textures_are_cut_in_the_middle_for_evaluation(self):
+        place, wide = new_folder("square"), np.zeros((70, 210, 3), np.uint8)
+        wide[:, 70:140] = 200
+        Image.fromarray(wide).save(os.path.join(place, "wide.png"))
+        index = mock.Mock(folder=place, images=["wide.png"], sizes=torch.tensor([[70, 210]]))
+        reader = mock.Mock(index=index, photo=lambda i, box: Image.open(os.path.join(place, "wide.png")))
+        square = np.asarray(datasets.texture_square(reader, 0, 0.5))
+        self.assertEqual((square.shape, square[:, 3:-3].min()), ((64, 64, 3), 200))
+        self.assertEqual(np.asarray(datasets.texture_square(reader, 0, 0.0))[:, :-3].max(), 0)
 
     def test_flips_go_with_the_labels(self):
         batches = self.batches()
@@ -1160,6 +1224,7 @@ class TestTraining(unittest.TestCase):
             self.assertEqual(set(line), {"stage", "iteration", "source", "lr", "loss", "seconds"})
             self.assertEqual(set(line["loss"]), levels[line["source"]])
         self.assertAlmostEqual(log[3]["lr"], train.TOY["lr"] * (1 - 3 / 6) ** 0.9)
+        self.assertAlmostEqual(log[7]["lr"], train.TOY["lr"] * (1 - 1 / 2) ** 0.9)  # a policy of its own
         metrics = json.load(open(os.path.join(out, "metrics.json")))
         self.assertEqual(set(metrics), set(upernet.LEVELS))
         checkpoint = torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
@@ -1379,6 +1444,9 @@ class TestTraining(unittest.TestCase):
         with open(os.path.join(out, "log.jsonl")) as log:
             sources = [json.loads(line)["source"] for line in log]
         self.assertEqual((set(sources), len(states)), ({"ade20k", "os", "dtd"}, 8))
+        self.assertTrue(
+            [name for name in states[5] if name.startswith("heads.material.") and name.endswith("momentum")]
+        )
         for k in range(1, 8):
             moved = {n for n, v in states[k].items() if n not in states[k - 1] or not torch.equal(v, states[k - 1][n])}
             lost = (
@@ -1389,6 +1457,42 @@ class TestTraining(unittest.TestCase):
             self.assertEqual(off, set(), f"step {k}, {sources[k]}")
             for prefix in paths[sources[k]]:
                 self.assertTrue(any(n.startswith(prefix) for n in moved), f"{prefix} stood still in step {k}")
+
+    def one_step(self, batches) -> tuple[dict, dict]:
+        """(losses, parameter -> the way it goes) of one step at a rate of 1, without decay."""
+        torch.manual_seed(0)
+        net = UPerNet(CLASSES, "resnet18", channels=8).eval()
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        optimizer = torch.optim.SGD(net.parameters(), lr=1)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        loss = train.update(net, net.part_slices, batches, optimizer, scaler, torch.device("cpu"), None)
+        return loss, {name: before[name] - p.detach() for name, p in net.named_parameters()}
+
+    def a_batch(self, seed=0) -> dict:
+        rng = torch.Generator().manual_seed(seed)
+        random = lambda high, *size: torch.randint(0, high, size, generator=rng)
+        batch = {"source": "ade20k", "files": [], "images": random(255, 2, 3, 64, 64).to(torch.uint8)}
+        return batch | {"scene": random(5, 2), "object": random(7, 2, 16, 16), "part": random(2, 2, 16, 16)}
+
+    def test_losses_are_weighted_as_released(self):
+        loss, steps = self.one_step([self.a_batch()])
+        torch.manual_seed(0)
+        net, batch = UPerNet(CLASSES, "resnet18", channels=8).eval(), self.a_batch()
+        logits = net(batch["images"] / 255, levels=["scene", "object", "part"])
+        each = upernet.losses(logits, batch, net.part_slices)
+        self.assertEqual({level: value.item() for level, value in each.items()}, loss)
+        (0.25 * each["scene"] + 1.0 * each["object"] + 0.5 * each["part"]).backward()
+        for name, p in net.named_parameters():
+            expected = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.testing.assert_close(steps[name], expected, rtol=1e-3, atol=1e-6, msg=name)
+
+    def test_accumulated_batches_are_averaged(self):
+        one, other = self.a_batch(1), self.a_batch(2)
+        (loss_1, step_1), (loss_2, step_2), (loss, step) = map(self.one_step, ([one], [other], [one, other]))
+        for level, value in loss.items():
+            self.assertAlmostEqual(value, (loss_1[level] + loss_2[level]) / 2, places=5)
+        for name, way in step.items():
+            torch.testing.assert_close(way, (step_1[name] + step_2[name]) / 2, rtol=1e-3, atol=1e-6, msg=name)
 
     def test_a_batch_without_labels_moves_its_path_alone(self):
         torch.manual_seed(0)
@@ -1510,22 +1614,66 @@ class TestPhotos(unittest.TestCase):
         self.assertEqual(np.asarray(clear)[0].tolist(), [[255, 255, 255], [10, 20, 30]])
 
     def test_maps_are_those_of_the_network(self):
-        photo = Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 96, 3), dtype=np.uint8))
+        """At a size that needs padding, which is the network's to see and nobody else's."""
         net, _ = upernet.load(self.checkpoint)
-        seen = evaluate.parse(net, photo, 64, 96)
-        with torch.inference_mode():
-            logits = net(torch.from_numpy(np.asarray(photo).transpose(2, 0, 1).copy())[None] / 255)
-        for level in ("object", "material", "texture_map"):
-            full = F.interpolate(logits[level], (64, 96), mode="bilinear")[0].argmax(dim=0).numpy()
-            self.assertGreater((full == seen[level]).mean(), 0.999)
-        np.testing.assert_allclose(seen["scene"], logits["scene"][0].softmax(dim=0), rtol=1e-4)
-        slices = net.part_slices
-        for y, x in np.argwhere(seen["part"] >= 0)[:20]:
-            channels = slices[int(seen["object"][y, x])]
-            self.assertTrue(channels.start < seen["part"][y, x] < channels.stop)
-        for index, channels in slices.items():
-            inside = seen["object"] == index
-            self.assertTrue(((seen["part"][inside] == -1) | (seen["part"][inside] > channels.start)).all())
+        for height, width, short in ((64, 96, 64), (71, 130, 50), (97, 45, 45)):
+            photo = Image.fromarray(np.random.default_rng(1).integers(0, 255, (height, width, 3), dtype=np.uint8))
+            seen = evaluate.parse(net, photo, short, 1000)
+            scale = short / min(height, width)
+            h, w = round(height * scale), round(width * scale)
+            padded = np.full((-(-h // 32) * 32, -(-w // 32) * 32, 3), datasets.MEAN_COLOUR, np.uint8)
+            padded[:h, :w] = np.asarray(photo.resize((w, h), Image.Resampling.BILINEAR))
+            with torch.inference_mode():
+                logits = net(torch.from_numpy(padded.transpose(2, 0, 1).copy())[None] / 255)
+            for level in ("object", "material", "texture_map"):
+                cells = logits[level][0].double().numpy()
+                agree = 0
+                for y in range(0, height, 5):
+                    for x in range(0, width, 5):
+                        rows, columns = (
+                            (at + 0.5) * n / full / 4 - 0.5 for at, n, full in ((y, h, height), (x, w, width))
+                        )
+                        value = 0
+                        for r, c in ((0, 0), (0, 1), (1, 0), (1, 1)):  # the four cells around
+                            weight = abs(1 - r - rows % 1) * abs(1 - c - columns % 1)
+                            at = [
+                                min(max(int(np.floor(v)) + d, 0), n - 1)
+                                for v, d, n in zip((rows, columns), (r, c), cells.shape[1:])
+                            ]
+                            value = value + weight * cells[:, at[0], at[1]]
+                        agree += value.argmax() == seen[level][y, x]
+                self.assertGreaterEqual(agree / (len(range(0, height, 5)) * len(range(0, width, 5))), 0.995, level)
+
+    def test_relations_of_photos_and_of_validation_images(self):
+        place = new_folder("relations")
+        rng = np.random.default_rng(0)
+        photos = [os.path.join(place, f"{k}.png") for k in range(3)]
+        for path in photos:
+            Image.fromarray(rng.integers(0, 255, (50, 80, 3), dtype=np.uint8)).save(path)
+        path = os.path.join(place, "r.json")
+        status, said, err = command(
+            evaluate.main, self.checkpoint, "--relations", path, "--pictures", place, "--photo", *photos
+        )
+        self.assertEqual((status, err), (0, ""))
+        with open(path) as file:
+            found = json.load(file)
+        self.assertIn("is made of", said)
+        seen = [np.load(photo.replace(".png", "_upernet.npz")) for photo in photos]
+        names = seen[0]["material_names"].tolist()
+        for k, name in enumerate(seen[0]["object_names"].tolist()):
+            pixels = np.concatenate([maps["material"][maps["object"] == k] for maps in seen])
+            share = {names[m]: np.mean(pixels == m) for m in np.unique(pixels)} if len(pixels) else {}
+            best = sorted((m for m in share if share[m] >= 0.1), key=share.get)[-3:]
+            self.assertEqual(set(found["object-material"].get(name, ())), set(best))
+            for m in best:
+                self.assertAlmostEqual(found["object-material"][name][m], share[m] / sum(share[b] for b in best))
+
+        real_parse, parsed = evaluate.parse, []
+        with mock.patch("evaluate.parse", lambda *a: parsed.append(a[1].size) or real_parse(*a)):
+            status, said, err = command(evaluate.main, self.checkpoint, "--relations", path)
+        self.assertEqual((status, err), (0, ""))
+        split = torch.load(self.checkpoint, weights_only=True)["split"]
+        self.assertEqual(len(parsed), len(split["ade20k"]) + len(split["os"]))  # DTD's squares of texture are no photos
 
 
 class TestMistakes(unittest.TestCase):
@@ -1550,6 +1698,9 @@ class TestMistakes(unittest.TestCase):
         table = os.path.join(place, "table")
         write(os.path.join(table, "ade20k", "objectInfo150.txt"), "Idx Name\n1 wall\n")
         save_jpeg(os.path.join(table, "ade20k", "images", "training", "a.jpg"), 40, 40)
+        zero = os.path.join(place, "zero")
+        shutil.copytree(table, zero)
+        write(os.path.join(zero, "ade20k", "objectInfo150.txt"), "Idx\tName\n0\tbackground\n1\twall\n")
         shares = os.path.join(place, "shares")
         shutil.copytree(surfaces, shares)
         write(os.path.join(shares, "split.json"), "[]")
@@ -1582,6 +1733,7 @@ class TestMistakes(unittest.TestCase):
             (train.main, (*data, *out, "--device", "meta"), "--device meta"),
             (train.main, (*data, *out, "--backbone", "50"), "backbone '50'"),
             (train.main, ("--data", "ade20k", "--root", table, *out), "objectInfo150.txt: a header"),
+            (train.main, ("--data", "ade20k", "--root", zero, *out), "objectInfo150.txt: .*0 is unlabelled"),
             (train.main, ("--data", "os", "--root", shares, "--min-images", "5", *out), "split.json: not a split"),
             (evaluate.main, (), "ckpt.pt"),
             (
@@ -1938,9 +2090,28 @@ class TestRelease(unittest.TestCase):
             ((encoder, decoder, self.table), "object150_info.csv.*joint_dataset"),
             ((encoder, decoder, self.place), "scene.csv"),
             (("nothing.pth", decoder, self.tables), "nothing.pth: no such file"),
+            ((encoder, decoder, self.broken_tables("object.csv", "label,name\n")), "tables of classes are cut short"),
+            (
+                (encoder, decoder, self.broken_tables("object_part_hierarchy.csv", "object_name,part_names\nx,-;y\n")),
+                "'x', which object.csv lacks",
+            ),
+            (
+                (encoder, decoder, self.broken_tables("object_part_hierarchy.csv", "object_name,part_names\nx\n")),
+                "cut short",
+            ),
+            (
+                (*self.ade20k, self.broken_tables("short.csv", "Idx,Name\n1,wall\n", True)),
+                "short.csv: has 1 classes, not the 150",
+            ),
         ):
             with self.subTest(says=says), self.assertRaisesRegex(ValueError, says):
                 upernet.load_release(*files)
+
+    def broken_tables(self, name: str, text: str, alone=False) -> str:
+        tables = new_folder("tables")
+        shutil.copytree(self.tables, tables, dirs_exist_ok=True)
+        write(os.path.join(tables, name), text)
+        return os.path.join(tables, name) if alone else tables
 
     def test_photos_and_metrics_by_the_command(self):
         ade = Ade()
@@ -1984,6 +2155,44 @@ class TestRelease(unittest.TestCase):
             full = F.interpolate(logits["object"], (48, 64), mode="bilinear")[0].argmax(dim=0).numpy()
             self.assertGreater((full == maps["object"]).mean(), 0.99)
 
+    def test_sizes_are_the_authors(self):
+        """Short side 450, long side at most 1000, stretched up to a multiple of 8, or 32 in their ADE20K code."""
+        for files, tables, multiple in ((self.paper, self.tables, 8), (self.ade20k, self.table, 32)):
+            args = mock.Mock(release=files, labels=tables)
+            *_, trained, split = evaluate.load_network(args, torch.device("cpu"))
+            self.assertEqual((trained["sizes"], trained["max_size"], trained["multiple"]), ([450], 1000, multiple))
+            self.assertIsNone(split)
+        images, size = datasets.whole_image(Image.new("RGB", (640, 480)), (451, 602), multiple=8)
+        self.assertEqual((tuple(images.shape), size), ((1, 3, 456, 608), (456, 608)))
+
+    def test_tables_that_do_not_fit_the_data_are_refused(self):
+        _, vocabulary = upernet.load_release(*self.paper, self.tables)
+        _, objects = upernet.load_release(*self.ade20k, self.table)
+        none = torch.zeros(0, 3)
+        for source, layout, names, labels, known in (
+            ("os", "os", {2: "Mud", 3: "Brick"}, self.tables, vocabulary),
+            ("ade20k", "ade2021", {7: "wall", 300: "car"}, self.tables, vocabulary),
+            ("ade20k", "sceneparsing", {1: "cat", 2: "dog"}, self.table, objects),
+        ):
+            index = Index(
+                source, layout, "/there", [], torch.zeros(0, 2), [], [], none, torch.zeros(0, 4), none, names, []
+            )
+            with self.subTest(source=source, layout=layout):
+                with self.assertRaisesRegex(UserError, "/there: its class numbers do not mean"):
+                    evaluate.released_names(labels, index, known)
+
+    def test_scenes_by_name(self):
+        _, vocabulary = upernet.load_release(*self.paper, self.tables)
+        none = torch.zeros(0, 3)
+        index = Index(
+            "ade20k", "ade2021", "", list("abcd"), torch.zeros(4, 2), [""] * 4, ["bus stop", "bus_stop", "", "attic"], none,
+            torch.zeros(0, 4), none, {7: "car"}, [],
+        )  # fmt: skip
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            names = evaluate.released_names(self.tables, index, vocabulary)
+        self.assertEqual(Reader(index, vocabulary, names).tags, [17, 17, -1, -1])
+        self.assertIn("1 images of scenes that the network does not know: attic", said.getvalue())
+
     def test_opensurfaces_by_its_red_value(self):
         index = Index(
             "os", "os", "", ["a.jpg"], torch.tensor([[4, 4]]), [""], [""], torch.zeros(0, 3), torch.zeros(0, 4),
@@ -2014,8 +2223,18 @@ class TestRelations(unittest.TestCase):
                 "part": rng.choice([-1, 1, 2], (6, 8)),
             }
             seen |= {"material": rng.integers(0, 5, (6, 8)), "texture_map": rng.integers(0, 2, (6, 8))}
+            if k == 2:
+                seen["scene"], seen["object"][:] = np.array([0.0, 1.0]), 0
             photos.append(seen)
             relations.add(seen)
+        rare = {"scene": np.array([0.9, 0.1]), "object": np.zeros((6, 8), int), "part": np.full((6, 8), -1)}
+        rare |= {"material": np.zeros((6, 8), int), "texture_map": np.zeros((6, 8), int)}
+        for k in range(8):  # a pot in less than three of ten kitchens is not counted
+            photos.append({**rare, "object": np.full((6, 8), 2 if k < 2 else 0)})
+            relations.add(photos[-1])
+        kitchens = [seen for seen in photos if seen["scene"][0] > seen["scene"][1]]
+        pots = sum((seen["object"] == 2).any() for seen in kitchens) / len(kitchens)
+        self.assertTrue(0.1 < pots < 0.3)
         found = relations.results()
 
         streets = [seen for seen in photos if seen["scene"][1] > seen["scene"][0]]
@@ -2023,6 +2242,7 @@ class TestRelations(unittest.TestCase):
             name: sum((seen["object"] == k).any() for seen in streets) / len(streets)
             for k, name in enumerate(self.VOCABULARY["object"])
         }
+        self.assertNotIn("pot", found["scene-object"]["kitchen"])
         self.assertEqual(
             found["scene-object"]["street"], {name: value for name, value in share.items() if value >= 0.3}
         )

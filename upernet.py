@@ -361,7 +361,7 @@ def part_loss(logits: Tensor, objects: Tensor, parts: Tensor, part_slices: dict[
     """
     annotated = parts > 0
     total = logits.float().sum() * 0
-    for index in torch.unique(objects[annotated]).tolist():
+    for index in sorted(part_slices.keys() & torch.unique(objects[annotated]).tolist()):
         inside = objects == index  # (N, H/4, W/4)
         valid = (inside & annotated).flatten(1).any(dim=1)  # (N,)
         labels = torch.where(inside & valid[:, None, None], parts.long(), UNLABELLED)
@@ -467,7 +467,7 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
     """
     body, top = read_tensors(encoder), read_tensors(decoder)
     for path, state, key in ((encoder, body, "conv1.weight"), (decoder, top, "ppm_last_conv.0.weight")):
-        if not isinstance(state.get(key), Tensor):
+        if not isinstance(state.get(key), Tensor) or state[key].ndim != 4:
             raise ValueError(f"{path}: {key} is missing; the encoder comes first, then the decoder")
     paper = "conv_last.1.weight" not in top
     if paper != os.path.isdir(labels):
@@ -487,7 +487,7 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
         {
             k: v
             for k, v in state.items()
-            if not k.endswith(("._tmp_running_mean", "._tmp_running_var", "._running_iter"))
+            if not str(k).endswith(("._tmp_running_mean", "._tmp_running_var", "._running_iter"))
         }
         for state in (body, top)
     )
@@ -518,6 +518,8 @@ def release_vocabulary(labels: str, paper: bool) -> dict:
     try:
         if not paper:
             synonyms = [row["Name"].split(";") for row in rows(labels)]
+            if len(synonyms) != 150:
+                raise ValueError(f"{labels}: has {len(synonyms)} classes, not the 150 of their ADE20K network")
             first = [names[0] for names in synonyms]  # the whole entry where two classes share the first: 59 and 131
             return {"object": [n[0] if first.count(n[0]) == 1 else " ".join(n) for n in synonyms]}
         vocabulary = {
@@ -529,9 +531,13 @@ def release_vocabulary(labels: str, paper: bool) -> dict:
             row["object_name"]: ["background", *row["part_names"].split(";")[1:]]
             for row in rows(os.path.join(labels, "object_part_hierarchy.csv"))
         }
+        if unknown := vocabulary["part"].keys() - set(vocabulary["object"]):
+            raise ValueError(f"{labels}: object_part_hierarchy.csv has '{min(unknown)}', which object.csv lacks")
         return vocabulary
     except KeyError as e:
         raise ValueError(f"{labels}: its table has no column {e}") from None
+    except (AttributeError, IndexError):
+        raise ValueError(f"{labels}: its tables of classes are cut short") from None
 
 
 # ---------------------------------------------------------------- speed
