@@ -15,6 +15,7 @@ import colorsys
 import csv
 import datetime
 import json
+import math
 import os
 import re
 import sys
@@ -55,35 +56,35 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """The best class of every pixel of a picture, (height, width) int64.
+    """The best class of every pixel of a picture, (height, width) int64, the first one of equals.
 
     logits: (K, h, w) at a quarter of the padded input; `filled` is the (height, width) of the input that the picture
-    took before padding, `size` the (height, width) asked for. The logits are enlarged bilinearly by size / filled and
-    the padding is cut off. Rows are made a few at a time: the full-size logits of all classes would not fit for large
-    photos.
+    took before padding, `size` the (height, width) asked for. The logits are enlarged bilinearly by size / filled, the
+    padding is cut off, and that is `F.interpolate(logits[None], size)[0].argmax(dim=0)` where there is none: exactly, for
+    each class is enlarged by the same function, but by itself, so that the full-size logits never exist together.
     """
-    (top, bottom, down), (left, right, across) = (
-        taps(length, asked, cells, logits) for length, asked, cells in zip(filled, size, logits.shape[1:])
-    )
-    best = torch.empty(size, dtype=torch.int64, device=logits.device)
-    strip = max(1, 2**24 // (len(logits) * size[1]))  # about 64 MiB at a time
-    for start in range(0, size[0], strip):
-        rows = slice(start, start + strip)
-        tall = torch.lerp(logits[:, top[rows]], logits[:, bottom[rows]], down[rows, None])  # (K, strip, w)
-        best[rows] = torch.lerp(tall[:, :, left], tall[:, :, right], across).argmax(dim=0)
-    return best
+    # A class is the best somewhere between four cells only if its highest there reaches the lowest of every other class.
+    above, below = between_cells(logits, torch.maximum), between_cells(logits, torch.minimum)
+    slack = 1e-5 * logits.abs().amax()  # more than rounding does
+    possible = (above >= below.amax(dim=0) - slack).flatten(1).any(dim=1).nonzero().flatten().tolist()
+
+    scales = [None if 4 * cells == n else 4 * full / n for cells, n, full in zip(logits.shape[1:], filled, size)]
+    highest = logits.new_full(size, -math.inf)
+    best = torch.zeros(size, dtype=torch.int16, device=logits.device)
+    for k in possible:
+        # F.interpolate, whose public form takes a size or a scale, but not both
+        enlarged = torch.ops.aten.upsample_bilinear2d(logits[None, k : k + 1], size, False, *scales)[0, 0]
+        best = torch.maximum(best, (enlarged > highest).to(torch.int16) * k)  # k only grows
+        torch.maximum(highest, enlarged, out=highest)
+    return best.long()
 
 
-def taps(filled: int, size: int, cells: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Bilinear interpolation along one axis: of each of `size` pixels its two neighbours among `cells` and the
-    second's weight.
-
-    A cell is four input pixels wide, `filled` input pixels are stretched over the `size` pixels, corners not aligned.
-    """
-    centre = ((torch.arange(size, dtype=torch.float64) + 0.5) * (filled / size / 4) - 0.5).clamp(0, cells - 1)
-    first = centre.floor().long()
-    weight = (centre - first).to(like.dtype)
-    return first.to(like.device), (first + 1).clamp(max=cells - 1).to(like.device), weight.to(like.device)
+def between_cells(logits: Tensor, extreme) -> Tensor:
+    """The extreme of the four cells around every place between them: (K, h - 1, w - 1), at least one each way."""
+    for axis in (1, 2):
+        if (n := logits.shape[axis] - 1) > 0:
+            logits = extreme(logits.narrow(axis, 0, n), logits.narrow(axis, 1, n))
+    return logits
 
 
 def part_map(logits: Tensor, objects: Tensor, part_slices: dict[int, slice], filled: tuple[int, int]) -> Tensor:

@@ -663,6 +663,19 @@ class TestMetrics(unittest.TestCase):
             plain = plain[0, :, : size[0], : size[1]].argmax(dim=0)
             self.assertTrue(torch.equal(evaluate.class_map(logits, filled, size), plain))
 
+    def test_class_map_is_exactly_pytorchs_where_nothing_is_padded(self):
+        torch.manual_seed(0)
+        rough, (coarse,) = torch.randn(40, 24, 32), 4 * torch.randn(1, 40, 4, 5)
+        smooth = F.interpolate(coarse[None], (24, 32), mode="bicubic")[0]  # most classes are nowhere the best
+        equal = smooth.clone()
+        equal[1::2] = equal[::2]  # every class twice: the first one counts
+        for logits in (rough, smooth, equal, rough[:, :1], rough[:, :, :1], rough[:1], smooth - 1e4):
+            height, width = logits.shape[1:]
+            for size in ((97, 131), (4 * height, 4 * width), (7, 300)):
+                plain = F.interpolate(logits[None], size, mode="bilinear")[0].argmax(dim=0)
+                ours = evaluate.class_map(logits, (4 * height, 4 * width), size)
+                self.assertTrue(torch.equal(ours, plain))
+
 
 # ---------------------------------------------------------------- data
 
