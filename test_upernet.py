@@ -317,7 +317,7 @@ class TestNetwork(unittest.TestCase):
                 self.assertEqual(seen["backbone"][1][-1].shape[2], 64 // c5_stride)
                 self.assertEqual(seen["heads.object"][0].shape[2], 64 // head_stride)
                 self.assertIs(seen["heads.part"][0], seen["heads.object"][0])
-                self.assertEqual("ppm.branches.3" in seen, arguments.get("ppm", True))
+                self.assertEqual("ppm.branches.3.0" in seen, arguments.get("ppm", True))
                 self.assertEqual("fusion.conv.1" in seen, arguments.get("fusion", True) and arguments["fpn"] > 0)
                 on_objects_map = seen["heads.material"][0] is seen["heads.object"][0]
                 self.assertEqual(on_objects_map, arguments != {"fpn": 2})  # only the whole network has another for it

@@ -39,13 +39,24 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 # ---------------------------------------------------------------- pieces
 
 
-def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 3) -> nn.Sequential:
+class ConvBNReLU(nn.Sequential):
     """Section 3.1: every convolution that is no classifier is followed by batch norm and ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    )
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3):
+        conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
+        super().__init__(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm_relu(self[0](x))
+
+    def norm_relu(self, y: Tensor) -> Tensor:
+        """`relu(norm(y))`; of no further use is y, whose memory serves again where no gradient is wanted."""
+        _, norm, relu = self
+        if norm.training or torch.is_grad_enabled():
+            return relu(norm(y))
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        shift = norm.bias - norm.running_mean * scale
+        return relu(torch.addcmul(shift[:, None, None], y, scale[:, None, None], out=y))
 
 
 def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
@@ -54,33 +65,39 @@ def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
 
 
 def enlarged_and_shifted(n: int, size: int, like: Tensor) -> Tensor:
-    """(size, 3 * n): `resize` along one axis from n cells to `size`, as a matrix, three times side by side: moved by one
-    cell, as it is, and moved by one the other way, zeros coming in at the border, as the taps of a 3x3 convolution see it.
-    """
+    """(3, size, n): `resize` along one axis, from n cells to `size`, as a matrix, three times: moved by one cell, as it
+    is, and moved by one the other way, zeros coming in at the border, as the taps of a 3x3 convolution see it."""
     precise = torch.promote_types(like.dtype, torch.float32)
     unit_vectors = torch.eye(n, dtype=precise, device=like.device)[None]
     matrix = F.interpolate(unit_vectors, size=size, mode="linear", align_corners=False)[0].T  # (size, n)
-    rows = F.pad(matrix, (0, 0, 1, 1))
-    return torch.cat([rows[tap : tap + size] for tap in range(3)], dim=1).to(like.dtype)
+    return F.pad(matrix, (0, 0, 1, 1)).unfold(0, size, 1).transpose(1, 2).to(like.dtype)
 
 
-def conv_of_enlarged(maps: list[Tensor], weight: Tensor, size: torch.Size) -> Tensor:
-    """`F.conv2d(torch.cat([resize(x, size) for x in maps], dim=1), weight, padding=1)`, exact up to rounding, for a
-    quarter of the operations and without the enlarged maps.
+def conv_of_enlarged(maps: list[Tensor], weights: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """The sum of `F.conv2d(resize(x, size), w, padding=1)` over the maps x and their weights w: the same up to rounding,
+    for a quarter of the operations or less, and without the enlarged maps.
 
-    Enlarging and convolution are linear and act on different axes, so that they may change places. The sum over the
-    taps (t, u) of weight_tu @ A_t x B_u^T, where A_t enlarges and shifts along the height and B_u along the width, is the
-    same as that of A_t (weight_tu @ x) B_u^T: first a 1x1 convolution of the small map to 9 times the channels, then two
-    matrix products, whose inner sums run over the taps too.
+    Enlarging and convolution are both linear and act on different axes, so they may change places. A convolution is the
+    sum over its taps (t, u) of w_tu @ (A_t x B_u^T), where A_t enlarges and shifts x along the height and B_u along the
+    width, and that is the sum of A_t (w_tu @ x) B_u^T: 1x1 convolutions of the small map to nine times the channels, then
+    two matrix products. The inner sum of the last one runs over the taps t and over all maps.
     """
-    columns, rows = [], []
-    for x, w in zip(maps, weight.split([x.shape[1] for x in maps], dim=1)):
-        out, (n, _, height, width) = len(w), x.shape
-        taps = F.conv2d(x, w.permute(2, 3, 0, 1).reshape(9 * out, -1, 1, 1)).view(n, 3, 3, out, height, width)
-        taps = taps.permute(0, 3, 1, 4, 2, 5).reshape(n, out, 3 * height, 3 * width)
-        columns.append(taps @ enlarged_and_shifted(width, size[1], taps).T)  # (n, out, 3 * height, W)
-        rows.append(enlarged_and_shifted(height, size[0], taps))  # (H, 3 * height)
-    return torch.cat(rows, dim=1) @ torch.cat(columns, dim=2)  # (n, out, H, W)
+    rows = torch.cat([a for x in maps for a in enlarged_and_shifted(x.shape[2], size[0], x)], dim=1)  # (H, 3 * all h)
+    columns = [enlarged_and_shifted(x.shape[3], size[1], x) for x in maps]
+    parts = []
+    for some in zip(
+        *(w.split(128) for w in weights)
+    ):  # few channels at a time: what lies in between stays in the cache
+        wide = []
+        for x, w, b in zip(maps, some, columns):
+            n, _, height, width = x.shape
+            for u in range(3):
+                taps = F.conv2d(x, w[..., u].transpose(1, 2).reshape(-1, x.shape[1], 1, 1))  # (n, channels * 3 t, h, w)
+                taps = taps.reshape(-1, width)
+                total = taps @ b[u].T if u == 0 else torch.addmm(total, taps, b[u].T)
+            wide.append(total.view(n, len(w), 3 * height, size[1]))
+        parts.append(rows @ torch.cat(wide, dim=2))  # (n, channels, H, W)
+    return torch.cat(parts, dim=1)
 
 
 def prroi_weights(bins: int, n: int, like: Tensor) -> Tensor:
@@ -117,13 +134,15 @@ class PPM(nn.Module):
     def __init__(self, in_channels: int, channels: int, pool: str):
         super().__init__()
         self.pool = prroi_pool if pool == "prroi" else F.adaptive_avg_pool2d
-        self.branches = nn.ModuleList(conv_bn_relu(in_channels, channels, 1) for _ in self.BINS)
-        self.last = conv_bn_relu(in_channels + len(self.BINS) * channels, channels)
+        self.branches = nn.ModuleList(ConvBNReLU(in_channels, channels, 1) for _ in self.BINS)
+        self.last = ConvBNReLU(in_channels + len(self.BINS) * channels, channels)
 
     def forward(self, c5: Tensor) -> Tensor:
-        # Resized before the convolution, as released, so that batch norm has more than one value of a single image.
+        # Enlarged before batch norm, which then has more than one value of a single image: as released. There the 1x1
+        # convolution comes in between, too; linear as it is, it is the same before.
         pooled = [
-            branch(resize(self.pool(c5, bins), c5.shape[2:])) for bins, branch in zip(self.BINS, self.branches)
+            branch.norm_relu(resize(branch[0](self.pool(c5, bins)), c5.shape[2:]))
+            for bins, branch in zip(self.BINS, self.branches)
         ]  # 4 x (N, channels, H/32, W/32)
         return self.last(torch.cat([c5, *pooled], dim=1))
 
@@ -137,15 +156,16 @@ class FPN(nn.Module):
 
     def __init__(self, in_channels: list[int], channels: int, all_maps: bool):
         super().__init__()
-        self.laterals = nn.ModuleList(conv_bn_relu(c, channels, 1) for c in in_channels)
-        self.convs = nn.ModuleList(conv_bn_relu(channels, channels) for _ in range(len(in_channels) if all_maps else 1))
+        self.laterals = nn.ModuleList(ConvBNReLU(c, channels, 1) for c in in_channels)
+        self.convs = nn.ModuleList(ConvBNReLU(channels, channels) for _ in range(len(in_channels) if all_maps else 1))
 
     def forward(self, stages: list[Tensor], p5: Tensor, only_finest: bool = False) -> list[Tensor]:
         """[P<finest>, .., P5], or [P<finest>] alone: nothing beside the path to it is computed."""
         f, maps = p5, [p5]
         for i in reversed(range(len(self.laterals))):
             lateral = self.laterals[i](stages[i])
-            f = lateral + resize(f, lateral.shape[2:])
+            f = resize(f, lateral.shape[2:])
+            f += lateral
             if i == 0 or not only_finest:
                 maps.insert(0, self.convs[i](f))
         return maps[:1] if only_finest else maps
@@ -160,15 +180,13 @@ class Fusion(nn.Module):
 
     def __init__(self, maps: int, channels: int):
         super().__init__()
-        self.conv = conv_bn_relu(maps * channels, channels)
+        self.conv = ConvBNReLU(maps * channels, channels)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        finest, *coarser = maps
-        conv, norm, relu = self.conv
-        fine, coarse = conv.weight.split([finest.shape[1], conv.in_channels - finest.shape[1]], dim=1)
-        fused = F.conv2d(finest, fine, padding=1)
-        fused += conv_of_enlarged(coarser, coarse, finest.shape[2:])
-        return relu(norm(fused))
+        weights = self.conv[0].weight.split([p.shape[1] for p in maps], dim=1)
+        fused = F.conv2d(maps[0], weights[0], padding=1)
+        fused += conv_of_enlarged(maps[1:], weights[1:], maps[0].shape[2:])
+        return self.conv.norm_relu(fused)
 
 
 class Head(nn.Module):
@@ -177,7 +195,7 @@ class Head(nn.Module):
     def __init__(self, in_channels: int, channels: int, classes: int, convs: int, pool_first: bool = False):
         super().__init__()
         widths = [in_channels] + [channels] * convs
-        self.conv = nn.Sequential(*(conv_bn_relu(a, b) for a, b in zip(widths, widths[1:])))
+        self.conv = nn.Sequential(*(ConvBNReLU(a, b) for a, b in zip(widths, widths[1:])))
         self.pool_first = pool_first
         self.classifier = nn.Conv2d(widths[-1], classes, 1)
 
@@ -251,7 +269,7 @@ class UPerNet(nn.Module):
         self.stops_early = "last" in inspect.signature(backbone.forward).parameters  # ours does, at the stage asked for
 
         c2, *_, c5 = backbone.channels
-        self.ppm = PPM(c5, channels, pool) if ppm else conv_bn_relu(c5, channels, 1)
+        self.ppm = PPM(c5, channels, pool) if ppm else ConvBNReLU(c5, channels, 1)
         self.fpn = FPN(backbone.channels[fpn - 2 : 3], channels, all_maps=fusion) if fpn else None
         self.fusion = Fusion(6 - fpn, channels) if fpn and fusion else None
         self.heads = nn.ModuleDict()
