@@ -1542,19 +1542,92 @@ class TestTraining(unittest.TestCase):
         self.assertEqual(status, 2)
         self.assertIn("os: its images are not those", err)
 
-    def test_two_processes(self):
-        out = new_folder("ranks")
-        argv = ["--standalone", "--nproc_per_node=2", os.path.join(HERE, "train.py"), *map(str, self.options)]
-        argv += ["--iters", "4", "--texture-iters", "2", "--out", out]
+    def torchrun(self, script, *argv) -> str:
+        """What two processes of a script print."""
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         run = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", *argv], capture_output=True, text=True, env=environment
+            [*command, os.path.join(HERE, script), *map(str, argv)], capture_output=True, text=True, env=environment
         )
         self.assertEqual(run.returncode, 0, run.stderr[-2000:])
-        self.assertEqual(run.stdout.count("next: python evaluate.py"), 1)  # one of them speaks
-        self.assertEqual(len(open(os.path.join(out, "log.jsonl")).readlines()), 6)
+        return run.stdout
+
+    def test_two_processes(self):
+        out = new_folder("ranks")
+        said = self.torchrun("train.py", *self.options, "--iters", 4, "--texture-iters", 2, "--out", out)
+        self.assertEqual(said.count("next: python evaluate.py"), 1)  # one of them speaks
+        self.assertEqual(self.lines(out), 6)
         net, _ = upernet.load(os.path.join(out, "ckpt.pt"))
         self.assertTrue(all(torch.isfinite(p).all() for p in net.parameters()))
+
+        # They share the images out, none twice, and find what a single process finds.
+        checkpoint, shared, alone = (os.path.join(out, name) for name in ("ckpt.pt", "shared.json", "alone.json"))
+        said = self.torchrun("evaluate.py", checkpoint, "--json", shared)
+        self.assertEqual(said.count("mIoU-bg"), 1)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            self.assertEqual(command(evaluate.main, checkpoint, "--json", alone)[0], 0)
+        finally:
+            torch.set_num_threads(threads)
+        found = []
+        for path in (shared, alone, os.path.join(out, "metrics.json")):
+            with open(path) as file:
+                found.append(json.load(file))
+        self.assertEqual(found[0], found[1])
+        self.assertEqual(found[0], found[2])
+
+    def test_two_processes_hold_the_same_weights(self):
+        """Two processes hold the same weights at every checkpoint of a run of mixed sources."""
+        out = new_folder("equal")
+        script = os.path.join(out, "check.py")
+        write(
+            script,
+            "import sys, torch; import torch.distributed as dist; import train\n"
+            "save = train.Run.save\n"
+            "def compared(run, *rest):\n"
+            "    mine = torch.cat([p.detach().flatten() for p in run.net.parameters()])\n"
+            "    everyone = [torch.empty_like(mine) for _ in range(2)]\n"
+            "    dist.all_gather(everyone, mine)\n"
+            "    if run.rank == 0: print('alike' if torch.equal(*everyone) else 'apart')\n"
+            "    save(run, *rest)\n"
+            "train.Run.save = compared\n"
+            "train.evaluate = lambda *a, **k: {}\n"
+            "train.main(sys.argv[1:])\n",
+        )
+        with mock.patch.dict(os.environ, PYTHONPATH=HERE):
+            said = self.torchrun(
+                script, *self.options, "--iters", 20, "--texture-iters", 2, "--save-every", 5, "--out", out
+            )
+        self.assertEqual((said.count("alike"), said.count("apart")), (6, 0))
+
+    def test_two_processes_of_two_have_the_gradient_of_one_of_four(self):
+        """With batch norm in eval mode and every pixel labelled."""
+        place = new_folder("gradients")
+        script = os.path.join(place, "check.py")
+        write(
+            script,
+            "import sys, torch; import torch.distributed as dist; import upernet\n"
+            "from torch.nn.parallel import DistributedDataParallel\n"
+            "dist.init_process_group('gloo'); torch.manual_seed(0)\n"
+            "net = upernet.UPerNet({'scene': 5, 'object': 7, 'material': 3}, 'resnet18', channels=8).eval()\n"
+            "images = torch.rand(4, 3, 64, 64)\n"
+            "labels = {'scene': torch.tensor([0, 1, 2, 3]), 'object': torch.randint(7, (4, 16, 16))}\n"
+            "def gradient(model, part):\n"
+            "    net.zero_grad(set_to_none=True)\n"
+            "    found = upernet.losses(model(images[part], ['scene', 'object']), {k: v[part] for k, v in labels.items()}, {})\n"
+            "    sum(found.values()).backward()\n"
+            "    return {n: None if p.grad is None else p.grad.clone() for n, p in net.named_parameters()}\n"
+            "whole = gradient(net, slice(4))\n"
+            "rank = dist.get_rank(); model = DistributedDataParallel(net, find_unused_parameters=True)\n"
+            "shared = gradient(model, slice(2 * rank, 2 * rank + 2))\n"
+            "for name, value in whole.items():\n"
+            "    assert (value is None) == (shared[name] is None) == name.startswith('heads.material'), name\n"
+            "    assert value is None or (value - shared[name]).abs().max() <= 1e-5 * value.abs().max().clamp(min=1e-3), name\n"
+            "print('agreed', rank)\n",
+        )
+        with mock.patch.dict(os.environ, PYTHONPATH=HERE):
+            self.assertEqual(self.torchrun(script).count("agreed"), 2)
 
     def test_weights_from_a_file(self):
         torch.manual_seed(5)

@@ -91,10 +91,11 @@ def conv_of_enlarged(maps: list[Tensor], weights: list[Tensor], size: tuple[int,
         wide = []
         for x, w, b in zip(maps, some, columns):
             n, _, height, width = x.shape
+            total = None
             for u in range(3):
                 taps = F.conv2d(x, w[..., u].transpose(1, 2).reshape(-1, x.shape[1], 1, 1))  # (n, channels * 3 t, h, w)
                 taps = taps.reshape(-1, width)
-                total = taps @ b[u].T if u == 0 else torch.addmm(total, taps, b[u].T)
+                total = taps @ b[u].T if total is None else torch.addmm(total, taps, b[u].T)
             wide.append(total.view(n, len(w), 3 * height, size[1]))
         parts.append(rows @ torch.cat(wide, dim=2))  # (n, channels, H, W)
     return torch.cat(parts, dim=1)
