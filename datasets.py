@@ -52,9 +52,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=wide, usage=usage, allow_abbrev=False)
 
     def error(self, message: str):
-        message = message.rsplit("UserError: ", 1)[
-            -1
-        ]  # one raised in a worker of a DataLoader comes with its traceback
+        # One that was raised in a worker of a DataLoader comes with its traceback.
+        message = message.rsplit("UserError: ", 1)[-1]
         shown = f"{self.prog}: {' '.join(message.split())}\n"
         self.exit(2, shown if is_first() else None)
 
@@ -137,9 +136,8 @@ def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = set(folders) - {
-            name[:-4] for name in names if name.endswith(".jpg")
-        }  # ADE20K's masks of instances
+        masks = {name[:-4] for name in names if name.endswith(".jpg")}  # ADE20K's folders of instances
+        folders[:] = set(folders) - masks
         within = "" if base == folder else os.path.relpath(base, folder).replace(os.sep, "/") + "/"
         for entry in os.scandir(base) if names else ():
             if entry.is_file():
@@ -570,9 +568,8 @@ class Reader:
             if number < size:
                 self.of_number[number] = place.get(self.map_level, {}).get(name, -1)
         if "part" in self.levels:
-            self.of_part = np.zeros(
-                (len(vocabulary["object"]) + 1, size), np.uint8
-            )  # class index, part number -> part index
+            # (class index of the object, number of the part) -> index in the object's list of parts
+            self.of_part = np.zeros((len(vocabulary["object"]) + 1, size), np.uint8)
             owned = {place["object"][owner]: parts for owner, parts in vocabulary["part"].items()}
             for (number, name), (owner, parts) in itertools.product(names["part"].items(), owned.items()):
                 if name in parts and number < size:

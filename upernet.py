@@ -25,13 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEVELS = ("scene", "object", "part", "material", "texture")
-LOSS_WEIGHTS = {
-    "scene": 0.25,
-    "object": 1.0,
-    "part": 0.5,
-    "material": 1.0,
-    "texture": 1.0,
-}  # as released; texture is ours
+# As released; that of texture is ours.
+LOSS_WEIGHTS = {"scene": 0.25, "object": 1.0, "part": 0.5, "material": 1.0, "texture": 1.0}
 UNLABELLED = -1  # in every label map and list of labels
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
 
@@ -85,11 +80,10 @@ def conv_of_enlarged(maps: list[Tensor], weights: list[Tensor], size: tuple[int,
     rows = torch.cat([a for x in maps for a in enlarged_and_shifted(x.shape[2], size[0], x)], dim=1)  # (H, 3 * all h)
     columns = [enlarged_and_shifted(x.shape[3], size[1], x) for x in maps]
     parts = []
-    for some in zip(
-        *(w.split(128) for w in weights)
-    ):  # few channels at a time: what lies in between stays in the cache
+    groups = zip(*(w.split(128) for w in weights))  # of output channels, so that what lies in between fits the cache
+    for group in groups:
         wide = []
-        for x, w, b in zip(maps, some, columns):
+        for x, w, b in zip(maps, group, columns):
             n, _, height, width = x.shape
             total = None
             for u in range(3):
@@ -211,8 +205,7 @@ class UPerNet(nn.Module):
     classes: level -> number of classes, for any of scene, object, part, material, texture; for part a dict, object's
         class index -> number of its parts with the object's background (index 0 among them) counted.
     backbone: "resnet18", "resnet34", "resnet50", "resnet101" (resnet.py beside this file), or a module with
-    `.channels`,
-        the widths of the four maps C2..C5 that its forward returns.
+        `.channels`, the widths of the four maps C2..C5 that its forward returns.
     channels: width of all that follows the backbone.
     head_conv: a 3x3 convolution before each classifier, as in the paper; without it the network of most other code
         bases. The texture head keeps its own convolutions in any case.
