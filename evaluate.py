@@ -49,6 +49,7 @@ from datasets import (
 )
 from upernet import LEVELS, UPerNet, from_checkpoint, load_release, read_tensors
 
+SHOWN = 12  # of each source's images, in pictures
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -287,12 +288,11 @@ def evaluate(
     levels: list[str] | None = None,
     amp: torch.dtype | None = None,
     pictures: str | None = None,
-    shown: int = 12,
 ) -> dict:
     """The metrics of `net` on the chosen (source, image number)s, in the format of `evaluate.py --json`.
 
     Images are resized to a short side of `short` and padded as in training (or stretched, see `whole_image`);
-    predictions are judged at the label maps' own size. With `pictures`, a folder, up to `shown` of each source's images
+    predictions are judged at the label maps' own size. With `pictures`, a folder, up to SHOWN of each source's images
     are drawn there, truth beside prediction. Several processes share the images out, and each returns the metrics of all.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -305,7 +305,7 @@ def evaluate(
     drawn = set()
     for source in readers if pictures else ():
         of_source = [pair for pair in chosen if pair[0] == source]
-        drawn |= set(of_source[:: max(1, len(of_source) // shown)][:shown])
+        drawn |= set(of_source[:: max(1, len(of_source) // SHOWN)][:SHOWN])
     chosen = chosen[rank::ranks]
     workers = min(8, os.cpu_count() or 1) if len(chosen) > 500 else 0
     hidden = None if rank == 0 else True
@@ -674,7 +674,7 @@ def validation_images(
         else:
             names = own
         if not names:
-            print(f"{source}: no validation images; --split names others")
+            print(f"{source}: no validation images; --split balanced (or official) takes others")
         there = [i for i, image in enumerate(index.images) if image in names]
         if lacking := len(names) - len(there):
             print(f"{source}: {lacking} of {len(names)} validation images are not there")
@@ -886,12 +886,13 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--data {args.data}: has no labels for the levels of this network")
     chosen = validation_images({source: reader.index for source, reader in readers.items()}, split, args, vocabulary)
     results = evaluate(model, vocabulary, readers, chosen, short, longest, multiple, args.levels, amp, args.pictures)
-    print(table(results, all_classes=args.classes))
     if args.json and is_first():
         write_json(results, args.json)
+    print(table(results, all_classes=args.classes))
+    if args.json:
         print(f"wrote {args.json}")
     if args.pictures:
-        print(f"wrote pictures to {args.pictures}")
+        print(f"wrote pictures of up to {SHOWN} images of each source to {args.pictures}")
     if relations:
         for source, i in tqdm(chosen, desc="relations", unit=" images", disable=None, leave=False):
             if source != "dtd":  # squares of texture, without things in them

@@ -396,7 +396,9 @@ class Run:
             shown = ", ".join(f"{level} {value:.2f}" for level, value in loss.items())
             bar.set_postfix_str(shown, refresh=False)
             bar.update()
-            if bar.disable and (iteration + 1) % 100 == 0:  # the output is no terminal: a plain line now and then
+            if (
+                bar.disable and (iteration + 1) % min(100, math.ceil(iterations / 10)) == 0
+            ):  # the output is no terminal: a plain line now and then
                 print(f"{stage} {iteration + 1}/{iterations}: {line['source']}, {shown}", flush=True)
             number = noted_anywhere(noted, device)
             if number or ((iteration + 1) % args.save_every == 0 and iteration + 1 < iterations):

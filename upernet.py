@@ -481,6 +481,8 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
     for path, state, key in ((encoder, body, "conv1.weight"), (decoder, top, "ppm_last_conv.0.weight")):
         if not isinstance(state.get(key), Tensor) or state[key].ndim != 4:
             raise ValueError(f"{path}: {key} is missing; the encoder comes first, then the decoder")
+    if not os.path.exists(labels):
+        raise ValueError(f"{labels}: no such file or folder")
     paper = "conv_last.1.weight" not in top
     if paper != os.path.isdir(labels):
         needs = "the authors' folder joint_dataset" if paper else "the authors' file object150_info.csv"
