@@ -292,10 +292,8 @@ class Run:
             torch.set_rng_state(checkpoint["random"])
             self.stage, self.start, self.momenta = (checkpoint[key] for key in ("stage", "iteration", "optimizer"))
             print(f"{args.out}: goes on in the {self.stage} stage at iteration {self.start}")
-        if self.device.type == "cuda":
-            self.net.to(memory_format=torch.channels_last)
-            if self.ranks > 1:
-                self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
+        if self.device.type == "cuda" and self.ranks > 1:
+            self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
 
     def save(self, stage: str, iteration: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         content = {

@@ -41,17 +41,8 @@ class ConvBNReLU(nn.Sequential):
         conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
         super().__init__(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm_relu(self[0](x))
-
     def norm_relu(self, y: Tensor) -> Tensor:
-        """`relu(norm(y))`; of no further use is y, whose memory serves again where no gradient is wanted."""
-        _, norm, relu = self
-        if norm.training or torch.is_grad_enabled():
-            return relu(norm(y))
-        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-        shift = norm.bias - norm.running_mean * scale
-        return relu(torch.addcmul(shift[:, None, None], y, scale[:, None, None], out=y))
+        return self[2](self[1](y))
 
 
 def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
@@ -78,20 +69,20 @@ def conv_of_enlarged(maps: list[Tensor], weights: list[Tensor], size: tuple[int,
     two matrix products. The inner sum of the last one runs over the taps t and over all maps.
     """
     rows = torch.cat([a for x in maps for a in enlarged_and_shifted(x.shape[2], size[0], x)], dim=1)  # (H, 3 * all h)
-    columns = [enlarged_and_shifted(x.shape[3], size[1], x) for x in maps]
+    columns = [enlarged_and_shifted(x.shape[3], size[1], x).permute(1, 2, 0).flatten(1) for x in maps]  # (W, w * 3)
     parts = []
     groups = zip(*(w.split(128) for w in weights))  # of output channels, so that what lies in between fits the cache
     for group in groups:
         wide = []
         for x, w, b in zip(maps, group, columns):
-            n, _, height, width = x.shape
-            total = None
-            for u in range(3):
-                taps = F.conv2d(x, w[..., u].transpose(1, 2).reshape(-1, x.shape[1], 1, 1))  # (n, channels * 3 t, h, w)
-                taps = taps.reshape(-1, width)
-                total = taps @ b[u].T if total is None else torch.addmm(total, taps, b[u].T)
-            wide.append(total.view(n, len(w), 3 * height, size[1]))
-        parts.append(rows @ torch.cat(wide, dim=2))  # (n, channels, H, W)
+            (n, _, height, width), channels = x.shape, len(w)
+            for t in range(3):
+                taps = w[:, :, t].permute(2, 0, 1).reshape(3 * channels, -1, 1, 1)
+                y = F.conv2d(x, taps).permute(0, 2, 3, 1)  # (n, h, w, 3 u * channels)
+                y = b @ y.reshape(n * height, width * 3, channels)
+                wide.append(y.view(n, height, size[1] * channels))
+        part = rows @ torch.cat(wide, dim=1)
+        parts.append(part.view(len(part), *size, -1).permute(0, 3, 1, 2))  # (n, channels, H, W)
     return torch.cat(parts, dim=1)
 
 
@@ -287,6 +278,7 @@ class UPerNet(nn.Module):
                     nn.init.constant_(m.bias, 1e-4)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
+        self.to(memory_format=torch.channels_last)  # quicker on CPUs too: convolutions need not reorder their inputs
 
     def forward(self, images: Tensor, levels: list[str] | None = None) -> dict[str, Tensor]:
         """Logits of the asked levels (all by default), and only the work that they need.
@@ -304,7 +296,7 @@ class UPerNet(nn.Module):
         levels = list(self.classes) if levels is None else levels
         if unknown := set(levels) - set(self.classes):
             raise ValueError(f"no head for {', '.join(sorted(unknown))}: this network has {', '.join(self.classes)}")
-        x = (images - self.mean) / self.std
+        x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         only_texture = set(levels) == {"texture"}
         stages = self.backbone(x, last=2) if only_texture and self.stops_early else self.backbone(x)  # C2..
         quarter = stages[0].shape[2:]
@@ -617,8 +609,6 @@ def main(argv: list[str] | None = None) -> None:
         for backbone in ("resnet18", "resnet50", "resnet101"):
             net = UPerNet({"object": 150}, backbone).to(device)
             half = dtype == torch.bfloat16
-            if half:
-                net.to(memory_format=torch.channels_last)
             autocast = torch.autocast(device, torch.bfloat16, enabled=half)
             image, pair = (torch.rand(n, 3, s, s, device=device) for n, s in ((1, args.size), (2, args.train_size)))
 
