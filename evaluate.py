@@ -65,18 +65,22 @@ def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) ->
     each class is enlarged by the same function, but by itself, so that the full-size logits never exist together.
     """
     # A class is the best somewhere between four cells only if its highest there reaches the lowest of every other class.
-    above, below = between_cells(logits, torch.maximum), between_cells(logits, torch.minimum)
-    slack = 1e-5 * logits.abs().amax()  # more than rounding does
-    possible = (above >= below.amax(dim=0) - slack).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    logits = logits.contiguous()
+    groups = logits.split(16)  # few at a time stay in the cache
+    floor = torch.stack([between_cells(group, torch.minimum).amax(dim=0) for group in groups]).amax(dim=0)
+    floor -= 1e-5 * logits.abs().amax()  # more than rounding does
+    reached = [(between_cells(group, torch.maximum) >= floor).flatten(1).any(dim=1) for group in groups]
 
     scales = [None if 4 * cells == n else 4 * full / n for cells, n, full in zip(logits.shape[1:], filled, size)]
     highest = logits.new_full(size, -math.inf)
-    best = torch.zeros(size, dtype=torch.int16, device=logits.device)
-    for k in possible:
+    best, higher = (torch.zeros(size, device=logits.device) for _ in range(2))
+    for classes in torch.cat(reached).nonzero().flatten().split(4):
         # F.interpolate, whose public form takes a size or a scale, but not both
-        enlarged = torch.ops.aten.upsample_bilinear2d(logits[None, k : k + 1], size, False, *scales)[0, 0]
-        best = torch.maximum(best, (enlarged > highest).to(torch.int16) * k)  # k only grows
-        torch.maximum(highest, enlarged, out=highest)
+        enlarged = torch.ops.aten.upsample_bilinear2d(logits[classes][None], size, False, *scales)[0]
+        for k, values in zip(classes.tolist(), enlarged):
+            torch.gt(values, highest, out=higher)  # 1.0 or 0.0, quicker than True or False
+            torch.maximum(best, higher.mul_(k), out=best)  # k only grows
+            torch.maximum(highest, values, out=highest)
     return best.long()
 
 
