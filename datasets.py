@@ -88,7 +88,7 @@ def find_folder(root: str, source: str) -> tuple[str, str]:
         raise UserError(f"{root}: no such folder; --root names the one that holds {source}/")
     places = []
     for top in filter(os.path.isdir, tops):
-        places += [top] + sorted(entry.path for entry in os.scandir(top) if entry.is_dir())
+        places += [top] + sorted(entry.path for entry in os.scandir(top) if os.path.isdir(entry.path))
     marks = {
         "ade20k": {"ade2021": "images/ADE", "sceneparsing": "objectInfo150.txt"},
         "os": {"os": "photos-labels"},
@@ -140,7 +140,7 @@ def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
         folders[:] = set(folders) - masks
         within = "" if base == folder else os.path.relpath(base, folder).replace(os.sep, "/") + "/"
         for entry in os.scandir(base) if names else ():
-            if entry.is_file():
+            if os.path.isfile(entry.path):  # False, too, for a link to itself
                 stat = entry.stat()
                 stats[within + entry.name] = (stat.st_size, stat.st_mtime_ns)
     stamp = hashlib.sha256(repr(sorted(stats.items())).encode()).hexdigest()
@@ -347,9 +347,10 @@ def scan_all(source: str, layout: str, folder: str, files: list[dict]) -> Index:
     if layout == "os":
         names = substance_names(folder)
     for entry, record in zip(files, found):
-        seen = [row[:-1] for key in ("objects", "parts", "materials") for row in record.get(key, ())]
-        if unknown := sorted({n for row in seen for n in row if n not in names}):
-            record["broken"] = f"{entry['labels']}: class number {unknown[0]}, which the tables do not know"
+        for key, file in (("objects", "labels"), ("materials", "labels"), ("parts", "parts")):
+            numbers = {n for row in record.get(key, ()) for n in row[:-1]}
+            if "broken" not in record and (unknown := sorted(numbers - names.keys())):
+                record["broken"] = f"{entry[file]}: class number {unknown[0]}, which the tables do not know"
 
     good = [(entry, record) for entry, record in zip(files, found) if "broken" not in record]
 
@@ -394,9 +395,12 @@ def save_atomically(content: dict, path: str, advice: str) -> None:
         torch.save(content, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # PyTorch's own file writer raises RuntimeError on a full disk
+        if "DataLoader worker" in str(e):  # of a process that died meanwhile: PyTorch raises it wherever the program is
+            raise
+        raise UserError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); {advice}") from None
+    finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise UserError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); {advice}") from None
 
 
 # ---------------------------------------------------------------- the vocabulary

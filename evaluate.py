@@ -11,9 +11,9 @@ A checkpoint says itself which data, images and sizes it is to be judged on.
 """
 
 import argparse
-import colorsys
 import csv
 import datetime
+import functools
 import json
 import math
 import os
@@ -251,8 +251,12 @@ def join_processes(device: torch.device) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    # torchrun's store outlives a group that failed, and the new one must not find the old one's addresses in it.
+    store, rank, processes = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend, patience = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(hours=2)
     # The others wait while the first scans and splits.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=patience)
     if not is_first():
         sys.stdout = open(os.devnull, "w")
     return device
@@ -386,17 +390,37 @@ def table(results: dict, untrained: dict | None = None, all_classes: bool = Fals
 PANEL, LINE, MARGIN = 380, 19, 10  # width of a panel, height of a line of text, space between panels; pixels
 
 
+@functools.cache
+def palette(n: int = 1024) -> np.ndarray:
+    """n colours (n, 3), each as far as can be from all before it: the first classes, the most frequent, differ most."""
+    steps = np.arange(0, 256, 17)
+    colours = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
+    spread = colours.max(axis=1) - colours.min(axis=1)
+    colours = colours[spread >= 85]  # neither grey nor black nor white: photos have those
+    seen = colours * np.array([2.0, 4.0, 3.0]) ** 0.5  # about as different as they look
+    chosen = [len(colours) - 1]
+    nearest = np.full(len(colours), np.inf)
+    for _ in range(n - 1):
+        nearest = np.minimum(nearest, ((seen - seen[chosen[-1]]) ** 2).sum(axis=1))
+        chosen.append(int(nearest.argmax()))
+    return colours[chosen]
+
+
 def class_colour(number: int) -> tuple[int, int, int]:
-    """The colour of a class, the same in every picture; neighbouring numbers are far apart on the wheel."""
-    red, green, blue = colorsys.hsv_to_rgb(
-        number * 0.381966 % 1, (0.95, 0.6)[number // 2 % 2], (1.0, 0.75)[number // 4 % 2]
-    )
-    return round(255 * red), round(255 * green), round(255 * blue)
+    """The colour of a class, the same in every picture."""
+    colours = palette()
+    return tuple(colours[number % len(colours)].tolist())
+
+
+def shown_size(photo: Image.Image) -> tuple[int, int]:
+    """(width, height) of a photo in a panel: as wide as it, unless that makes it more than half as tall again."""
+    scale = min(PANEL / photo.width, 1.5 * PANEL / photo.height)
+    return max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
 
 
 def overlay(photo: Image.Image, classes: np.ndarray) -> Image.Image:
-    """The photo with each class (H, W), -1 for none, in its colour and outlined, PANEL pixels wide."""
-    size = (PANEL, max(1, round(photo.height / photo.width * PANEL)))
+    """The photo with each class (H, W), -1 for none, in its colour and outlined, as large as in a panel."""
+    size = shown_size(photo)
     shown = torch.from_numpy(np.asarray(photo.resize(size, Image.Resampling.LANCZOS)).transpose(2, 0, 1).copy())
     fitted = Image.fromarray(classes.astype(np.int32)).resize(size, Image.Resampling.NEAREST)
     classes = np.asarray(fitted)
@@ -413,15 +437,16 @@ def overlay(photo: Image.Image, classes: np.ndarray) -> Image.Image:
 
 
 def panel(
-    title: str, picture: Image.Image, entries: list[tuple[tuple[int, int, int] | None, str, float | None]]
+    title: str, picture: Image.Image | None, entries: list[tuple[tuple[int, int, int] | None, str, float | None]]
 ) -> Image.Image:
     """A titled picture with a legend below: (colour or None, text, length of a bar in [0, 1] or None) a line."""
     font = ImageFont.load_default(14)
-    whole = Image.new("RGB", (PANEL, LINE + 4 + picture.height + 6 + LINE * len(entries)), "white")
+    y = LINE + 4 + (picture.height + 6 if picture else 0)
+    whole = Image.new("RGB", (PANEL, y + LINE * len(entries)), "white")
     draw = ImageDraw.Draw(whole)
     draw.text((0, 2), title, fill="black", font=font)
-    whole.paste(picture, (0, LINE + 4))
-    y = LINE + 4 + picture.height + 6
+    if picture:
+        whole.paste(picture, (0, LINE + 4))
     for colour, text, bar in entries:
         if bar is not None:
             draw.rectangle([PANEL - 130, y + 3, PANEL - 130 + round(128 * bar), y + LINE - 4], fill="#6688bb")
@@ -439,24 +464,24 @@ def map_panel(title: str, photo: Image.Image, classes: np.ndarray, names: list[s
     """A level's overlay with a legend of what is there, largest first."""
     numbers, pixels = np.unique(classes[classes >= 0], return_counts=True)
     order = np.argsort(-pixels, kind="stable")
+    named = [k for k in order[:most] if pixels[k] >= 0.001 * classes.size]
     entries = [
         (class_colour(int(numbers[k])), f"{names[int(numbers[k])]}  {pixels[k] / classes.size:.1%}", None)
-        for k in order[:most]
+        for k in named
     ]
-    if len(order) > most:
-        entries.append((None, f"and {len(order) - most} more", None))
+    if smaller := len(order) - len(named):
+        entries.append((None, f"and {smaller} smaller", None))
     return panel(title, overlay(photo, classes), entries or [(None, "nothing", None)])
 
 
-def tag_panel(title: str, photo: Image.Image, scores: dict[str, np.ndarray], vocabulary: dict) -> Image.Image:
+def tag_panel(title: str, photo: Image.Image | None, scores: dict[str, np.ndarray], vocabulary: dict) -> Image.Image:
     """The photo with the five best guesses of scene (and texture) as bars; scores are probabilities (K,)."""
     entries = []
     for level, values in scores.items():
         entries.append((None, f"{level}:", None))
         best = np.argsort(-values, kind="stable")[:5]
         entries += [(None, f"{vocabulary[level][k]}  {values[k]:.0%}", float(values[k])) for k in best]
-    size = (PANEL, max(1, round(photo.height / photo.width * PANEL)))
-    return panel(title, photo.resize(size, Image.Resampling.LANCZOS), entries)
+    return panel(title, photo and photo.resize(shown_size(photo), Image.Resampling.LANCZOS), entries)
 
 
 def sheet_of(rows: list[list[Image.Image]]) -> Image.Image:
@@ -484,7 +509,7 @@ def comparison(photo: Image.Image, maps: dict, logits: dict, labels: dict, vocab
     scores = {level: logits[level].softmax(dim=0).cpu().numpy() for level in ("scene", "texture") if level in logits}
     known = [f"{level}: {vocabulary[level][int(labels[level])]}" for level in scores if labels[level] >= 0]
     above = [tag_panel(", ".join(["truth", *known]), photo, {}, vocabulary)]
-    below = [tag_panel("prediction", photo, scores, vocabulary)]
+    below = [tag_panel("prediction", None, scores, vocabulary)]
     for level in maps:
         names = part_channel_names(vocabulary) if level == "part" else vocabulary[level]
         above.append(map_panel(f"{level}s, truth", photo, labels[level].cpu().numpy(), names))
@@ -785,7 +810,22 @@ def load_network(args: argparse.Namespace, device: torch.device) -> tuple[UPerNe
         net, vocabulary = from_checkpoint(checkpoint, args.checkpoint, str(device))
     except ValueError as e:
         raise UserError(str(e)) from None
+    check_run(checkpoint, args.checkpoint)
     return net, vocabulary, checkpoint.get("arguments", {}), checkpoint.get("split", {})
+
+
+def check_run(checkpoint: dict, path: str) -> None:
+    """Raises UserError if what a checkpoint says of its run, as far as it does, is of another kind than train.py's."""
+    arguments, split = checkpoint.get("arguments", {}), checkpoint.get("split", {})
+    if not isinstance(arguments, dict) or not isinstance(split, dict):
+        raise UserError(f"{path}: its arguments or its split are no dictionary")
+    for key, kind in {"data": str, "root": str, "sizes": list, "max_size": int}.items():
+        if key in arguments and not isinstance(arguments[key], kind):
+            raise UserError(f"{path}: its argument {key} is {arguments[key]!r:.40}")
+    if not all(isinstance(size, int) and 32 <= size < 10**5 for size in arguments.get("sizes", [450])):
+        raise UserError(f"{path}: its sizes are {arguments['sizes']!r:.40}, no numbers of pixels")
+    if not all(isinstance(v, list) and all(isinstance(image, str) for image in v) for v in split.values()):
+        raise UserError(f"{path}: its split holds no lists of images")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -92,6 +93,11 @@ def save_jpeg(path: str, height: int, width: int, seed: int = 0) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     noise = np.random.default_rng(seed).integers(0, 255, (height // 4, width // 4, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((width, height)).save(path)
+
+
+def grey(path: str, shape: tuple, value: int = 0) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Image.fromarray(np.full(shape, value, np.uint8)).save(path)
 
 
 def write(path: str, text: str, encoding: str = "utf-8") -> None:
@@ -855,24 +861,96 @@ class TestVocabulary(unittest.TestCase):
 
 
 class TestScan(unittest.TestCase):
-    def test_broken_files_are_set_aside_with_their_reason(self):
+    def broken(self, main_argv, reasons: dict[str, str]) -> None:
+        """Every one of the files named is set aside for its own reason, and a run on the rest goes on."""
+        self.assertEqual(len(set(reasons.values())), len(reasons))
+        status, _, err = command(datasets.main, *main_argv)
+        self.assertEqual(status, 2)
+        self.assertRegex(err.splitlines()[-1], "of its images are broken .* --allow-broken")
+        status, said, err = command(datasets.main, *main_argv, "--allow-broken")
+        self.assertEqual(status, 0, err)
+        self.assertIn(f"{len(reasons)} of ", err)
+        found = [line for line in said.splitlines() if re.search("jpg|png|json", line)]
+        for file, reason in reasons.items():
+            self.assertEqual(len([line for line in found if re.search(f"{file}.*: {reason}", line)]), 1, (file, found))
+        self.assertEqual(len(found), len(reasons))
+
+    def test_broken_files_of_ade20k_are_set_aside_with_their_reason(self):
         ade = Ade()
-        stems = [ade.add(np.full((40, 40), 5), {5: "wall"}, ["street"]) for _ in range(6)]
-        content = open(f"{stems[0]}.jpg", "rb").read()
-        open(f"{stems[0]}.jpg", "wb").write(content[: len(content) // 2])
-        os.remove(f"{stems[1]}_seg.png")
-        Image.fromarray(np.zeros((40, 41, 3), np.uint8)).save(f"{stems[2]}_seg.png")
-        write(f"{stems[3]}.json", "{")
-        Image.fromarray(np.full((40, 40, 3), 77, np.uint8)).save(f"{stems[4]}_seg.png")
-        cache = os.path.join(ade.root, ".cache")
-        with contextlib.redirect_stderr(io.StringIO()):
-            with self.assertRaisesRegex(UserError, "--allow-broken"):
-                datasets.scan(ade.root, "ade20k", cache)
-            index = datasets.scan(ade.root, "ade20k", cache, allow_broken=True)
-        self.assertEqual(index.images, ["images/ADE/training/a/b/ADE_train_00000005.jpg"])
-        reasons = dict(index.broken)
-        for k, word in enumerate(("0.jpg: OSError", "_seg.png: missing", "its photo", ".json", "class number 1869")):
-            self.assertIn(word, reasons[f"images/ADE/training/a/b/ADE_train_{k:08d}.jpg"])
+        stems = [ade.add(np.full((40, 40), 5), {5: "wall"}, ["street"], np.zeros((40, 40), int)) for _ in range(16)]
+        with open(f"{stems[0]}.jpg", "rb") as file:
+            content = file.read()
+
+        def write_bytes(path: str, value: bytes) -> None:
+            with open(path, "wb") as file:
+                file.write(value)
+
+        reasons = {}
+        for k, (ending, change, reason) in enumerate(
+            (
+                (".jpg", lambda path: write_bytes(path, content[: len(content) // 2]), "OSError: .*runcated"),
+                (".jpg", lambda path: write_bytes(path, b""), "UnidentifiedImageError"),
+                (".jpg", os.remove, None),  # no image any more
+                ("_seg.png", os.remove, "missing"),
+                ("_seg.png", lambda path: write_bytes(path, b""), "UnidentifiedImageError.*_seg"),
+                ("_seg.png", lambda path: grey(path, (40, 41, 3)), r"ValueError: \(40, 41\) pixels, its photo"),
+                ("_seg.png", lambda path: grey(path, (40, 40, 3), 77), "class number 1869, which the tables do not"),
+                ("_parts_1.png", lambda path: grey(path, (20, 40, 3)), r"ValueError: \(20, 40\) pixels"),
+                ("_parts_1.png", lambda path: grey(path, (40, 40, 3), 30), "class number 798, which"),
+                (".json", os.remove, None),
+                (".json", lambda path: write(path, "{"), "JSONDecodeError"),
+                (".json", lambda path: write(path, "[]"), "TypeError"),
+                (".json", lambda path: write(path, "{}"), "KeyError"),
+                (".json", lambda path: write(path, '{"annotation": {"scene": 3, "object": []}}'), "TypeError.*int"),
+                (".jpg", lambda path: (os.remove(path), os.symlink(path, path)), None),
+            )
+        ):
+            change(f"{stems[k]}{ending}")
+            if reason:
+                reasons[f"{k:08d}{ending}"] = reason
+        reasons["00000009.json"] = ".*No such file"
+        self.broken(("--data", "ade20k", "--root", ade.root), reasons)
+        index = datasets.scan(ade.root, "ade20k", os.path.join(ade.root, ".cache"), allow_broken=True)
+        self.assertEqual(index.images, ["images/ADE/training/a/b/ADE_train_00000015.jpg"])
+
+    def test_broken_files_of_the_other_layouts(self):
+        root = new_folder("others")
+        for layout, table in (
+            ("os", ("label-substance-colors.csv", "substance_id,substance_name,red_color\n1,wood,5\n")),
+            ("ade20k", ("objectInfo150.txt", "Idx\tName\n1\twall\n2\tsky\n")),
+        ):
+            write(os.path.join(root, layout, table[0]), table[1])
+        for k in range(4):
+            save_jpeg(os.path.join(root, "os", "photos", f"{k}.jpg"), 40, 40)
+            save_jpeg(os.path.join(root, "ade20k", "images", "training", f"{k}.jpg"), 40, 40)
+        grey(os.path.join(root, "os", "photos-labels", "0.png"), (64, 64, 3), 5)
+        grey(os.path.join(root, "os", "photos-labels", "1.png"), (64, 64, 3), 6)
+        write(os.path.join(root, "os", "photos-labels", "2.png"), "no picture")
+        self.broken(
+            ("--data", "os", "--root", root),
+            {"1.png": "class number 6, which", "2.png": "UnidentifiedImageError", "3.png": "missing"},
+        )
+        annotations = os.path.join(root, "ade20k", "annotations", "training")
+        grey(os.path.join(annotations, "0.png"), (40, 40), 2)
+        grey(os.path.join(annotations, "1.png"), (40, 40), 3)
+        grey(os.path.join(annotations, "2.png"), (40, 40, 3), 1)
+        grey(os.path.join(annotations, "3.png"), (40, 20), 1)
+        self.broken(
+            ("--data", "ade20k", "--root", root),
+            {"1.png": "class number 3, which", "2.png": "ValueError: mode RGB", "3.png": r"ValueError: \(40, 20\) pixels"},
+        )
+
+    def test_odd_but_whole_names_and_links(self):
+        """Spaces, letters of any script, a folder that links to itself: read, and each file once."""
+        root = new_folder("odd names")
+        place = os.path.join(root, "dtd", "images", "gepünktelt 点")
+        save_jpeg(os.path.join(place, "ein bild.jpg"), 40, 40)
+        write(os.path.join(root, "dtd", "labels", "train1.txt"), "gepünktelt 点/ein bild.jpg\n")
+        for name in ("val1", "test1"):
+            write(os.path.join(root, "dtd", "labels", f"{name}.txt"), "")
+        os.symlink(os.path.join(root, "dtd", "images"), os.path.join(place, "again"))
+        index = datasets.scan(root, "dtd", os.path.join(root, ".cache"))
+        self.assertEqual((index.images, index.tags), (["images/gepünktelt 点/ein bild.jpg"], ["gepünktelt 点"]))
 
     def test_a_changed_data_set_is_noticed_and_an_unchanged_one_not_read_again(self):
         ade = Ade()
@@ -1542,19 +1620,52 @@ class TestTraining(unittest.TestCase):
         self.assertEqual(status, 2)
         self.assertIn("os: its images are not those", err)
 
-    def torchrun(self, script, *argv) -> str:
-        """What two processes of a script print."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(
-            [*command, os.path.join(HERE, script), *map(str, argv)], capture_output=True, text=True, env=environment
+    def torchrun(self, script, *argv, processes=2, restarts=0, status=0) -> subprocess.CompletedProcess:
+        """What some processes of a script print."""
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += [f"--max-restarts={restarts}", os.path.join(HERE, script), *map(str, argv)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+        self.assertEqual(ended.returncode, status, ended.stderr)
+        return ended
+
+    def test_a_killed_process_ends_the_job_and_the_run_goes_on(self):
+        """With --resume, by as many processes or by one; by itself where torchrun starts the group again."""
+        script = os.path.join(new_folder("killer"), "killer.py")
+        write(
+            script,
+            "import os, signal, sys; import train\n"
+            "losses, calls = train.losses, []\n"
+            "def until(*values):\n"
+            "    calls.append(0)\n"
+            "    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and '--resume' not in sys.argv\n"
+            "    if len(calls) == 6 and first and os.environ['RANK'] == '1':\n"
+            "        os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    return losses(*values)\n"
+            "train.losses = until\n"
+            "train.main(sys.argv[1:])\n",
         )
-        self.assertEqual(run.returncode, 0, run.stderr[-2000:])
-        return run.stdout
+        whole, restarted, ended, alone = (new_folder(name) for name in ("whole", "restarted", "ended", "alone"))
+        options = (*self.options, "--iters", 8, "--texture-iters", 2, "--save-every", 2)
+        self.torchrun("train.py", *options, "--out", whole)
+        said = self.torchrun(script, *options, "--out", restarted, restarts=1).stdout
+        self.assertIn("goes on in the main stage at iteration 4", said)
+        self.assert_same_run(whole, restarted)
+
+        said = self.torchrun(script, *options, "--out", ended, status=1).stderr
+        self.assertRegex(said, "exitcode +: -9 ")  # torchrun's own report of the process that was killed
+        self.assertIn("process 0 lost touch with the others; go on with --resume", said)
+        shutil.copytree(ended, alone, dirs_exist_ok=True)
+        self.torchrun(script, "--resume", *self.options[:2], "--out", ended)
+        self.assert_same_run(whole, ended)
+        self.train("--resume", "--out", alone)
+        self.assertEqual(self.lines(alone), 10)
+        stages = [torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)["stage"] for out in (alone, ended)]
+        self.assertEqual(stages, ["done", "done"])
 
     def test_two_processes(self):
         out = new_folder("ranks")
-        said = self.torchrun("train.py", *self.options, "--iters", 4, "--texture-iters", 2, "--out", out)
+        said = self.torchrun("train.py", *self.options, "--iters", 4, "--texture-iters", 2, "--out", out).stdout
         self.assertEqual(said.count("next: python evaluate.py"), 1)  # one of them speaks
         self.assertEqual(self.lines(out), 6)
         net, _ = upernet.load(os.path.join(out, "ckpt.pt"))
@@ -1562,7 +1673,7 @@ class TestTraining(unittest.TestCase):
 
         # They share the images out, none twice, and find what a single process finds.
         checkpoint, shared, alone = (os.path.join(out, name) for name in ("ckpt.pt", "shared.json", "alone.json"))
-        said = self.torchrun("evaluate.py", checkpoint, "--json", shared)
+        said = self.torchrun("evaluate.py", checkpoint, "--json", shared).stdout
         self.assertEqual(said.count("mIoU-bg"), 1)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -1595,10 +1706,8 @@ class TestTraining(unittest.TestCase):
             "train.evaluate = lambda *a, **k: {}\n"
             "train.main(sys.argv[1:])\n",
         )
-        with mock.patch.dict(os.environ, PYTHONPATH=HERE):
-            said = self.torchrun(
-                script, *self.options, "--iters", 20, "--texture-iters", 2, "--save-every", 5, "--out", out
-            )
+        arguments = ("--iters", 20, "--texture-iters", 2, "--save-every", 5, "--out", out)
+        said = self.torchrun(script, *self.options, *arguments).stdout
         self.assertEqual((said.count("alike"), said.count("apart")), (6, 0))
 
     def test_two_processes_of_two_have_the_gradient_of_one_of_four(self):
@@ -1626,8 +1735,7 @@ class TestTraining(unittest.TestCase):
             "    assert value is None or (value - shared[name]).abs().max() <= 1e-5 * value.abs().max().clamp(min=1e-3), name\n"
             "print('agreed', rank)\n",
         )
-        with mock.patch.dict(os.environ, PYTHONPATH=HERE):
-            self.assertEqual(self.torchrun(script).count("agreed"), 2)
+        self.assertEqual(self.torchrun(script).stdout.count("agreed"), 2)
 
     def test_weights_from_a_file(self):
         torch.manual_seed(5)
@@ -1675,23 +1783,41 @@ class TestPhotos(unittest.TestCase):
             "bilevel.png": (colours.convert("1"), {}),
             "turned.jpg": (colours, {"exif": rotated}),
             "webp.webp": (colours, {}),
+            "moving.gif": (colours, {"save_all": True, "append_images": [colours.rotate(90)]}),
+            "point.png": (colours.resize((1, 1)), {}),
+            "low.png": (colours.resize((5000, 1)), {}),
+            "high.png": (colours.resize((1, 5000)), {}),
+            "float.tiff": (Image.fromarray(np.linspace(0, 1, 4000, dtype=np.float32).reshape(50, 80)), {}),
+            "ein bild 点.jpg": (colours, {}),
+            "really-a-png.jpg": (colours, {"format": "PNG"}),
         }
         for name, (picture, options) in photos.items():
             picture.save(os.path.join(place, name), **options)
+        with open(os.path.join(place, "webp.webp"), "rb") as file:
+            self.assertEqual(file.read(4), b"RIFF")
+        colours.save(os.path.join(place, "marred.jpg"))  # with EXIF that is no EXIF
+        with open(os.path.join(place, "marred.jpg"), "r+b") as file:
+            content = file.read()
+            exif = b"Exif\0\0" + b"\xff" * 20
+            file.seek(0)
+            file.write(content[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif + content[2:])
+        photos["marred.jpg"] = (colours, {})
         status, said, err = command(
             evaluate.main, self.checkpoint, "--photo", *(os.path.join(place, n) for n in photos), "--pictures", place
         )
         self.assertEqual((status, err), (0, ""))
-        for name in photos:
+        for name, (picture, _) in photos.items():
             stem = os.path.join(place, name.split(".")[0] + "_upernet")
             with np.load(f"{stem}.npz") as maps:
-                size = (80, 50) if name == "turned.jpg" else (50, 80)
+                size = picture.size if name == "turned.jpg" else picture.size[::-1]
                 for level in ("object", "part", "material", "texture_map"):
                     self.assertEqual(maps[level].shape, size, name)
                 self.assertEqual(maps["scene"].shape, maps["scene_names"].shape)
                 self.assertAlmostEqual(float(maps["scene"].sum()), 1, places=4)
                 self.assertLess(maps["part"].max(), len(maps["part_names"]))
-            self.assertEqual(Image.open(f"{stem}.png").mode, "RGB")
+            with Image.open(f"{stem}.png") as sheet:
+                self.assertEqual(sheet.mode, "RGB")
+                self.assertLess(max(sheet.size), 3000)
 
     def test_sixteen_bits_and_transparency(self):
         deep = datasets.rgb(Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)))
@@ -1763,7 +1889,19 @@ class TestPhotos(unittest.TestCase):
 
 
 class TestMistakes(unittest.TestCase):
-    """A mistake of the user's is one line on stderr that says what is wrong, and status 2."""
+    """A mistake of the user's, or a hostile file, is one line on stderr that says what is wrong, and status 2; a broken
+    file among many is set aside with its reason. Each case has a message of its own."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.place, cls.root = new_folder("mistakes"), small_toy()
+        cls.out = cls.at("run")
+        command(train.main, "--root", cls.root, *SMALL, "--iters", 1, "--texture-iters", 1, "--out", cls.out)
+        cls.checkpoint = os.path.join(cls.out, "ckpt.pt")
+
+    @classmethod
+    def at(cls, *names: str) -> str:
+        return os.path.join(cls.place, *names)
 
     def assert_refused(self, main, *argv, says):
         status, _, err = command(main, *argv)
@@ -1771,148 +1909,224 @@ class TestMistakes(unittest.TestCase):
         self.assertEqual(err.count("\n"), 1, err)
         self.assertRegex(err, says)
 
-    def test_one_line_and_status_2(self):
-        place = new_folder("mistakes")
-        junk = os.path.join(place, "junk.pt")
-        write(junk, "this is no checkpoint")
-        weights = os.path.join(place, "weights.pt")
-        torch.save({"a": torch.zeros(3)}, weights)
-        surfaces = os.path.join(place, "only")
-        shutil.copytree(os.path.join(folder, "data", "toy", "os"), os.path.join(surfaces, "os"))
-        old = os.path.join(place, "old")
-        write(os.path.join(old, "ade20k", "index_ade20k.mat"), "")
-        table = os.path.join(place, "table")
-        write(os.path.join(table, "ade20k", "objectInfo150.txt"), "Idx Name\n1 wall\n")
-        save_jpeg(os.path.join(table, "ade20k", "images", "training", "a.jpg"), 40, 40)
-        zero = os.path.join(place, "zero")
-        shutil.copytree(table, zero)
-        write(os.path.join(zero, "ade20k", "objectInfo150.txt"), "Idx\tName\n0\tbackground\n1\twall\n")
-        shares = os.path.join(place, "shares")
-        shutil.copytree(surfaces, shares)
-        write(os.path.join(shares, "split.json"), "[]")
-        out = ("--out", os.path.join(place, "out"))
-        data = ("--root", os.path.join(folder, "data"))
-        for main, argv, says in (
+    def arguments(self) -> list[tuple]:
+        """(main, arguments, message) of options that will not do."""
+        new = ("--root", self.root, "--out", self.at("new"))
+        missing, ckpt = self.at("nowhere"), self.checkpoint
+        return [
+            (train.main, ("--data", "ade"), "--data ade: 'ade' is not one of toy"),
+            (train.main, (*new, "--backbone", "vgg16"), "backbone 'vgg16': choose"),
+            (train.main, (*new, "--backbone", "50"), "backbone '50'"),
+            (train.main, (*new, "--weights", "nothing.pth"), "nothing.pth: no such file"),
+            (train.main, (*new, "--resume"), "new.ckpt.pt: no checkpoint to go on from; start without --resume"),
+            (train.main, (*new, "--lr", "-1"), "--lr: '-1' is not a number above 0"),
+            (train.main, (*new, "--lr", "nan"), "--lr: 'nan'"),
+            (train.main, (*new, "--sizes", "64,x"), "--sizes: 'x' is not a whole number"),
+            (train.main, (*new, "--sizes", "8"), "--sizes: .* at least 32"),
+            (train.main, (*new, "--batch-size", "0"), "--batch-size: '0'"),
+            (train.main, (*new, "--batch-size", "1", "--sizes", "32"), "--sizes: .*33 pixels"),
+            (train.main, (*new, "--seed", "9" * 30), "--seed: '9{30}'"),
+            (train.main, (*new, "--iters", "-3"), "--iters: '-3'"),
+            (train.main, (*new, "--fpn", "1"), "--fpn: .*choose from"),
+            (train.main, (*new, "--device", "abacus"), "--device abacus: not to be had"),
+            (train.main, (*new, "--device", "meta"), "--device meta"),
+            (train.main, (*new, "--colour", "red"), "unrecognized arguments: --colour"),
+            (train.main, (*new, "--min-images", "100000"), "lower the --min- options"),
+            (train.main, ("--root", self.root, "--out", self.out), "holds a run already; .*--resume, .*--out"),
             (
                 train.main,
-                ("--data", "ade20k", "--root", os.path.join(place, "nowhere")),
-                "nowhere: no such folder; --root",
+                ("--root", self.root, "--out", self.out, "--resume", "--lr", 5),
+                "--lr: .* was begun with 0.04, .* leave --lr out",
             ),
-            (train.main, ("--data", "ade20k", "--root", surfaces), r"ade20k: not found .* \(folders there: os\)"),
-            (train.main, ("--data", "ade"), "'ade' is not one of toy"),
-            (train.main, ("--data", "ade20k", "--root", old), "ADE20K_2021_17_01"),
-            (train.main, (*data, *out, "--backbone", "vgg16"), "backbone 'vgg16'"),
-            (train.main, (*data, *out, "--weights", "nothing.pth"), "nothing.pth: no such file"),
-            (train.main, (*data, *out, "--weights", junk), "junk.pt: not a file of PyTorch weights"),
-            (train.main, (*data, *out, "--weights", weights), "weights.pt: nothing in it fits"),
-            (train.main, (*data, *out, "--resume"), "ckpt.pt: no checkpoint to go on from"),
-            (train.main, (*data, *out, "--lr", "-1"), "--lr"),
-            (train.main, (*data, *out, "--lr", "nan"), "--lr"),
-            (train.main, (*data, *out, "--sizes", "64,x"), "--sizes"),
-            (train.main, (*data, *out, "--sizes", "8"), "at least 32"),
-            (train.main, (*data, *out, "--batch-size", "0"), "--batch-size"),
-            (train.main, (*data, *out, "--device", "abacus"), "--device abacus"),
-            (train.main, (*data, *out, "--min-images", "100000"), "--min-"),
-            (train.main, (*data, *out, "--colour", "red"), "--colour"),
-            (train.main, (*data, *out, "--seed", "9" * 30), "--seed"),
-            (train.main, (*data, *out, "--batch-size", "1", "--sizes", "32"), "--sizes: .*33 pixels"),
-            (train.main, (*data, *out, "--device", "meta"), "--device meta"),
-            (train.main, (*data, *out, "--backbone", "50"), "backbone '50'"),
-            (train.main, ("--data", "ade20k", "--root", table, *out), "objectInfo150.txt: a header"),
-            (train.main, ("--data", "ade20k", "--root", zero, *out), "objectInfo150.txt: .*0 is unlabelled"),
-            (train.main, ("--data", "os", "--root", shares, "--min-images", "5", *out), "split.json: not a split"),
-            (evaluate.main, (), "ckpt.pt"),
-            (
-                evaluate.main,
-                ("nothing.pt", "--release", "a", "b"),
-                "a checkpoint before .* or a network of the authors",
-            ),
-            (evaluate.main, (place,), "mistakes-.*: a folder, not a file"),
-            (evaluate.main, ("--release", "a", "b"), "--labels"),
-            (evaluate.main, ("nothing.pt",), "nothing.pt: no such file"),
-            (evaluate.main, (junk,), "junk.pt: not a file of PyTorch weights"),
-            (evaluate.main, (weights,), "weights.pt: not a checkpoint of train.py"),
-            (evaluate.main, (weights, "--levels", "colour"), "'colour' is not one of"),
-            (balance_split.main, (*data, "--fraction", "2"), "--fraction"),
-            (balance_split.main, ("--data", "dtd", "--root", surfaces), "dtd: not found"),
-            (datasets.main, ("--data", "os,dtd", "--root", surfaces), "dtd: not found"),
-        ):
-            with self.subTest(argv=argv[-2:]):
-                self.assert_refused(main, *argv, says=says)
+            (evaluate.main, (), "name a checkpoint before the options .*ckpt.pt"),
+            (evaluate.main, (ckpt, "--release", "a", "b"), "or a network of the authors with --release"),
+            (evaluate.main, ("--release", "a", "b"), "--release: --labels must name"),
+            (evaluate.main, (missing,), "nowhere: no such file"),
+            (evaluate.main, (self.place,), "mistakes-[^/]*: a folder, not a file"),
+            (evaluate.main, (ckpt, "--levels", "colour"), "--levels: 'colour' is not one of"),
+            (evaluate.main, (ckpt, "--size", "1e3"), "--size: '1e3'"),
+            (evaluate.main, (ckpt, "--data", "dtd", "--root", missing), "nowhere: no such folder; --root names"),
+            (evaluate.main, (ckpt, "--json", self.place), "mistakes-[^/]*: cannot be written .Is a directory"),
+            (evaluate.main, (ckpt, "--photo", "a/x.jpg", "b/x.png"), "--photo: several files named x would be"),
+            (evaluate.main, (ckpt, "--photo", "x.jpg", "--json", "m.json"), "--json: photos have no labels"),
+            (balance_split.main, ("--root", self.root, "--fraction", "2"), "--fraction: '2' is not a number between"),
+            (upernet.main, ("--size", "20"), "--size and --train-size: at least 32"),
+        ]
 
-    def test_photos_that_are_none(self):
-        place = new_folder("none")
-        root = small_toy()
-        command(train.main, "--root", root, *SMALL, "--iters", 1, "--texture-iters", 0, "--out", place)
-        checkpoint, good, bad = (os.path.join(place, name) for name in ("ckpt.pt", "good.png", "bad.jpg"))
-        Image.new("RGB", (60, 40)).save(good)
-        write(bad, "no picture")
-        self.assert_refused(
-            evaluate.main,
-            checkpoint,
-            "--photo",
-            bad,
-            good,
-            "--pictures",
-            place,
-            says="bad.jpg: cannot be read as a picture",
+    def folders(self) -> list[tuple]:
+        """The same, of data that are not there or not in their layout."""
+        surfaces, old, table, zero, shares, empty = map(self.at, ("only", "old", "table", "zero", "shares", "empty"))
+        bare, columns, occupied = map(self.at, ("bare", "columns", "occupied"))
+        shutil.copytree(os.path.join(self.root, "toy", "os"), os.path.join(surfaces, "os"))
+        shutil.copytree(surfaces, shares)
+        write(os.path.join(shares, "split.json"), "[]")
+        shutil.copytree(surfaces, bare)
+        os.remove(os.path.join(bare, "os", "label-substance-colors.csv"))
+        shutil.copytree(surfaces, columns)
+        write(os.path.join(columns, "os", "label-substance-colors.csv"), "a,b\n1,2\n")
+        write(os.path.join(old, "ade20k", "index_ade20k.mat"), "")
+        write(os.path.join(table, "ade20k", "objectInfo150.txt"), "Idx Name\n1 wall\n")
+        save_jpeg(os.path.join(table, "ade20k", "images", "training", "a.jpg"), 40, 40)
+        shutil.copytree(table, zero)
+        write(os.path.join(zero, "ade20k", "objectInfo150.txt"), "Idx\tName\n0\tbackground\n1\twall\n")
+        os.makedirs(os.path.join(empty, "ade20k", "images", "ADE"))
+        write(occupied, "a file")
+        new = ("--out", self.at("new"), "--min-images", "5")
+        return [
+            (datasets.main, ("--data", "ade20k", "--root", surfaces), r"ade20k: not found .* \(folders there: os\)"),
+            (datasets.main, ("--data", "os,dtd", "--root", surfaces), "dtd: not found below"),
+            (datasets.main, ("--data", "os", "--root", occupied), "occupied: no such folder"),
+            (datasets.main, ("--data", "ade20k", "--root", old), "2016_07_26.* get ADE20K_2021_17_01"),
+            (datasets.main, ("--data", "ade20k", "--root", empty), "no images in images/ADE/training or"),
+            (datasets.main, ("--data", "os", "--root", bare), "label-substance-colors.csv: No such file"),
+            (datasets.main, ("--data", "os", "--root", columns), "label-substance-colors.csv: needs the columns"),
+            (datasets.main, ("--data", "ade20k", "--root", table), "objectInfo150.txt: a header"),
+            (datasets.main, ("--data", "ade20k", "--root", zero), "objectInfo150.txt: .*0 is unlabelled"),
+            (
+                datasets.main,
+                ("--data", "os", "--root", surfaces, "--cache", occupied),
+                "occupied.*: cannot be written .*--cache",
+            ),
+            (train.main, ("--data", "os", "--root", shares, *new), "split.json: not a split"),
+        ]
+
+    def checkpoints(self) -> list[tuple]:
+        """The same, of checkpoints that are none of ours; those of stage "main" are to go on from."""
+        with open(self.checkpoint, "rb") as file:
+            content = file.read()
+        good = torch.load(self.checkpoint, weights_only=True)
+        weight, model, ran = "ppm.last.0.weight", good["model"], self.at("ran")
+
+        class RunsCode:
+            def __reduce__(self):
+                return os.mkdir, (ran,)
+
+        def without(key: str) -> dict:
+            return {k: v for k, v in good.items() if k != key}
+
+        network = lambda **change: {**good, "network": {**good["network"], **change}}
+        weights = lambda value: {**good, "model": {**model, weight: value}}
+        words = {**good["vocabulary"], "scene": [1] * len(good["vocabulary"]["scene"])}
+        short = {**good["vocabulary"], "scene": good["vocabulary"]["scene"][:-1]}
+        half_way = lambda **change: {**good, "stage": "main", "iteration": 1, **change}
+        files = [
+            ("half.pt", content[: len(content) // 2], "half.pt: not a file of PyTorch weights, or a damaged one"),
+            ("random.pt", np.random.default_rng(0).bytes(5000), "random.pt: not a file of PyTorch weights"),
+            ("nothing.pt", b"", "nothing.pt: not a file of PyTorch weights"),
+            ("code.pt", {**good, "model": RunsCode()}, "code.pt: not a file of PyTorch weights"),
+            ("list.pt", [1, 2], "list.pt: holds no dictionary"),
+            ("lacking.pt", without("model"), "lacking.pt: not a checkpoint of train.py .no model"),
+            ("keys.pt", {**good, "model": {}}, "keys.pt: mean is missing|keys.pt: .* is missing"),
+            ("more.pt", {**good, "model": {**model, "more": torch.zeros(1)}}, "more is not a part of this network"),
+            ("shape.pt", weights(torch.zeros(3)), rf"{weight} is \(3,\), not \(8, "),
+            ("text.pt", weights("text"), f"{weight} is str, not"),
+            ("sparse.pt", weights(model[weight].to_sparse()), f"{weight} is Tensor, not"),
+            ("nan.pt", weights(model[weight] * math.nan), f"{weight} has values that are not finite"),
+            ("short.pt", {**good, "vocabulary": short}, "does not have the network's numbers of classes"),
+            ("words.pt", {**good, "vocabulary": words}, "its vocabulary has names that are no text"),
+            ("orphan.pt", {**good, "vocabulary": {"part": {"car": []}}}, "orphan.pt: its network or vocabulary"),
+            ("option.pt", network(colour=3), "network or vocabulary .*unexpected keyword argument 'colour'"),
+            ("huge.pt", network(channels=10**9), "huge.pt: its network or vocabulary"),
+            ("wide.pt", network(channels=20000), r"wide.pt: ppm.* is \(8, .*, not \(20000, "),
+            ("module.pt", network(backbone="os"), "backbone 'os': choose"),
+            ("negative.pt", network(classes={"object": -1}), "classes: numbers above 0"),
+            ("data.pt", {**good, "arguments": {"data": 5}}, "data.pt: its argument data is 5"),
+            ("sizes.pt", {**good, "arguments": {"sizes": [1]}}, r"sizes.pt: its sizes are \[1\]"),
+            ("split.pt", {**good, "split": {"dtd": 5}}, "split.pt: its split holds no lists"),
+            ("table.pt", {**good, "split": []}, "table.pt: its arguments or its split are no dictionary"),
+            ("stage.pt", half_way(stage="first"), "its stage is not what"),
+            ("iteration.pt", half_way(iteration=-5), "its iteration is not what"),
+            ("momenta.pt", half_way(optimizer={}), "its optimizer is not what"),
+            ("groups.pt", half_way(optimizer={"state": {}, "param_groups": []}), "its optimizer is not that of this"),
+            ("random-state.pt", half_way(iteration=0, random=torch.zeros(3)), "its random is not what"),
+            ("scaler.pt", half_way(iteration=0, scaler=1), "its scaler is not what"),
+            ("given.pt", half_way(iteration=0, arguments={**good["arguments"], "lr": "x"}), "its argument lr is missing, or not"),
+            ("sources.pt", half_way(iteration=0, split={"dtd": []}), "has a split of dtd, not of its own data"),
+        ]
+        cases = []
+        for name, value, says in files:
+            path = self.at(name)
+            if name == "stage.pt" or (isinstance(value, dict) and value.get("stage") == "main"):
+                os.makedirs(self.at(name[:-3]))
+                path = self.at(name[:-3], "ckpt.pt")
+                cases.append((train.main, ("--root", self.root, "--resume", "--out", self.at(name[:-3])), says))
+            else:
+                cases.append((evaluate.main, (path, "--levels", "scene"), says))
+            if isinstance(value, bytes):
+                with open(path, "wb") as file:
+                    file.write(value)
+            else:
+                torch.save(value, path)
+        strangers = self.at("strangers.pth")
+        torch.save({"a": torch.zeros(3)}, strangers)
+        start = ("--root", self.root, "--out", self.at("new"), "--weights", strangers)
+        return [*cases, (train.main, start, "strangers.pth: nothing in it fits this network; its first key is a")]
+
+    def photos(self) -> list[tuple]:
+        """The same, of photos that cannot be read."""
+        noise = np.random.default_rng(0).integers(0, 255, (50, 80, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(self.at("good.jpg"))
+        with open(self.at("good.jpg"), "rb") as file:
+            content = file.read()
+        chunk = lambda kind, body: (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         )
-        self.assertTrue(os.path.exists(os.path.join(place, "good_upernet.png")))  # the others are parsed all the same
-        self.assert_refused(
-            train.main, "--root", root, *SMALL, "--out", place, says="holds a run already.*--resume.*--out"
-        )
-        self.assert_refused(
-            train.main, "--root", root, "--resume", "--lr", 5, "--out", place, says="--lr: .* was begun with"
-        )
-        self.assert_refused(
-            evaluate.main,
-            checkpoint,
-            "--data",
-            "dtd",
-            "--root",
-            os.path.join(place, "gone"),
-            says="gone: no such folder",
-        )
+        header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+        bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+        files = {"cut.jpg": content[: len(content) // 2], "zero.png": b"", "words.jpg": b"no picture", "bomb.png": bomb}
+        for name, value in files.items():
+            with open(self.at(name), "wb") as file:
+                file.write(value)
+        os.makedirs(self.at("folder.jpg"))
+        os.symlink("circle.jpg", self.at("circle.jpg"))
+        says = {
+            "cut.jpg": "cut.jpg: cannot be read as a picture .*truncated",
+            "zero.png": "zero.png: cannot be read as a picture .*cannot identify",
+            "words.jpg": "words.jpg: cannot be read as a picture",
+            "bomb.png": "bomb.png: cannot be read as a picture .*3600000000 pixels",
+            "folder.jpg": "folder.jpg: cannot be read as a picture .*Is a directory",
+            "circle.jpg": "circle.jpg: cannot be read as a picture .*symbolic links",
+            "gone.jpg": "gone.jpg: no such file",
+        }
+        pictures = self.at("pictures")
+        parse = lambda name, place: (evaluate.main, (self.checkpoint, "--photo", self.at(name), "--pictures", place))
+        cases = [(*parse(name, pictures), message) for name, message in says.items()]
+        return [*cases, (*parse("good.jpg", self.at("words.jpg")), "words.jpg.good_upernet.png: cannot be written")]
+
+    def test_one_line_and_status_2(self):
+        cases = [*self.arguments(), *self.folders(), *self.checkpoints(), *self.photos()]
+        messages = [says for _, _, says in cases]
+        self.assertEqual(sorted(messages), sorted(set(messages)))
+        self.assertGreaterEqual(len(cases), 60)
+        for main, argv, says in cases:
+            with self.subTest(says=says):
+                self.assert_refused(main, *argv, says=says)
+        self.assertFalse(os.path.exists(self.at("ran")))  # what a pickle asked for
+        scripts = {m: f"{m.__module__}.py" for m, _, _ in cases}
+        firsts = [next(case for case in cases if case[0] is main) for main in scripts]
+        for main, argv, says in firsts:  # again as a command of its own, one of each script
+            run = [sys.executable, os.path.join(HERE, scripts[main]), *map(str, argv)]
+            ended = subprocess.run(run, capture_output=True, text=True)
+            with self.subTest(script=scripts[main]):
+                self.assertEqual((ended.returncode, ended.stderr.count("\n")), (2, 1), ended.stderr)
+                self.assertRegex(ended.stderr, f"^{scripts[main]}: .*{says}")
+        self.assertEqual(len(firsts), 5)
+
+    def test_a_broken_photo_does_not_keep_the_others_from_being_parsed(self):
+        place = new_folder("one-broken")
+        Image.new("RGB", (60, 40)).save(os.path.join(place, "good.png"))
+        write(os.path.join(place, "bad.jpg"), "no picture")
+        photos = (os.path.join(place, name) for name in ("bad.jpg", "good.png"))
+        self.assert_refused(evaluate.main, self.checkpoint, "--photo", *photos, "--pictures", place, says="bad.jpg: ")
+        self.assertTrue(os.path.exists(os.path.join(place, "good_upernet.png")))
 
     def test_imagenet_weights_without_a_network(self):
-        offline = mock.patch("train.load_imagenet", side_effect=OSError("no route to host"))
-        with offline:
+        with mock.patch("train.load_imagenet", side_effect=OSError("no route to host")):
             argv = ("--root", os.path.join(folder, "data"), "--out", new_folder("offline"), "--weights", "imagenet")
             self.assert_refused(train.main, *argv, says="--weights imagenet: the download failed .* --weights none")
 
-    def test_damaged_checkpoints(self):
-        place = new_folder("damaged")
-        net = UPerNet({"object": 2, "part": {1: 2}}, "resnet18", channels=8)
-        good = {
-            "model": net.state_dict(),
-            "network": {"classes": {"object": 2, "part": {1: 2}}, "backbone": "resnet18", "channels": 8},
-            "vocabulary": {"object": ["wall", "car"], "part": {"car": ["background", "wheel"]}},
-        }
-        path = os.path.join(place, "c.pt")
-        torch.save(good, path)
-        upernet.load(path)
-        size = os.path.getsize(path)
-        without = {k: v for k, v in good["model"].items() if k != "ppm.last.0.weight"}
-        for change, says in (
-            ({"model": without}, "ppm.last.0.weight is missing"),
-            ({"model": {**good["model"], "more": torch.zeros(1)}}, "more is not a part"),
-            ({"model": {**good["model"], "mean": torch.zeros(5)}}, r"mean is \(5,\), not \(3, 1, 1\)"),
-            ({"vocabulary": {**good["vocabulary"], "object": ["wall", "car", "sky"]}}, "vocabulary"),
-            ({"vocabulary": {"part": {}}}, "vocabulary"),
-            ({"network": {"colour": 3}}, "network"),
-            ({"network": None}, "no network"),
-        ):
-            torch.save({**good, **change}, path)
-            with self.subTest(says=says), self.assertRaisesRegex(ValueError, f"c.pt: .*{says}"):
-                upernet.load(path)
-        torch.save(good, path)
-        with open(path, "r+b") as file:
-            file.truncate(size // 2)
-        with self.assertRaisesRegex(ValueError, "c.pt"):
-            upernet.load(path)
-
     def test_help_is_short(self):
-        for main in (train.main, evaluate.main, balance_split.main, datasets.main):
+        for main in (train.main, evaluate.main, balance_split.main, datasets.main, upernet.main):
             with mock.patch.dict(os.environ, COLUMNS="110"):
                 status, said, _ = command(main, "--help")
             self.assertEqual(status, 0)

@@ -10,6 +10,7 @@ their branch alone, on a trunk that stands still.
 
 import argparse
 import contextlib
+import glob
 import json
 import math
 import os
@@ -48,6 +49,7 @@ from datasets import (
 from evaluate import (
     add_device_options,
     autocast,
+    check_run,
     evaluate,
     first_before_others,
     join_processes,
@@ -58,7 +60,7 @@ from evaluate import (
     write_json,
 )
 from resnet import load_imagenet
-from upernet import LEVELS, LOSS_WEIGHTS, UPerNet, class_counts, fill, losses, read_tensors
+from upernet import LEVELS, LOSS_WEIGHTS, UPerNet, class_counts, fill, from_checkpoint, losses, read_tensors
 
 PAPER = {  # section 3.1 and the released code
     "data": "toy", "root": "data", "split": "balanced", "backbone": "resnet50", "channels": 512, "stem": "7x7",
@@ -221,6 +223,8 @@ def open_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[dict[s
             )
     args.fingerprints = fingerprints
     split = checkpoint["split"] if checkpoint else validation_split(args, indexes, vocabulary)
+    if split.keys() != indexes.keys():
+        raise UserError(f"{args.out}: its checkpoint has a split of {', '.join(split) or 'nothing'}, not of its own data")
     readers = {source: Reader(index, vocabulary) for source, index in indexes.items()}
     for reader in readers.values():
         reader.prepare(cache_folder(args), max(args.sizes), args.max_size)
@@ -327,6 +331,8 @@ class Run:
         stages = plan_stages(self.args, self.sizes, self.ranks)
         if is_first() and self.stage != "done":
             cut_log(self.log, self.start + (stages["main"][1] if self.stage == "texture" else 0))
+            for unfinished in glob.glob(f"{glob.escape(self.path)}.*.tmp"):  # of a run that was killed while it saved
+                os.remove(unfinished)
         if self.stage == "main" and not self.start:
             self.save("main", 0)
         with signals_noted() as noted:
@@ -350,7 +356,12 @@ class Run:
         trained.requires_grad_(True)
         optimizer = torch.optim.SGD(parameter_groups(trained), lr=args.lr, momentum=0.9)
         if self.start:
-            optimizer.load_state_dict(self.momenta)
+            try:
+                optimizer.load_state_dict(self.momenta)
+                if any(state["momentum_buffer"].shape != p.shape for p, state in optimizer.state.items()):
+                    raise ValueError("a shape")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{self.path}: its optimizer is not that of this network") from None
         model = torch.compile(net) if args.compile else net
         if self.ranks > 1:
             own = [device.index] if device.type == "cuda" else None
@@ -465,13 +476,27 @@ def read_checkpoint(path: str) -> dict:
         raise UserError(f"{path}: no checkpoint to go on from; start without --resume")
     try:
         checkpoint = read_tensors(path)
+        keys = "model network vocabulary optimizer scaler stage iteration random split arguments".split()
+        if missing := [key for key in keys if key not in checkpoint]:
+            raise UserError(f"{path}: not a checkpoint of train.py (no {missing[0]} in it)")
+        from_checkpoint(checkpoint, path)
     except ValueError as e:
         raise UserError(str(e)) from None
-    keys = "model network vocabulary optimizer scaler stage iteration random split arguments".split()
-    if missing := [key for key in keys if key not in checkpoint]:
-        raise UserError(f"{path}: not a checkpoint of train.py (no {missing[0]} in it)")
-    if not all(isinstance(checkpoint[key], dict) for key in ("model", "network", "vocabulary", "split", "arguments")):
-        raise UserError(f"{path}: not a checkpoint of train.py, or a damaged one")
+    check_run(checkpoint, path)
+    iteration, optimizer, random = (checkpoint[key] for key in ("iteration", "optimizer", "random"))
+    usual_state = torch.get_rng_state()
+    for key, fits in (
+        ("stage", checkpoint["stage"] in ("main", "texture", "done")),
+        ("iteration", isinstance(iteration, int) and iteration >= 0),
+        ("optimizer", isinstance(optimizer, dict) and (not iteration or {"state", "param_groups"} <= optimizer.keys())),
+        ("scaler", isinstance(checkpoint["scaler"], dict)),
+        ("random", isinstance(random, Tensor) and random.dtype == torch.uint8 and random.shape == usual_state.shape),
+    ):
+        if not fits:
+            raise UserError(f"{path}: its {key} is not what train.py writes")
+    for key, usual in PAPER.items():
+        if usual is not None and type(checkpoint["arguments"].get(key)) is not type(usual):
+            raise UserError(f"{path}: its argument {key} is missing, or not what train.py writes")
     return checkpoint
 
 
@@ -559,12 +584,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]
     data = args.data or PAPER["data"]
     out = args.out or os.path.join("runs", "+".join(sorted(name.strip() for name in data.split(","))))
     stored = {}
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and not os.path.exists(
-        os.path.join(out, "ckpt.pt")
-    )
     try:
-        if args.resume and restarted:  # by torchrun, after it had failed before the first checkpoint: begin anew
-            args.resume = False
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # torchrun starts a group that failed again
+            args.resume = os.path.exists(os.path.join(out, "ckpt.pt"))
         if args.resume:
             stored = read_checkpoint(os.path.join(out, "ckpt.pt"))["arguments"]
             for key in sorted(given - FREE):

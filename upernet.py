@@ -19,6 +19,7 @@ import inspect
 import os
 import re
 import time
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -382,7 +383,9 @@ def read_tensors(path: str, device: str = "cpu") -> dict:
     if not os.path.isfile(path):
         raise ValueError(f"{path}: a folder, not a file" if os.path.isdir(path) else f"{path}: no such file")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():  # about what it may hold that we do not take
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # damaged bytes can trip the reader anywhere
         raise ValueError(f"{path}: not a file of PyTorch weights, or a damaged one ({type(e).__name__})") from None
     if not isinstance(content, dict):
@@ -391,19 +394,22 @@ def read_tensors(path: str, device: str = "cpu") -> dict:
 
 
 def fill(net: nn.Module, state: dict, path: str, name_of=lambda key: key) -> None:
-    """Loads `state` into `net`, whose keys `name_of` turns into those of the file; ValueError names the first that
-    does not fit."""
+    """Loads `state` into `net`, which may be on the device "meta", and whose keys `name_of` turns into those of the
+    file; ValueError names the first that does not fit."""
     wanted = {name_of(key): (key, value) for key, value in net.state_dict().items()}
     for name in [*wanted, *state]:
         if name not in state:
             raise ValueError(f"{path}: {name} is missing")
         if name not in wanted:
             raise ValueError(f"{path}: {name} is not a part of this network")
-        shape = wanted[name][1].shape
-        if not isinstance(state[name], Tensor) or state[name].shape != shape:
-            found = tuple(state[name].shape) if isinstance(state[name], Tensor) else type(state[name]).__name__
-            raise ValueError(f"{path}: {name} is {found}, not {tuple(shape)}")
-    net.load_state_dict({key: state[name] for name, (key, _) in wanted.items()})
+        value, shape = state[name], tuple(wanted[name][1].shape)
+        found = tuple(value.shape) if isinstance(value, Tensor) and value.layout == torch.strided else type(value).__name__
+        if found != shape:
+            raise ValueError(f"{path}: {name} is {found}, not {shape}")
+        if not value.isfinite().all():
+            raise ValueError(f"{path}: {name} has values that are not finite")
+    values = {key: state[name].to(value.dtype) for name, (key, value) in wanted.items()}
+    net.load_state_dict(values, assign=next(net.parameters()).is_meta)
 
 
 def load(path: str, device: str = "cpu") -> tuple[UPerNet, dict]:
@@ -421,14 +427,18 @@ def from_checkpoint(checkpoint: dict, path: str, device: str = "cpu") -> tuple[U
         raise ValueError(f"{path}: not a checkpoint of train.py (no {', '.join(missing)} in it)")
     vocabulary = checkpoint["vocabulary"]
     try:
-        net = UPerNet(**checkpoint["network"])
+        with torch.device("meta"):  # no memory yet: the file may ask for any size
+            net = UPerNet(**checkpoint["network"])
         counted = class_counts(vocabulary)
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, RuntimeError) as e:
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, RuntimeError, OverflowError) as e:
         raise ValueError(f"{path}: its network or vocabulary is not one of ours ({e})") from None
+    names = [n for level in vocabulary for n in (vocabulary[level].values() if level == "part" else [vocabulary[level]])]
+    if not all(isinstance(n, list) and all(isinstance(name, str) for name in n) for n in names):
+        raise ValueError(f"{path}: its vocabulary has names that are no text")
     if counted != net.classes:
         raise ValueError(f"{path}: the vocabulary does not have the network's numbers of classes")
     fill(net, checkpoint["model"], path)
-    return net.to(device).eval(), vocabulary
+    return net.to(device, memory_format=torch.channels_last).eval(), vocabulary
 
 
 def class_counts(vocabulary: dict) -> dict:
