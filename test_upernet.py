@@ -2,6 +2,8 @@
 integration, the answers of the authors' network."""
 
 import contextlib
+import copy
+import inspect
 import io
 import json
 import math
@@ -104,6 +106,16 @@ def write(path: str, text: str, encoding: str = "utf-8") -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w", encoding=encoding) as file:
         file.write(text)
+
+
+def read_json(path: str):
+    with open(path) as file:
+        return json.load(file)
+
+
+def read_log(path: str) -> list[dict]:
+    with open(path) as file:
+        return [json.loads(line) for line in file]
 
 
 class Ade:
@@ -399,6 +411,69 @@ class TestNetwork(unittest.TestCase):
         logits = UPerNet(CLASSES, "resnet18", channels=8).eval()(torch.rand(2, 3, 40, 70), levels=["texture"])
         expected = [[np.mean(kind.detach().numpy()) for kind in image] for image in logits["texture_map"]]
         torch.testing.assert_close(logits["texture"], torch.tensor(np.array(expected)))
+
+
+class TestElsewhere(unittest.TestCase):
+    """The network in somebody else's hands."""
+
+    def setUp(self):
+        torch.manual_seed(0)
+        self.net = UPerNet(CLASSES, "resnet18", channels=16).eval()
+        self.images = torch.rand(1, 3, 64, 96)
+
+    def assert_same(self, ours: dict, others: dict, tolerance=1e-5):
+        self.assertEqual(ours.keys(), others.keys())
+        for level, value in ours.items():
+            self.assertLessEqual((value - others[level]).abs().max().item(), tolerance * value.abs().max().item(), level)
+
+    def test_examples_of_the_readme_run(self):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            examples = re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
+        self.assertGreaterEqual(len(examples), 2)
+        for example in examples:
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                exec(example, {})
+            promised = re.findall(r"print\(.*# (.*)", example)
+            self.assertTrue(promised)
+            for line, shapes in zip(said.getvalue().splitlines(), promised, strict=True):
+                self.assertEqual(re.findall(r"\d+", line), re.findall(r"\d+", shapes))
+
+    def test_export_at_a_fixed_size(self):
+        with torch.inference_mode():
+            exported = torch.export.export(self.net, (self.images,)).module()
+            self.assert_same(self.net(self.images), exported(self.images))
+
+    def test_compile(self):
+        compiled = torch.compile(self.net, backend="aot_eager")  # what inductor is given, without a C++ compiler
+        with torch.inference_mode():
+            self.assert_same(self.net(self.images), compiled(self.images))
+        sum(v.sum() for v in compiled(self.images).values()).backward()
+        gradients = {name: p.grad.clone() for name, p in self.net.named_parameters()}
+        self.net.zero_grad()
+        sum(v.sum() for v in self.net(self.images).values()).backward()
+        for name, p in self.net.named_parameters():
+            error = (gradients[name] - p.grad).abs().max() / p.grad.abs().max()
+            self.assertLessEqual(error.item(), 1e-3, name)
+
+    def test_in_bfloat16(self):
+        with torch.inference_mode():
+            exact = self.net(self.images)
+            rounded = self.net.bfloat16()(self.images.bfloat16())
+        self.assertEqual({value.dtype for value in rounded.values()}, {torch.bfloat16})
+        self.assert_same(exact, rounded, tolerance=0.1)
+
+    def test_within_another_module_and_copied(self):
+        whole = nn.Sequential(nn.Identity(), self.net)
+        twin = copy.deepcopy(whole)
+        twin.load_state_dict({key: value.contiguous() for key, value in whole.state_dict().items()})
+        with torch.inference_mode():
+            self.assert_same(self.net(self.images), whole(self.images))
+            self.assert_same(self.net(self.images), twin(self.images))
+            self.assert_same(self.net(self.images), whole.to(memory_format=torch.contiguous_format)(self.images))
+
+    def test_docstrings_are_there(self):
+        for thing in (UPerNet, UPerNet.forward, upernet.load, upernet.load_release, upernet.losses, ResNet, load_imagenet):
+            self.assertGreater(len(inspect.getdoc(thing)), 100, thing)
 
 
 class TestPooling(unittest.TestCase):
@@ -1256,10 +1331,11 @@ class TestSplit(unittest.TestCase):
         options = ("--root", root, "--min-images", 5, "--min-pixels", 50)
         plot = os.path.join(root, "plot.png")
         self.assertEqual(command(balance_split.main, "--data", "dtd", *options, "--plot", plot)[0], 0)
-        self.assertEqual(Image.open(plot).format, "PNG")
-        first = json.load(open(os.path.join(root, "split.json")))
+        with Image.open(plot) as picture:
+            self.assertEqual(picture.format, "PNG")
+        first = read_json(os.path.join(root, "split.json"))
         self.assertEqual(command(balance_split.main, "--data", "os", *options)[0], 0)
-        split = json.load(open(os.path.join(root, "split.json")))
+        split = read_json(os.path.join(root, "split.json"))
         self.assertEqual(split["sources"]["dtd"], first["sources"]["dtd"])
         entry = split["sources"]["os"]
         self.assertEqual(set(entry), {"images", "fingerprint", "validation", "deviation_before", "deviation_after"})
@@ -1304,8 +1380,8 @@ class TestTraining(unittest.TestCase):
             "--iters", 6, "--texture-iters", 2, "--accumulate", 2, "--save-every", 4, "--out", out, "--eval-every", 5
         )
         self.assertIn("untrained", said)
-        self.assertEqual(set(os.listdir(out)), {"ckpt.pt", "log.jsonl", "metrics.json", "pictures"})
-        log = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+        self.assertEqual(set(os.listdir(out)), {"ckpt.pt", "log.jsonl", "curves.png", "metrics.json", "pictures"})
+        log = read_log(os.path.join(out, "log.jsonl"))
         self.assertEqual(
             [(line["stage"], line["iteration"]) for line in log],
             [("main", k) for k in range(6)] + [("texture", k) for k in range(2)],
@@ -1316,7 +1392,7 @@ class TestTraining(unittest.TestCase):
             self.assertEqual(set(line["loss"]), levels[line["source"]])
         self.assertAlmostEqual(log[3]["lr"], train.TOY["lr"] * (1 - 3 / 6) ** 0.9)
         self.assertAlmostEqual(log[7]["lr"], train.TOY["lr"] * (1 - 1 / 2) ** 0.9)  # a policy of its own
-        metrics = json.load(open(os.path.join(out, "metrics.json")))
+        metrics = read_json(os.path.join(out, "metrics.json"))
         self.assertEqual(set(metrics), set(upernet.LEVELS))
         checkpoint = torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
         keys = {
@@ -1339,10 +1415,10 @@ class TestTraining(unittest.TestCase):
 
         again = os.path.join(out, "again.json")
         status, table, _ = command(evaluate.main, os.path.join(out, "ckpt.pt"), "--json", again)
-        self.assertEqual((status, json.load(open(again))), (0, metrics))
+        self.assertEqual((status, read_json(again)), (0, metrics))
         self.assertIn("mIoU-bg", table)
         status, table, _ = command(evaluate.main, os.path.join(out, "ckpt.pt"), "--levels", "material", "--json", again)
-        self.assertEqual(json.load(open(again)), {"material": metrics["material"]})
+        self.assertEqual(read_json(again), {"material": metrics["material"]})
         status, table, _ = command(
             evaluate.main, os.path.join(out, "ckpt.pt"), "--split", "official", "--levels", "scene"
         )
@@ -2438,7 +2514,7 @@ class TestRelease(unittest.TestCase):
         status, said, err = command(evaluate.main, *options, "--data", "ade20k", "--root", ade.root, "--json", path)
         self.assertEqual((status, err), (0, ""))
         self.assertIn("evaluating its validation folder", said)
-        metrics = json.load(open(path))
+        metrics = read_json(path)
         self.assertEqual(set(metrics), {"scene", "object", "part"})
         known = {name for name, value in metrics["object"]["iou"].items() if value is not None}
         self.assertEqual((metrics["scene"]["n"], known), (1, {"object 1", "object 3"}))
@@ -2450,7 +2526,8 @@ class TestRelease(unittest.TestCase):
         with np.load(os.path.join(out, "ADE_train_00000000_upernet.npz")) as maps:
             self.assertEqual(maps["object"].shape, (48, 64))
             with torch.inference_mode():  # as released: short side 32, each side stretched up to a multiple of 8
-                resized = Image.open(photo).convert("RGB").resize((48, 32), Image.Resampling.BILINEAR)
+                with Image.open(photo) as picture:
+                    resized = picture.convert("RGB").resize((48, 32), Image.Resampling.BILINEAR)
                 logits = net(torch.from_numpy(np.asarray(resized).transpose(2, 0, 1).copy())[None] / 255)
             full = F.interpolate(logits["object"], (48, 64), mode="bilinear")[0].argmax(dim=0).numpy()
             self.assertGreater((full == maps["object"]).mean(), 0.99)
@@ -2626,9 +2703,9 @@ class TestRealSamples(unittest.TestCase):
         argv += ("--sizes", "96,128", "--iters", 12, "--texture-iters", 3, "--workers", 0, "--out", out)
         status, said, err = command(train.main, *argv)
         self.assertEqual((status, err), (0, ""))
-        losses = [json.loads(line)["loss"].get("object") for line in open(os.path.join(out, "log.jsonl"))][:12]
+        losses = [line["loss"].get("object") for line in read_log(os.path.join(out, "log.jsonl"))][:12]
         self.assertLess(np.mean(losses[-4:]), np.mean(losses[:4]))
-        metrics = json.load(open(os.path.join(out, "metrics.json")))
+        metrics = read_json(os.path.join(out, "metrics.json"))
         self.assertEqual(metrics["texture"]["n"], 20)
         self.assertEqual(set(metrics), {"scene", "object", "part", "texture"})
         self.assertEqual(sum(name.startswith("ade20k") for name in os.listdir(os.path.join(out, "pictures"))), 3)

@@ -11,6 +11,7 @@ their branch alone, on a trunk that stands still.
 import argparse
 import contextlib
 import glob
+import itertools
 import json
 import math
 import os
@@ -19,8 +20,10 @@ import shlex
 import signal
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
@@ -56,6 +59,8 @@ from evaluate import (
     pick_amp,
     pick_device,
     prepare,
+    save_picture,
+    sheet_of,
     table,
     write_json,
 )
@@ -199,6 +204,55 @@ def update(
     return mean_loss
 
 
+class Curves:
+    """What curves.png shows: the loss of each level and the rate over a whole run, averaged over stretches of it.
+
+    `lengths`: the iterations of each stage, in their order.
+    """
+
+    BINS, WIDTH, HEIGHT, LEFT, BOTTOM = 160, 380, 210, 52, 26  # stretches; the size of a panel and of its axes in pixels
+
+    def __init__(self, lengths: dict[str, int]):
+        ends = list(itertools.accumulate(lengths.values()))
+        self.total, self.first = max(1, ends[-1]), dict(zip(lengths, [0, *ends]))
+        self.sums: dict[str, np.ndarray] = {}  # of a level, or "rate": (BINS, 2), the sum and the number of values
+
+    def add(self, line: dict) -> None:
+        """A line of log.jsonl."""
+        k = min(self.BINS - 1, (self.first[line["stage"]] + line["iteration"]) * self.BINS // self.total)
+        for name, value in {**line["loss"], "rate": line["lr"]}.items():
+            self.sums.setdefault(name, np.zeros((self.BINS, 2)))[k] += value, 1
+
+    def panel(self, name: str) -> Image.Image:
+        picture = Image.new("RGB", (self.WIDTH, self.HEIGHT), "white")
+        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+        sums, counts = self.sums[name].T
+        there = counts.nonzero()[0]
+        values = sums[there] / counts[there]
+        top = values.max() or 1.0
+        right, floor = self.WIDTH - 14, self.HEIGHT - self.BOTTOM
+        for tick in (0, 0.5, 1):
+            y, x = floor - tick * (floor - 34), self.LEFT + tick * (right - self.LEFT)
+            draw.line([self.LEFT, y, right, y], fill="#dddddd")
+            draw.text((self.LEFT - 6, y), f"{tick * top:.2g}", fill="black", font=font, anchor="rm")
+            shown = f"{round(tick * self.total)}" + (" iterations" if tick == 1 else "")
+            draw.text((x, floor + 6), shown, fill="black", font=font, anchor="lmr"[int(2 * tick)] + "a")
+        points = [
+            (self.LEFT + (k + 0.5) / self.BINS * (right - self.LEFT), floor - value / top * (floor - 34))
+            for k, value in zip(there.tolist(), values.tolist())
+        ]
+        for x, y in points:
+            draw.ellipse([x - 1, y - 1, x + 1, y + 1], fill="#2255cc")
+        draw.line(points, fill="#2255cc", width=2)
+        draw.text((self.LEFT, 8), "learning rate" if name == "rate" else f"{name}, loss", fill="black", font=font)
+        return picture
+
+    def save(self, path: str) -> None:
+        panels = [self.panel(name) for name in (*LEVELS, "rate") if name in self.sums]
+        if panels:
+            save_picture(sheet_of([panels[:3], panels[3:]] if len(panels) > 3 else [panels]), path)
+
+
 # ---------------------------------------------------------------- the run
 
 
@@ -315,6 +369,8 @@ class Run:
         if is_first():
             advice = "the last one is kept; make room, or choose another folder with --out"
             save_atomically(content, self.path, advice)
+            with contextlib.suppress(UserError):  # for want of a picture no run shall end
+                self.curves.save(os.path.join(self.args.out, "curves.png"))
 
     def judge(self, net: UPerNet, pictures: str | None = None) -> dict:
         """Metrics on the validation images, at the middle one of the training sizes."""
@@ -329,8 +385,11 @@ class Run:
     def train(self) -> None:
         """Both stages, from where the checkpoint stands. Raises TrainingFailed, and SystemExit after a signal."""
         stages = plan_stages(self.args, self.sizes, self.ranks)
+        self.curves = Curves({stage: iterations for stage, (_, iterations, _) in stages.items()})
         if is_first() and self.stage != "done":
-            cut_log(self.log, self.start + (stages["main"][1] if self.stage == "texture" else 0))
+            seen = cut_log(self.log, self.start + (stages["main"][1] if self.stage == "texture" else 0))
+            for line in seen:
+                self.curves.add(line)
             for unfinished in glob.glob(f"{glob.escape(self.path)}.*.tmp"):  # of a run that was killed while it saved
                 os.remove(unfinished)
         if self.stage == "main" and not self.start:
@@ -402,6 +461,7 @@ class Run:
             if is_first():
                 with open(self.log, "a") as log:
                     log.write(json.dumps(line) + "\n")
+                self.curves.add(line)
             shown = ", ".join(f"{level} {value:.2f}" for level, value in loss.items())
             bar.set_postfix_str(shown, refresh=False)
             bar.update()
@@ -450,9 +510,9 @@ def run(args: argparse.Namespace) -> None:
         if is_first():
             write_json(results, metrics_path)
         print(table(results, untrained))
-        print(f"wrote {checkpoint_path}, and beside it metrics.json, log.jsonl and pictures/")
+        print(f"wrote {checkpoint_path}, and beside it metrics.json, log.jsonl, curves.png and pictures/")
     else:
-        print(f"wrote {checkpoint_path} and log.jsonl beside it; no metrics, for there are no validation images")
+        print(f"wrote {checkpoint_path}, with log.jsonl and curves.png beside it; no metrics, for there are no validation images")
     print(f"next: python evaluate.py {checkpoint_path} --photo YOUR.jpg")
 
 
@@ -500,13 +560,17 @@ def read_checkpoint(path: str) -> dict:
     return checkpoint
 
 
-def cut_log(path: str, lines: int) -> None:
-    """Keeps the first `lines` lines: those of the iterations that the checkpoint has seen."""
-    if os.path.exists(path):
-        with open(path, "r+") as log:
-            for _ in range(lines):
-                log.readline()
-            log.truncate(log.tell())
+def cut_log(path: str, lines: int) -> list[dict]:
+    """Keeps, and returns, the first `lines` lines: those of the iterations that the checkpoint has seen."""
+    if not os.path.exists(path):
+        return []
+    with open(path, "r+") as log:
+        kept = list(itertools.takewhile(bool, (log.readline() for _ in range(lines))))
+        log.truncate(log.tell())
+    try:
+        return [json.loads(line) for line in kept]
+    except ValueError as e:
+        raise UserError(f"{path}: not a log of train.py any more ({e}); move it away, or begin anew") from None
 
 
 def known_failure(error: Exception) -> str | None:
