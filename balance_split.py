@@ -133,9 +133,11 @@ def read_split(path: str) -> dict:
     try:
         with open(path) as file:
             split = json.load(file)
-        split["fraction"] = split.get("fraction")
+        fraction = split.setdefault("fraction", None)
+        if fraction is not None and not 0 < float(fraction) < 1:
+            raise ValueError(f"fraction {fraction}")
         for entry in split["sources"].values():
-            entry["fingerprint"], set(entry["validation"])
+            entry["fingerprint"], int(entry["images"]), set(entry["validation"])
         return split
     except FileNotFoundError:
         return {"seed": TOY_SEED, "fraction": None, "sources": {}}
@@ -222,11 +224,12 @@ def fraction_of(text: str) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Splits each source so that of every class about a tenth of the pixels are for validation.")
     add_data_options(parser)
-    parser.add_argument("--fraction", type=fraction_of, default=0.1, metavar="F", help="share of the images (0.1)")
-    parser.add_argument(
+    group = parser.add_argument_group("split")
+    group.add_argument("--fraction", type=fraction_of, default=0.1, metavar="F", help="share of the images (0.1)")
+    group.add_argument(
         "--swaps", type=natural, metavar="N", help=f"pairs of images to try ({SWAPS}, of a small source fewer)"
     )
-    parser.add_argument("--plot", metavar="FILE", help="draws the classes' shares before and after, as a picture")
+    group.add_argument("--plot", metavar="FILE", help="draws the classes' shares before and after, as a picture")
     args = parser.parse_args(argv)
     try:
         indexes, minima = open_sources(args)

@@ -49,7 +49,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str, usage: str = "%(prog)s [options]"):
         wide = lambda prog: argparse.HelpFormatter(prog, max_help_position=31)
-        super().__init__(description=description, formatter_class=wide, usage=usage, allow_abbrev=False)
+        super().__init__(
+            description=description, formatter_class=wide, usage=usage, allow_abbrev=False, add_help=False
+        )
+
+    def format_help(self) -> str:
+        return re.sub("\n\n+", "\n", super().format_help())
 
     def error(self, message: str):
         # One that was raised in a worker of a DataLoader comes with its traceback.
@@ -254,10 +259,13 @@ def scan_image(task: tuple[str, str, dict]) -> dict:
         }
         if "json" in files:
             current = files["json"]
+            os.stat(os.path.join(folder, current))
             annotation = json.loads("\n".join(read_lines(folder, current)))["annotation"]
             scenes = [s for s in annotation["scene"] if s]
             found["tag"] = usable_scene(scenes[-1] if scenes else "")
             found["names"] = {int(o["name_ndx"]): str(o["name"]) for o in annotation["object"]}
+            if found["names"] and not 0 <= max(found["names"]) < 2**16:
+                raise ValueError(f"class number {max(found['names'])}")
         if "labels" in files:
             current = files["labels"]
             numbers = numbers_of(os.path.join(folder, current), layout)
@@ -314,7 +322,9 @@ def load_index(stored: str, stamp: str, folder: str) -> Index | None:
     """The index in the file `stored` if it is of the same files; None where it must be made anew."""
     with contextlib.suppress(Exception):  # there is none yet, or it is damaged: it can always be made again
         content = torch.load(stored, weights_only=True)
-        if content.pop("version") == 1 and content["stamp"] == stamp:
+        tables = (content[key] for key in ("sizes", "objects", "parts", "materials"))
+        whole = all(isinstance(table, torch.Tensor) for table in tables) and isinstance(content["broken"], list)
+        if content.pop("version") == 1 and content["stamp"] == stamp and whole:
             return Index(**{**content, "folder": folder})
     return None
 
@@ -379,9 +389,11 @@ def substance_names(folder: str) -> dict[int, str]:
     """OpenSurfaces: the red value of a substance in the label pictures -> its name."""
     table = "label-substance-colors.csv"
     try:
-        rows = csv.DictReader(read_lines(folder, table))
-        return {int(float(row["red_color"])): row["substance_name"] for row in rows}
-    except (KeyError, TypeError, ValueError) as e:
+        rows = [(int(float(r["red_color"])), r["substance_name"]) for r in csv.DictReader(read_lines(folder, table))]
+        if not rows or not all(0 <= red < 256 and name for red, name in rows):
+            raise ValueError("a red value beyond 255, or no name")
+        return dict(rows)
+    except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as e:
         raise UserError(
             f"{os.path.join(folder, table)}: needs the columns substance_name and red_color ({e})"
         ) from None
@@ -628,7 +640,8 @@ class Reader:
         self.stored = os.path.join(cache, f"{self.index.source}.labels.pt")
         key = f"{self.key} {short} {longest}"
         with contextlib.suppress(Exception):  # there are none yet, or they are damaged: they can always be made again
-            if torch.load(self.stored, weights_only=True, mmap=True)["key"] == key:
+            maps = torch.load(self.stored, weights_only=True, mmap=True)
+            if maps["key"] == key and len(maps["packed"]) == maps["ends"][-1]:
                 return
         n = len(self.index.images)
         loader = torch.utils.data.DataLoader(
@@ -654,7 +667,10 @@ class Reader:
         if not self.maps:
             self.maps = torch.load(self.stored, weights_only=True, mmap=True)
         start, end = self.maps["ends"][i - 1].item() if i else 0, self.maps["ends"][i].item()
-        unpacked = zlib.decompress(self.maps["packed"][start:end].numpy())
+        try:
+            unpacked = zlib.decompress(self.maps["packed"][start:end].numpy())
+        except zlib.error as e:
+            raise UserError(f"{self.stored}: damaged ({e}); delete it, and it is made anew") from None
         return np.frombuffer(unpacked, np.uint16).reshape(self.maps["sizes"][i].tolist())
 
     def decoded(self, codes: np.ndarray) -> dict[str, np.ndarray]:
@@ -1244,25 +1260,24 @@ def write_toy_texture(folder: str, k: int) -> None:
 
 
 def add_data_options(parser: argparse.ArgumentParser, data: str | None = "toy") -> None:
-    """The options of every script that scans."""
-    parser.add_argument(
-        "--data", default=data, metavar="LIST", help=f"toy, or a comma list of {','.join(SOURCE_LEVELS)}"
-    )
-    parser.add_argument(
-        "--root", default="data" if data else None, metavar="DIR", help="folder that holds ade20k/, os/, dtd/"
-    )
-    parser.add_argument("--cache", metavar="DIR", help="where indexes and prepared labels go (default <root>/.cache)")
+    """The options of every script that scans, and --help."""
+    group = parser.add_argument_group("data")
+    sources = ",".join(SOURCE_LEVELS)
+    group.add_argument("--data", default=data, metavar="LIST", help=f"toy, or a comma list of {sources}")
+    root = "data" if data else None
+    group.add_argument("--root", default=root, metavar="DIR", help="folder that holds ade20k/, os/, dtd/ (data)")
+    group.add_argument("--cache", metavar="DIR", help="where indexes and prepared labels go (<root>/.cache)")
     for option, what in (
         ("--min-images", "keep objects and materials in at least so many images"),
         ("--min-pixels", "keep objects of at least so many pixels"),
         ("--min-part-images", "keep parts in at least so many images"),
         ("--min-scene-images", "keep scenes of at least so many images"),
     ):
-        usual = PAPER_MINIMA[option[2:].replace("-", "_")]
-        parser.add_argument(option, type=positive, metavar="N", help=f"{what} ({usual}; the toy has its own)")
-    parser.add_argument(
-        "--allow-broken", action="store_true", help="go on although more than one file in twenty is broken"
-    )
+        paper, toy = (minima[option[2:].replace("-", "_")] for minima in (PAPER_MINIMA, TOY_MINIMA))
+        usual = paper if paper == toy else f"{paper}; toy {toy}"
+        group.add_argument(option, type=positive, metavar="N", help=f"{what} ({usual})")
+    group.add_argument("--allow-broken", action="store_true", help="go on though over one file in twenty is broken")
+    group.add_argument("-h", "--help", action="help", help="this page")
 
 
 def positive(text: str) -> int:

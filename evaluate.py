@@ -62,22 +62,29 @@ def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) ->
     logits: (K, h, w) at a quarter of the padded input; `filled` is the (height, width) of the input that the picture
     took before padding, `size` the (height, width) asked for. The logits are enlarged bilinearly by size / filled, the
     padding is cut off, and that is `F.interpolate(logits[None], size)[0].argmax(dim=0)` where there is none: exactly, for
-    each class is enlarged by the same function, but by itself, so that the full-size logits never exist together.
+    they are enlarged by the same function, but four classes at a time, so that the full-size logits never exist together.
     """
-    # A class is the best somewhere between four cells only if its highest there reaches the lowest of every other class.
     logits = logits.contiguous()
+    scales = [None if 4 * cells == n else 4 * full / n for cells, n, full in zip(logits.shape[1:], filled, size)]
+
+    def enlarged(classes: Tensor) -> Tensor:  # F.interpolate, whose public form takes a size or a scale, but not both
+        return torch.ops.aten.upsample_bilinear2d(classes[None], size, False, *scales)[0]
+
+    if len(logits) <= 4 or sum(size) <= 128:  # little to gain, and PyTorch's own roundings are others there
+        return enlarged(logits).argmax(dim=0)
+
+    # A class is the best somewhere between four cells only if its highest there reaches the lowest of every other class.
     groups = logits.split(16)  # few at a time stay in the cache
     floor = torch.stack([between_cells(group, torch.minimum).amax(dim=0) for group in groups]).amax(dim=0)
     floor -= 1e-5 * logits.abs().amax()  # more than rounding does
-    reached = [(between_cells(group, torch.maximum) >= floor).flatten(1).any(dim=1) for group in groups]
+    missed = [(between_cells(group, torch.maximum) < floor).flatten(1).all(dim=1) for group in groups]
+    possible = torch.cat(missed).logical_not().nonzero().flatten()
+    possible = torch.cat([possible, possible[:1].repeat(-len(possible) % 4)])  # once more does no harm
 
-    scales = [None if 4 * cells == n else 4 * full / n for cells, n, full in zip(logits.shape[1:], filled, size)]
     highest = logits.new_full(size, -math.inf)
     best, higher = (torch.zeros(size, device=logits.device) for _ in range(2))
-    for classes in torch.cat(reached).nonzero().flatten().split(4):
-        # F.interpolate, whose public form takes a size or a scale, but not both
-        enlarged = torch.ops.aten.upsample_bilinear2d(logits[classes][None], size, False, *scales)[0]
-        for k, values in zip(classes.tolist(), enlarged):
+    for classes in possible.split(4):
+        for k, values in zip(classes.tolist(), enlarged(logits[classes])):
             torch.gt(values, highest, out=higher)  # 1.0 or 0.0, quicker than True or False
             torch.maximum(best, higher.mul_(k), out=best)  # k only grows
             torch.maximum(highest, values, out=highest)
@@ -735,12 +742,13 @@ def levels_of(text: str) -> list[str]:
     return levels
 
 
-def add_device_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def add_device_options(group) -> None:
+    """The options of a script that computes."""
+    group.add_argument(
         "--amp", choices=("auto", *AMP_TYPES, "off"), default="auto", help="mixed precision (auto: on CUDA alone)"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto (cuda, mps, cpu) or one by name")
+    group.add_argument("--compile", action="store_true", help="torch.compile the network")
+    group.add_argument("--device", default="auto", metavar="NAME", help="auto (cuda, mps, cpu) or one by name")
 
 
 def released_names(labels: str, index: Index, vocabulary: dict) -> dict[str, dict]:
@@ -831,23 +839,22 @@ def check_run(checkpoint: dict, path: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     usage = "%(prog)s ckpt.pt [options]"
     parser = Parser("Metrics and pictures of a trained network, or of one's own photos.", usage)
-    parser.add_argument("checkpoint", nargs="?", metavar="ckpt.pt", help="a checkpoint of train.py")
-    parser.add_argument(
-        "--release", nargs=2, metavar=("ENCODER", "DECODER"), help="a network of the authors instead, two .pth files"
-    )
-    parser.add_argument("--labels", metavar="TABLES", help="its class tables: joint_dataset, or object150_info.csv")
-    parser.add_argument("--photo", nargs="+", metavar="FILE", help="parse these photos instead of validation images")
-    parser.add_argument("--pictures", metavar="DIR", help="write pictures there (of photos: default .)")
-    parser.add_argument("--json", metavar="FILE", help="write the metrics there")
-    parser.add_argument(
-        "--relations", metavar="FILE", help="count section 4.2's relations over the images, write them there"
-    )
-    parser.add_argument("--classes", action="store_true", help="all classes in the table, not the best and worst ten")
-    parser.add_argument("--levels", type=levels_of, metavar="LIST", help=f"comma list of {','.join(LEVELS)} (all)")
-    parser.add_argument("--size", type=positive, metavar="N", help="short side (the middle one of training's sizes)")
-    parser.add_argument("--split", choices=("balanced", "official"), help="validation images (the checkpoint's own)")
-    add_device_options(parser)
+    group = parser.add_argument_group("network")
+    group.add_argument("checkpoint", nargs="?", metavar="ckpt.pt", help="a checkpoint of train.py")
+    released = ("ENCODER", "DECODER")
+    group.add_argument("--release", nargs=2, metavar=released, help="a network of the authors instead, two .pth files")
+    group.add_argument("--labels", metavar="TABLES", help="its class tables: joint_dataset, or object150_info.csv")
+    group = parser.add_argument_group("what to look at, and what to write")
+    group.add_argument("--photo", nargs="+", metavar="FILE", help="parse these photos instead of validation images")
+    group.add_argument("--pictures", metavar="DIR", help="write pictures there (of photos: default .)")
+    group.add_argument("--json", metavar="FILE", help="write the metrics there")
+    group.add_argument("--relations", metavar="FILE", help="count section 4.2's relations over the images, into FILE")
+    group.add_argument("--classes", action="store_true", help="all classes in the table, not the best and worst ten")
+    group.add_argument("--levels", type=levels_of, metavar="LIST", help=f"comma list of {','.join(LEVELS)} (all)")
+    group.add_argument("--size", type=positive, metavar="N", help="short side (the middle one of training's sizes)")
+    group.add_argument("--split", choices=("balanced", "official"), help="validation images (the checkpoint's own)")
     add_data_options(parser, data=None)
+    add_device_options(parser.add_argument_group("machine"))
     args = parser.parse_args(argv)
     try:
         if bool(args.checkpoint) == bool(args.release):

@@ -604,43 +604,41 @@ def rate(text: str) -> float:
 
 def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     """(parser, all options). What is not given comes from the checkpoint with --resume, else from TOY or PAPER."""
-    parser = Parser("Trains UPerNet. Defaults are the paper's; the toy, which is the default data, has its own.")
+    parser = Parser("Trains UPerNet. Defaults are the paper's; of the toy, which is the default data, those after 'toy'.")
     add_data_options(parser)
-    parser.add_argument(
-        "--split", choices=("balanced", "official"), help="validation images: <root>/split.json, or the sources' own"
-    )
-    parser.add_argument("--backbone", metavar="NAME", help="resnet18, resnet34, resnet50 (default) or resnet101")
-    parser.add_argument("--channels", type=positive, metavar="N", help="width of all after the backbone (512)")
-    parser.add_argument("--stem", choices=("7x7", "deep"), help="the backbone's first layers (7x7)")
-    parser.add_argument(
-        "--output-stride", type=int, choices=(8, 16, 32), help="stride of the backbone's last stage (32)"
-    )
-    parser.add_argument("--no-ppm", action="store_true", help="without the Pyramid Pooling Module")
-    parser.add_argument(
-        "--fpn", type=int, choices=(0, 2, 3, 4), help="finest level of the feature pyramid, 0 for none (2)"
-    )
-    parser.add_argument("--no-fusion", action="store_true", help="objects and parts on the finest level alone")
-    parser.add_argument(
-        "--weights", metavar="START", help="imagenet (default), none, a backbone's state dict, a checkpoint"
-    )
-    parser.add_argument("--iters", type=natural, metavar="N", help="main stage; 0 skips it (5 per image at 16 a step)")
-    parser.add_argument(
-        "--texture-iters", type=natural, metavar="N", help="texture stage; 0 skips it (5 passes over DTD)"
-    )
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="images per process (2)")
-    parser.add_argument("--accumulate", type=positive, metavar="N", help="batches of the drawn source per step (1)")
-    parser.add_argument("--lr", type=rate, metavar="RATE", help="learning rate at the start (0.02)")
-    parser.add_argument("--sizes", type=sizes_of, metavar="LIST", help="short sides to draw from (300,375,450,525,600)")
-    parser.add_argument("--max-size", type=positive, metavar="N", help="longest side (1200)")
-    parser.add_argument("--seed", type=natural, metavar="N", help="of weights, batches and augmentation (304)")
-    parser.add_argument("--workers", type=natural, metavar="N", help="processes that read images (one per core)")
-    parser.add_argument("--save-every", type=positive, metavar="N", help="iterations between checkpoints (500)")
-    parser.add_argument(
-        "--eval-every", type=natural, metavar="N", help="iterations between validations (0: at the end alone)"
-    )
-    add_device_options(parser)
-    parser.add_argument("--out", metavar="DIR", help="folder for checkpoint, log, metrics, pictures (runs/<data>)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    group = parser.add_argument_group("network")
+    group.add_argument("--backbone", metavar="NAME", help="resnet18, resnet34, resnet50 or resnet101 (resnet50; toy resnet18)")
+    group.add_argument("--channels", type=positive, metavar="N", help="width of all after the backbone (512; toy 48)")
+    group.add_argument("--stem", choices=("7x7", "deep"), help="the backbone's first layers (7x7)")
+    strides = (8, 16, 32)
+    group.add_argument("--output-stride", type=int, choices=strides, help="stride of the backbone's last stage (32)")
+    group.add_argument("--no-ppm", action="store_true", help="without the Pyramid Pooling Module")
+    levels = (0, 2, 3, 4)
+    group.add_argument("--fpn", type=int, choices=levels, help="finest level of the feature pyramid, 0 for none (2)")
+    group.add_argument("--no-fusion", action="store_true", help="objects and parts on the finest level alone")
+    start = "a backbone's state dict, or a checkpoint (imagenet; toy none)"
+    group.add_argument("--weights", metavar="START", help=f"imagenet, none, {start}")
+    group = parser.add_argument_group("training")
+    official = "validation images: <root>/split.json, or the sources' own (balanced)"
+    group.add_argument("--split", choices=("balanced", "official"), help=official)
+    passes = "(5 an image at 16 a step; toy 2400)"
+    group.add_argument("--iters", type=natural, metavar="N", help=f"main stage; 0 skips it {passes}")
+    passes = "(5 passes over DTD; toy 600)"
+    group.add_argument("--texture-iters", type=natural, metavar="N", help=f"texture stage; 0 skips it {passes}")
+    group.add_argument("--batch-size", type=positive, metavar="N", help="images per process (2; toy 4)")
+    group.add_argument("--accumulate", type=positive, metavar="N", help="batches of the drawn source per step (1)")
+    group.add_argument("--lr", type=rate, metavar="RATE", help="learning rate at the start (0.02; toy 0.04)")
+    shorts = "short sides to draw from (300,375,450,525,600; toy 76,80,84)"
+    group.add_argument("--sizes", type=sizes_of, metavar="LIST", help=shorts)
+    group.add_argument("--max-size", type=positive, metavar="N", help="longest side (1200; toy 160)")
+    group.add_argument("--seed", type=natural, metavar="N", help="of weights, batches and augmentation (304)")
+    group = parser.add_argument_group("run and machine")
+    group.add_argument("--out", metavar="DIR", help="folder for checkpoint, log, metrics, pictures (runs/<data>)")
+    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    group.add_argument("--save-every", type=positive, metavar="N", help="iterations between checkpoints (500; toy 400)")
+    group.add_argument("--eval-every", type=natural, metavar="N", help="iterations between validations (0: at the end)")
+    group.add_argument("--workers", type=natural, metavar="N", help="processes that read images (one per core)")
+    add_device_options(group)
 
     parser.set_defaults(**{action.dest: None for action in parser._actions if action.dest != "help"})
     args = parser.parse_args(argv)
@@ -668,6 +666,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]
         for key, value in vars(args).items():
             if value is None:
                 setattr(args, key, usual.get(key))
+        if args.weights not in ("imagenet", "none") and not args.resume and not os.path.exists(args.weights):
+            raise UserError(f"--weights {args.weights}: no such file; it takes imagenet, none, or a file")
         if args.batch_size == 1 and padded(min(args.sizes)) < 64:
             raise UserError("--sizes: batch norm needs at least 33 pixels where --batch-size is 1")
     except UserError as e:

@@ -602,8 +602,8 @@ def main(argv: list[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description="Parameters, operations, speed and memory of the network, here.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
-    parser.add_argument("--size", type=int, default=512, help="side of the image for inference (512)")
-    parser.add_argument("--train-size", type=int, default=256, help="side of the two images of a training step (256)")
+    parser.add_argument("--size", type=int, default=512, metavar="N", help="side of the image for inference (512)")
+    parser.add_argument("--train-size", type=int, default=256, metavar="N", help="side of the two images of a training step (256)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     args = parser.parse_args(argv)
     if min(args.size, args.train_size) < 32:
