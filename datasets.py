@@ -49,9 +49,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str, usage: str = "%(prog)s [options]"):
         wide = lambda prog: argparse.HelpFormatter(prog, max_help_position=31)
-        super().__init__(
-            description=description, formatter_class=wide, usage=usage, allow_abbrev=False, add_help=False
-        )
+        super().__init__(description=description, formatter_class=wide, usage=usage, allow_abbrev=False, add_help=False)
 
     def format_help(self) -> str:
         return re.sub("\n\n+", "\n", super().format_help())
@@ -877,7 +875,7 @@ class Whole(torch.utils.data.Dataset):
         return {"file": reader.index.images[i], "images": images, "size": size, **labels}
 
 
-# ---------------------------------------------------------------- the toy: drawn scenes and textures in the real layouts
+# ---------------------------------------------------------------- the toy: drawn scenes and textures, in those layouts
 
 TOY_MINIMA = {"min_images": 20, "min_pixels": 5000, "min_part_images": 20, "min_scene_images": 10}
 PAPER_MINIMA = {"min_images": 50, "min_pixels": 50000, "min_part_images": 20, "min_scene_images": 10}

@@ -61,8 +61,8 @@ def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) ->
 
     logits: (K, h, w) at a quarter of the padded input; `filled` is the (height, width) of the input that the picture
     took before padding, `size` the (height, width) asked for. The logits are enlarged bilinearly by size / filled, the
-    padding is cut off, and that is `F.interpolate(logits[None], size)[0].argmax(dim=0)` where there is none: exactly, for
-    they are enlarged by the same function, but four classes at a time, so that the full-size logits never exist together.
+    padding is cut off, and that is `F.interpolate(logits[None], size)[0].argmax(dim=0)` where there is none: exactly,
+    for they are enlarged by the same function, but four classes at a time: the full-size logits never exist together.
     """
     logits = logits.contiguous()
     scales = [None if 4 * cells == n else 4 * full / n for cells, n, full in zip(logits.shape[1:], filled, size)]
@@ -73,7 +73,7 @@ def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) ->
     if len(logits) <= 4 or sum(size) <= 128:  # little to gain, and PyTorch's own roundings are others there
         return enlarged(logits).argmax(dim=0)
 
-    # A class is the best somewhere between four cells only if its highest there reaches the lowest of every other class.
+    # A class is the best somewhere between four cells only if its highest there reaches the lowest of all others.
     groups = logits.split(16)  # few at a time stay in the cache
     floor = torch.stack([between_cells(group, torch.minimum).amax(dim=0) for group in groups]).amax(dim=0)
     floor -= 1e-5 * logits.abs().amax()  # more than rounding does
@@ -308,7 +308,7 @@ def evaluate(
 
     Images are resized to a short side of `short` and padded as in training (or stretched, see `whole_image`);
     predictions are judged at the label maps' own size. With `pictures`, a folder, up to SHOWN of each source's images
-    are drawn there, truth beside prediction. Several processes share the images out, and each returns the metrics of all.
+    are drawn there, truth beside prediction. Several processes share the images out; each returns the metrics of all.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(net.parameters()).device
@@ -509,19 +509,19 @@ def part_channel_names(vocabulary: dict) -> list[str]:
 
 
 def comparison(photo: Image.Image, maps: dict, logits: dict, labels: dict, vocabulary: dict) -> Image.Image:
-    """One validation image: the truth in the upper row, the prediction in the lower.
+    """One validation image: the truth in the upper row, the prediction in the lower (in the same one without scores).
 
     Of each level (H, W) maps of classes in `maps` and `labels` (part: of channels), or logits (K,) and an index.
     """
     scores = {level: logits[level].softmax(dim=0).cpu().numpy() for level in ("scene", "texture") if level in logits}
     known = [f"{level}: {vocabulary[level][int(labels[level])]}" for level in scores if labels[level] >= 0]
-    above = [tag_panel(", ".join(["truth", *known]), photo, {}, vocabulary)]
+    above = [tag_panel(", ".join(["truth", *known]) if known else "photo", photo, {}, vocabulary)]
     below = [tag_panel("prediction", None, scores, vocabulary)]
     for level in maps:
         names = part_channel_names(vocabulary) if level == "part" else vocabulary[level]
         above.append(map_panel(f"{level}s, truth", photo, labels[level].cpu().numpy(), names))
         below.append(map_panel(f"{level}s, prediction", photo, maps[level].cpu().numpy(), names))
-    return sheet_of([above, below])
+    return sheet_of([above, below] if scores else [above + below[1:]])
 
 
 def save_picture(picture: Image.Image, path: str) -> None:

@@ -210,7 +210,8 @@ class Curves:
     `lengths`: the iterations of each stage, in their order.
     """
 
-    BINS, WIDTH, HEIGHT, LEFT, BOTTOM = 160, 380, 210, 52, 26  # stretches; the size of a panel and of its axes in pixels
+    # Stretches; the size of a panel, and where its axes stand, in pixels.
+    BINS, WIDTH, HEIGHT, LEFT, BOTTOM = 160, 380, 210, 52, 26
 
     def __init__(self, lengths: dict[str, int]):
         ends = list(itertools.accumulate(lengths.values()))
@@ -278,7 +279,8 @@ def open_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[dict[s
     args.fingerprints = fingerprints
     split = checkpoint["split"] if checkpoint else validation_split(args, indexes, vocabulary)
     if split.keys() != indexes.keys():
-        raise UserError(f"{args.out}: its checkpoint has a split of {', '.join(split) or 'nothing'}, not of its own data")
+        found = ", ".join(split) or "nothing"
+        raise UserError(f"{args.out}: its checkpoint has a split of {found}, not of its own data")
     readers = {source: Reader(index, vocabulary) for source, index in indexes.items()}
     for reader in readers.values():
         reader.prepare(cache_folder(args), max(args.sizes), args.max_size)
@@ -512,7 +514,8 @@ def run(args: argparse.Namespace) -> None:
         print(table(results, untrained))
         print(f"wrote {checkpoint_path}, and beside it metrics.json, log.jsonl, curves.png and pictures/")
     else:
-        print(f"wrote {checkpoint_path}, with log.jsonl and curves.png beside it; no metrics, for there are no validation images")
+        print(f"wrote {checkpoint_path}, with log.jsonl and curves.png beside it")
+        print("no metrics, for there are no validation images")
     print(f"next: python evaluate.py {checkpoint_path} --photo YOUR.jpg")
 
 
@@ -604,10 +607,11 @@ def rate(text: str) -> float:
 
 def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     """(parser, all options). What is not given comes from the checkpoint with --resume, else from TOY or PAPER."""
-    parser = Parser("Trains UPerNet. Defaults are the paper's; of the toy, which is the default data, those after 'toy'.")
+    parser = Parser("Trains UPerNet. Defaults are the paper's; for the toy, the default data, those after 'toy'.")
     add_data_options(parser)
     group = parser.add_argument_group("network")
-    group.add_argument("--backbone", metavar="NAME", help="resnet18, resnet34, resnet50 or resnet101 (resnet50; toy resnet18)")
+    depths = "resnet18, resnet34, resnet50, resnet101 (resnet50; toy resnet18)"
+    group.add_argument("--backbone", metavar="NAME", help=depths)
     group.add_argument("--channels", type=positive, metavar="N", help="width of all after the backbone (512; toy 48)")
     group.add_argument("--stem", choices=("7x7", "deep"), help="the backbone's first layers (7x7)")
     strides = (8, 16, 32)

@@ -403,7 +403,8 @@ def fill(net: nn.Module, state: dict, path: str, name_of=lambda key: key) -> Non
         if name not in wanted:
             raise ValueError(f"{path}: {name} is not a part of this network")
         value, shape = state[name], tuple(wanted[name][1].shape)
-        found = tuple(value.shape) if isinstance(value, Tensor) and value.layout == torch.strided else type(value).__name__
+        dense = isinstance(value, Tensor) and value.layout == torch.strided
+        found = tuple(value.shape) if dense else type(value).__name__
         if found != shape:
             raise ValueError(f"{path}: {name} is {found}, not {shape}")
         if not value.isfinite().all():
@@ -432,8 +433,8 @@ def from_checkpoint(checkpoint: dict, path: str, device: str = "cpu") -> tuple[U
         counted = class_counts(vocabulary)
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, RuntimeError, OverflowError) as e:
         raise ValueError(f"{path}: its network or vocabulary is not one of ours ({e})") from None
-    names = [n for level in vocabulary for n in (vocabulary[level].values() if level == "part" else [vocabulary[level]])]
-    if not all(isinstance(n, list) and all(isinstance(name, str) for name in n) for n in names):
+    lists = [names for level, names in vocabulary.items() if level != "part"] + [*vocabulary.get("part", {}).values()]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
         raise ValueError(f"{path}: its vocabulary has names that are no text")
     if counted != net.classes:
         raise ValueError(f"{path}: the vocabulary does not have the network's numbers of classes")
@@ -603,7 +604,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Parameters, operations, speed and memory of the network, here.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     parser.add_argument("--size", type=int, default=512, metavar="N", help="side of the image for inference (512)")
-    parser.add_argument("--train-size", type=int, default=256, metavar="N", help="side of the two images of a training step (256)")
+    side = "side of the two images of a training step (256)"
+    parser.add_argument("--train-size", type=int, default=256, metavar="N", help=side)
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     args = parser.parse_args(argv)
     if min(args.size, args.train_size) < 32:
