@@ -1564,6 +1564,28 @@ class TestTraining(unittest.TestCase):
         self.train("--resume", "--out", stopped)
         self.assert_same_run(whole, stopped)
 
+    def test_ones_own_data_as_in_the_readme(self):
+        """A folder of pictures and class numbers with a table of its own, learnt well beyond chance."""
+        root, out = new_folder("own"), new_folder("own-run")
+        top = os.path.join(root, "ade20k", "mine")
+        write(os.path.join(top, "objectInfo150.txt"), "number\tname\n1\tleaf\n2\tsoil\n3\tstone\n")
+        rng, colours = np.random.default_rng(0), np.array([[0, 0, 0], [40, 180, 60], [130, 90, 50], [150, 150, 160]])
+        for part, names in (("training", range(16)), ("validation", range(16, 20))):
+            for name in names:
+                numbers = np.repeat(np.repeat(rng.integers(1, 4, (2, 3)), 24, axis=0), 24, axis=1)
+                grey(os.path.join(top, "annotations", part, f"{name}.png"), (1, 1))
+                Image.fromarray(numbers.astype(np.uint8)).save(os.path.join(top, "annotations", part, f"{name}.png"))
+                picture = (colours[numbers] + rng.integers(-20, 20, (48, 72, 3))).clip(0, 255).astype(np.uint8)
+                os.makedirs(os.path.join(top, "images", part), exist_ok=True)
+                Image.fromarray(picture).save(os.path.join(top, "images", part, f"{name}.jpg"))
+        argv = ("--data", "ade20k", "--root", root, "--split", "official", "--backbone", "resnet18", "--channels", 16)
+        argv += ("--weights", "none", "--sizes", 64, "--batch-size", 4, "--iters", 60, "--workers", 0, "--out", out)
+        status, said, err = command(train.main, *argv)
+        self.assertEqual((status, err), (0, ""))
+        metrics = read_json(os.path.join(out, "metrics.json"))
+        self.assertEqual(list(metrics["object"]["iou"]), ["leaf", "soil", "stone"])
+        self.assertGreater(metrics["object"]["mean_iou"], 0.5)
+
     def assert_same_run(self, one: str, other: str):
         """Two runs that ended with the same weights, optimizer, vocabulary and log, bit for bit."""
         checkpoints, logs = [], []

@@ -254,6 +254,36 @@ class Curves:
             save_picture(sheet_of([panels[:3], panels[3:]] if len(panels) > 3 else [panels]), path)
 
 
+class Progress:
+    """What the terminal shows of a stage: a bar, or a plain line now and then where the output is no terminal."""
+
+    def __init__(self, stage: str, start: int, iterations: int, images: int):
+        self.stage, self.start, self.iterations, self.images = stage, start, iterations, images
+        self.began = time.perf_counter()
+        disable = None if is_first() else True
+        self.bar = tqdm(total=iterations, initial=start, desc=stage, unit="it", disable=disable, smoothing=0.05)
+
+    def update(self, line: dict) -> None:
+        """After an iteration, with its line of log.jsonl."""
+        done = line["iteration"] + 1
+        pace = (time.perf_counter() - self.began) / (done - self.start)  # seconds an iteration
+        losses = ", ".join(f"{level} {value:.2f}" for level, value in line["loss"].items())
+        shown = f"{losses}, {self.images / pace:.1f} images/s"
+        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.update()
+        if self.bar.disable and done % min(100, math.ceil(self.iterations / 10)) == 0:
+            left = tqdm.format_interval((self.iterations - done) * pace)
+            print(f"{self.stage} {done}/{self.iterations}: {line['source']}, {shown}, {left} left", flush=True)
+
+
+def append(path: str, line: str) -> None:
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror}); make room, then go on with --resume") from None
+
+
 # ---------------------------------------------------------------- the run
 
 
@@ -406,6 +436,31 @@ class Run:
                 self.stage = "done"
                 self.save("done", 0)
 
+    def open_optimizer(self, trained: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of a stage, with the checkpoint's momenta if that stands in it."""
+        optimizer = torch.optim.SGD(parameter_groups(trained), lr=self.args.lr, momentum=0.9)
+        if self.start:
+            try:
+                optimizer.load_state_dict(self.momenta)
+                if any(state["momentum_buffer"].shape != p.shape for p, state in optimizer.state.items()):
+                    raise ValueError("a shape")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{self.path}: its optimizer is not that of this network") from None
+        return optimizer
+
+    def open_loader(self, sources: dict, iterations: int, batch_size: int):
+        """An iterator over the batches of a stage from `self.start` on, `--accumulate` of them for each iteration."""
+        args = self.args
+        plan = plan_batches(sources, iterations, batch_size * args.accumulate * self.ranks, args.seed)
+        batches = Batches(
+            self.readers, plan, args.sizes, args.max_size, args.seed, args.accumulate, self.rank, self.ranks
+        )
+        rest = Subset(batches, range(self.start * args.accumulate, len(batches)))
+        pinned = self.device.type == "cuda"
+        return iter(
+            DataLoader(rest, None, num_workers=args.workers, pin_memory=pinned, worker_init_fn=ignore_interrupts)
+        )
+
     def train_stage(self, stage: str, sources: dict, iterations: int, batch_size: int, noted: list[int]) -> None:
         """The iterations from `self.start` on: section 3's loop."""
         if not iterations:
@@ -415,30 +470,13 @@ class Run:
         trained = net if stage == "main" else net.heads["texture"]
         net.requires_grad_(False)
         trained.requires_grad_(True)
-        optimizer = torch.optim.SGD(parameter_groups(trained), lr=args.lr, momentum=0.9)
-        if self.start:
-            try:
-                optimizer.load_state_dict(self.momenta)
-                if any(state["momentum_buffer"].shape != p.shape for p, state in optimizer.state.items()):
-                    raise ValueError("a shape")
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{self.path}: its optimizer is not that of this network") from None
+        optimizer = self.open_optimizer(trained)
         model = torch.compile(net) if args.compile else net
         if self.ranks > 1:
             own = [device.index] if device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=own, find_unused_parameters=True)
-
-        plan = plan_batches(sources, iterations, batch_size * args.accumulate * self.ranks, args.seed)
-        batches = Batches(
-            self.readers, plan, args.sizes, args.max_size, args.seed, args.accumulate, self.rank, self.ranks
-        )
-        rest = Subset(batches, range(self.start * args.accumulate, len(batches)))
-        pinned = device.type == "cuda"
-        loader = iter(
-            DataLoader(rest, None, num_workers=args.workers, pin_memory=pinned, worker_init_fn=ignore_interrupts)
-        )
-        hidden = None if is_first() else True
-        bar = tqdm(total=iterations, initial=self.start, desc=stage, unit="it", disable=hidden, smoothing=0.05)
+        loader = self.open_loader(sources, iterations, batch_size)
+        progress = Progress(stage, self.start, iterations, batch_size * args.accumulate * self.ranks)
         left_out = 0
         for iteration in range(self.start, iterations):
             began = time.perf_counter()
@@ -452,36 +490,27 @@ class Run:
             try:
                 loss = update(model, net.part_slices, drawn, optimizer, self.scaler, device, self.amp)
             except FloatingPointError as e:
-                where = f"the loss is not finite at iteration {iteration} of the {stage} stage"
-                raise TrainingFailed(
-                    f"{where} ({e}); {self.path} is the last good checkpoint; try a lower --lr"
-                ) from None
+                where = f"the loss is not finite at iteration {iteration} of the {stage} stage ({e})"
+                raise TrainingFailed(f"{where}; {self.path} is the last good checkpoint; try a lower --lr") from None
             left_out += self.scaler.get_scale() < scale
 
             line = {"stage": stage, "iteration": iteration, "source": drawn[0]["source"], "lr": lr, "loss": loss}
             line["seconds"] = round(time.perf_counter() - began, 4)
             if is_first():
-                with open(self.log, "a") as log:
-                    log.write(json.dumps(line) + "\n")
+                append(self.log, json.dumps(line))
                 self.curves.add(line)
-            shown = ", ".join(f"{level} {value:.2f}" for level, value in loss.items())
-            bar.set_postfix_str(shown, refresh=False)
-            bar.update()
-            if (
-                bar.disable and (iteration + 1) % min(100, math.ceil(iterations / 10)) == 0
-            ):  # the output is no terminal: a plain line now and then
-                print(f"{stage} {iteration + 1}/{iterations}: {line['source']}, {shown}", flush=True)
+            progress.update(line)
             number = noted_anywhere(noted, device)
             if number or ((iteration + 1) % args.save_every == 0 and iteration + 1 < iterations):
                 self.save(stage, iteration + 1, optimizer)
             if number:
-                bar.close()
+                progress.bar.close()
                 print(f"stopped and saved after iteration {iteration} of the {stage} stage; this goes on:")
                 print(f"python train.py --resume --out {shlex.quote(args.out)}", flush=True)
                 raise SystemExit(128 + number)
             if args.eval_every and (iteration + 1) % args.eval_every == 0:
                 print(table(self.judge(net)))
-        bar.close()
+        progress.bar.close()
         if left_out:
             print(f"{stage}: {left_out} steps left out whose fp16 gradients overflowed")
 
