@@ -1866,6 +1866,9 @@ class TestTraining(unittest.TestCase):
         self.assertIn("goes on in the main stage at iteration 4", said)
         self.assert_same_run(whole, restarted)
 
+        with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1", TORCHELASTIC_RUN_ID="another group"):
+            status, _, err = command(train.main, *options, "--out", restarted)
+        self.assertEqual((status, "holds a run already" in err), (2, True))
         said = self.torchrun(script, *options, "--out", ended, status=1).stderr
         self.assertRegex(said, "exitcode +: -9 ")  # torchrun's own report of the process that was killed
         self.assertIn("process 0 lost touch with the others; go on with --resume", said)

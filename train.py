@@ -678,22 +678,25 @@ def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]
     given = {key for key, value in vars(args).items() if value is not None}
     data = args.data or PAPER["data"]
     out = args.out or os.path.join("runs", "+".join(sorted(name.strip() for name in data.split(","))))
-    stored = {}
+    path, stored = os.path.join(out, "ckpt.pt"), {}
+    group = [os.environ.get(name) for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
     try:
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # torchrun starts a group that failed again
-            args.resume = os.path.exists(os.path.join(out, "ckpt.pt"))
+        # torchrun starts a group again that failed: it goes on with what it has begun itself, if it came that far.
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+            begun = os.path.exists(path)
+            args.resume = begun and (bool(args.resume) or read_checkpoint(path)["arguments"].get("group") == group)
         if args.resume:
-            stored = read_checkpoint(os.path.join(out, "ckpt.pt"))["arguments"]
+            stored = read_checkpoint(path)["arguments"]
             for key in sorted(given - FREE):
                 if stored.get(key) != getattr(args, key):
                     option = "--" + key.replace("_", "-")
-                    raise UserError(
-                        f"{option}: {out} was begun with {stored.get(key)}, and a run that goes on keeps it; leave {option} out"
-                    )
-        elif os.path.exists(os.path.join(out, "ckpt.pt")):
+                    kept = f"{out} was begun with {stored.get(key)}, and a run that goes on keeps it"
+                    raise UserError(f"{option}: {kept}; leave {option} out")
+        elif os.path.exists(path):
             raise UserError(
                 f"{out}: holds a run already; go on with it by --resume, or choose another folder with --out"
             )
+        args.group = group
         args.fingerprints = stored.get("fingerprints", {})  # of the images that the run was begun with
         usual = {**PAPER, **(TOY if data == "toy" else {}), **stored, "out": out}
         for key, value in vars(args).items():
