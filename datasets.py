@@ -302,18 +302,21 @@ def scan(root: str, source: str, cache: str, allow_broken: bool = False) -> Inde
         index = scan_all(source, layout, folder, files)
         index.stamp = stamp
         save_atomically({"version": 1, **vars(index)}, stored, "choose another folder with --cache")
-    if index.broken:
-        share = len(index.broken) / len(files)
-        if is_first():
-            found = f"{len(index.broken)} of {len(files)} images set aside, the first: {index.broken[0][1]}"
-            print(f"{source}: {found}", file=sys.stderr)
-        if share > 0.05 and not allow_broken:
-            raise UserError(
-                f"{source}: {share:.0%} of its images are broken (see above); go on all the same with --allow-broken"
-            )
+    if index.broken and is_first():
+        found = f"{len(index.broken)} of {len(files)} images set aside, the first: {index.broken[0][1]}"
+        print(f"{source}: {found}", file=sys.stderr)
+    refuse_broken(index, allow_broken)
     if not index.images:
         raise UserError(f"{folder}: not a single usable image")
     return index
+
+
+def refuse_broken(index: Index, allow_broken: bool) -> None:
+    """Raises UserError if more than one image in twenty is broken."""
+    share = len(index.broken) / (len(index.broken) + len(index.images))
+    if share > 0.05 and not allow_broken:
+        found = f"{index.source}: {share:.0%} of its images are broken"
+        raise UserError(f"{found} (see above); go on all the same with --allow-broken")
 
 
 def load_index(stored: str, stamp: str, folder: str) -> Index | None:
@@ -1344,6 +1347,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("Scans data sets: what is there, in which classes, and what is broken.")
     add_data_options(parser)
     args = parser.parse_args(argv)
+    allow_broken, args.allow_broken = args.allow_broken, True  # all that is broken is listed before the refusal
     try:
         indexes, minima = open_sources(args)
         vocabulary = build_vocabulary(indexes, minima)
@@ -1371,6 +1375,11 @@ def main(argv: list[str] | None = None) -> None:
             )
         for _, reason in index.broken:
             print(f"  set aside  {reason}")
+    for index in indexes.values():
+        try:
+            refuse_broken(index, allow_broken)
+        except UserError as e:
+            parser.error(str(e))
 
 
 if __name__ == "__main__":

@@ -388,13 +388,14 @@ def table(results: dict, untrained: dict | None = None, all_classes: bool = Fals
         lines += ["", f"IoU of each {level}, %"]
         lines += [f"  {n}" if v is None else f"  {n[:38]:38s} {percent(v)}" for n, v in ranked]
         if absent := len(flat) - sum(v is not None for v in flat.values()):
-            lines.append(f"  without a labelled pixel among these images: {absent}")
+            lines.append(f"  {absent} more have no labelled pixel among these images, and count nowhere")
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- pictures
 
 PANEL, LINE, MARGIN = 380, 19, 10  # width of a panel, height of a line of text, space between panels; pixels
+OPACITY = 0.6  # of the classes' colours on the photo
 
 
 @functools.cache
@@ -403,7 +404,7 @@ def palette(n: int = 1024) -> np.ndarray:
     steps = np.arange(0, 256, 17)
     colours = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
     spread = colours.max(axis=1) - colours.min(axis=1)
-    colours = colours[spread >= 85]  # neither grey nor black nor white: photos have those
+    colours = colours[(spread >= 85) & (colours.max(axis=1) >= 136)]  # no grey, no black, no white: photos have those
     seen = colours * np.array([2.0, 4.0, 3.0]) ** 0.5  # about as different as they look
     chosen = [len(colours) - 1]
     nearest = np.full(len(colours), np.inf)
@@ -434,7 +435,7 @@ def overlay(photo: Image.Image, classes: np.ndarray) -> Image.Image:
     present = [int(c) for c in np.unique(classes) if c >= 0]
     if present:
         masks = torch.from_numpy(np.stack([classes == c for c in present]))
-        shown = draw_segmentation_masks(shown, masks, alpha=0.6, colors=[class_colour(c) for c in present])
+        shown = draw_segmentation_masks(shown, masks, alpha=OPACITY, colors=[class_colour(c) for c in present])
     picture = shown.numpy().transpose(1, 2, 0).copy()
     edge = np.zeros(classes.shape, bool)
     edge[:, 1:] |= classes[:, 1:] != classes[:, :-1]
@@ -458,11 +459,12 @@ def panel(
         if bar is not None:
             draw.rectangle([PANEL - 130, y + 3, PANEL - 130 + round(128 * bar), y + LINE - 4], fill="#6688bb")
         if colour is not None:
-            draw.rectangle([0, y + 3, 12, y + LINE - 4], fill=colour, outline="black")
+            blended = tuple(round(OPACITY * c + (1 - OPACITY) * 128) for c in colour)  # as it looks on the photo
+            draw.rectangle([0, y + 3, 12, y + LINE - 4], fill=blended, outline="black")
         room = PANEL - (140 if bar is not None else 0) - 18
         while draw.textlength(text, font=font) > room:
             text = text[:-2].rstrip(" .") + "\u2026"
-        draw.text((18, y + 1), text, fill="black", font=font)
+        draw.text((0 if text.endswith(":") else 18, y + 1), text, fill="black", font=font)
         y += LINE
     return whole
 
@@ -846,8 +848,10 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--labels", metavar="TABLES", help="its class tables: joint_dataset, or object150_info.csv")
     group = parser.add_argument_group("what to look at, and what to write")
     group.add_argument("--photo", nargs="+", metavar="FILE", help="parse these photos instead of validation images")
-    group.add_argument("--pictures", metavar="DIR", help="write pictures there (of photos: default .)")
-    group.add_argument("--json", metavar="FILE", help="write the metrics there")
+    group.add_argument(
+        "--pictures", metavar="DIR", help=f"write pictures there, of {SHOWN} images a source (of photos: default .)"
+    )
+    group.add_argument("--json", metavar="FILE", help="write the metrics there, as fractions (null: nothing labelled)")
     group.add_argument("--relations", metavar="FILE", help="count section 4.2's relations over the images, into FILE")
     group.add_argument("--classes", action="store_true", help="all classes in the table, not the best and worst ten")
     group.add_argument("--levels", type=levels_of, metavar="LIST", help=f"comma list of {','.join(LEVELS)} (all)")

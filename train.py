@@ -238,6 +238,9 @@ class Curves:
             draw.text((self.LEFT - 6, y), f"{tick * top:.2g}", fill="black", font=font, anchor="rm")
             shown = f"{round(tick * self.total)}" + (" iterations" if tick == 1 else "")
             draw.text((x, floor + 6), shown, fill="black", font=font, anchor="lmr"[int(2 * tick)] + "a")
+        for begin in filter(None, self.first.values()):  # a stage begins, with a rate of its own
+            x = self.LEFT + begin / self.total * (right - self.LEFT)
+            draw.line([x, 34, x, floor], fill="#999999")
         points = [
             (self.LEFT + (k + 0.5) / self.BINS * (right - self.LEFT), floor - value / top * (floor - 34))
             for k, value in zip(there.tolist(), values.tolist())
