@@ -2136,6 +2136,7 @@ class TestMistakes(unittest.TestCase):
             (train.main, (*new, "--lr", "nan"), "--lr: 'nan'"),
             (train.main, (*new, "--sizes", "64,x"), "--sizes: 'x' is not a whole number"),
             (train.main, (*new, "--sizes", "8"), "--sizes: .* at least 32"),
+            (train.main, (*new, "--max-size", "1"), "--max-size: at least the smallest of --sizes"),
             (train.main, (*new, "--batch-size", "0"), "--batch-size: '0'"),
             (train.main, (*new, "--batch-size", "1", "--sizes", "32"), "--sizes: .*33 pixels"),
             (train.main, (*new, "--seed", "9" * 30), "--seed: '9{30}'"),

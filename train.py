@@ -612,7 +612,7 @@ def known_failure(error: Exception) -> str | None:
     """What to say of an error that comes from outside of this program; None for any other."""
     said = " ".join(str(error).split())
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", said):
-        return "out of memory; lower --batch-size (--accumulate makes up for it), --sizes or --max-size"
+        return "out of memory; lower --batch-size (--accumulate makes up for it), --sizes, --max-size or --channels"
     if "DataLoader worker" in said:
         return f"a process that reads images ended ({said[:80]}); go on with --resume, with fewer --workers if memory is short"
     if dist.is_initialized() and re.search("onnection|peer|NCCL|gloo", said):
@@ -707,6 +707,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]
                 setattr(args, key, usual.get(key))
         if args.weights not in ("imagenet", "none") and not args.resume and not os.path.exists(args.weights):
             raise UserError(f"--weights {args.weights}: no such file; it takes imagenet, none, or a file")
+        if args.max_size < min(args.sizes):
+            raise UserError(f"--max-size: at least the smallest of --sizes, {min(args.sizes)}")
         if args.batch_size == 1 and padded(min(args.sizes)) < 64:
             raise UserError("--sizes: batch norm needs at least 33 pixels where --batch-size is 1")
     except UserError as e:
