@@ -526,12 +526,25 @@ def comparison(photo: Image.Image, maps: dict, logits: dict, labels: dict, vocab
     return sheet_of([above, below] if scores else [above + below[1:]])
 
 
-def save_picture(picture: Image.Image, path: str) -> None:
+def write_whole(path: str, write) -> None:
+    """Has `write(name)` make a file of a temporary name and renames it: `path` is there as a whole or as it was.
+
+    Raises UserError with its name if it cannot be written.
+    """
+    temporary = os.path.join(os.path.dirname(path), f".{os.getpid()}.{os.path.basename(path)}")
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        picture.save(path)
+        write(temporary)
+        os.replace(temporary, path)
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror or e})") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def save_picture(picture: Image.Image, path: str) -> None:
+    write_whole(path, picture.save)
 
 
 # ---------------------------------------------------------------- one's own photos
@@ -539,6 +552,8 @@ def save_picture(picture: Image.Image, path: str) -> None:
 
 def open_photo(path: str) -> Image.Image:
     """A photo of any format and mode as upright 8-bit RGB. Raises UserError with its name if it cannot be read."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise UserError(f"{path}: a pipe or a device, not a picture")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large is fine up to Pillow's own limit, which is an error
@@ -604,10 +619,8 @@ def write_maps(seen: dict[str, np.ndarray], vocabulary: dict, path: str) -> None
     names = {level: vocabulary[level] for level in ("scene", "object", "material", "texture") if level in vocabulary}
     names["part"] = part_channel_names(vocabulary)
     arrays = {level: value.astype(np.int16 if value.ndim == 2 else np.float32) for level, value in seen.items()}
-    try:
-        np.savez_compressed(path, **arrays, **{f"{level}_names": np.array(n) for level, n in names.items()})
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror or e})") from None
+    arrays |= {f"{level}_names": np.array(n) for level, n in names.items()}
+    write_whole(path, lambda name: np.savez_compressed(name, **arrays))
 
 
 # ---------------------------------------------------------------- relations: section 4.2, table 4
@@ -729,12 +742,11 @@ def validation_images(
 
 
 def write_json(results: dict, path: str) -> None:
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "w") as file:
+    def write(name: str) -> None:
+        with open(name, "w") as file:
             json.dump(results, file, indent=1, allow_nan=False)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+
+    write_whole(path, write)
 
 
 def levels_of(text: str) -> list[str]:
@@ -832,7 +844,8 @@ def check_run(checkpoint: dict, path: str) -> None:
     for key, kind in {"data": str, "root": str, "sizes": list, "max_size": int}.items():
         if key in arguments and not isinstance(arguments[key], kind):
             raise UserError(f"{path}: its argument {key} is {arguments[key]!r:.40}")
-    if not all(isinstance(size, int) and 32 <= size < 10**5 for size in arguments.get("sizes", [450])):
+    sizes = arguments.get("sizes", [450])
+    if not sizes or not all(isinstance(size, int) and 32 <= size < 10**5 for size in sizes):
         raise UserError(f"{path}: its sizes are {arguments['sizes']!r:.40}, no numbers of pixels")
     if not all(isinstance(v, list) and all(isinstance(image, str) for image in v) for v in split.values()):
         raise UserError(f"{path}: its split holds no lists of images")
@@ -868,6 +881,8 @@ def main(argv: list[str] | None = None) -> None:
         run(args)
     except UserError as e:
         parser.error(str(e))
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1680,6 +1680,34 @@ class TestTraining(unittest.TestCase):
             self.assertEqual(file.read(), good)
         self.assertEqual([name for name in os.listdir(out) if name.endswith(".tmp")], [])
 
+    def test_a_file_that_cannot_be_written_leaves_the_one_before(self):
+        path = os.path.join(new_folder("full"), "metrics.json")
+        evaluate.write_json({"good": 1}, path)
+        with mock.patch("json.dump", side_effect=OSError(28, "No space left on device")):
+            with self.assertRaisesRegex(UserError, "metrics.json: cannot be written .No space left"):
+                evaluate.write_json({"other": 2}, path)
+        self.assertEqual((read_json(path), os.listdir(os.path.dirname(path))), ({"good": 1}, ["metrics.json"]))
+
+    def test_a_log_that_is_none_or_lacks_lines(self):
+        out = new_folder("log")
+        with mock.patch("train.losses", side_effect=Killed), self.assertRaises(Killed):
+            command(train.main, *self.options, "--iters", 4, "--texture-iters", 0, "--out", out)
+        path = os.path.join(out, "log.jsonl")
+        checkpoint = torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
+        for content, says in (
+            (b"\xff\xfe", "codec"),
+            (b"[1]", "a line without stage"),
+            (b"{}", "stage"),
+            (b"x", "Expect"),
+        ):
+            with open(path, "wb") as file:
+                file.write(content + b"\n")
+            with self.assertRaisesRegex(UserError, f"log.jsonl: not a log of train.py any more .*{says}"):
+                train.cut_log(path, 3)
+            with open(path, "rb") as file:
+                self.assertEqual(file.read(), content + b"\n")
+        self.assertEqual(checkpoint["iteration"], 0)
+
     def test_failures_from_outside_are_told_in_one_line(self):
         for error, says in (
             (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out of memory; lower --batch-size"),
@@ -2264,6 +2292,7 @@ class TestMistakes(unittest.TestCase):
             ("negative.pt", network(classes={"object": -1}), "classes: numbers above 0"),
             ("data.pt", {**good, "arguments": {"data": 5}}, "data.pt: its argument data is 5"),
             ("sizes.pt", {**good, "arguments": {"sizes": [1]}}, r"sizes.pt: its sizes are \[1\]"),
+            ("no-sizes.pt", {**good, "arguments": {"sizes": []}}, r"no-sizes.pt: its sizes are \[\]"),
             ("split.pt", {**good, "split": {"dtd": 5}}, "split.pt: its split holds no lists"),
             ("table.pt", {**good, "split": []}, "table.pt: its arguments or its split are no dictionary"),
             ("stage.pt", half_way(stage="first"), "its stage is not what"),
@@ -2315,6 +2344,7 @@ class TestMistakes(unittest.TestCase):
                 file.write(value)
         os.makedirs(self.at("folder.jpg"))
         os.symlink("circle.jpg", self.at("circle.jpg"))
+        os.mkfifo(self.at("pipe.jpg"))
         says = {
             "cut.jpg": "cut.jpg: cannot be read as a picture .*truncated",
             "zero.png": "zero.png: cannot be read as a picture .*cannot identify",
@@ -2323,6 +2353,7 @@ class TestMistakes(unittest.TestCase):
             "folder.jpg": "folder.jpg: cannot be read as a picture .*Is a directory",
             "circle.jpg": "circle.jpg: cannot be read as a picture .*symbolic links",
             "gone.jpg": "gone.jpg: no such file",
+            "pipe.jpg": "pipe.jpg: a pipe or a device",
         }
         pictures = self.at("pictures")
         parse = lambda name, place: (evaluate.main, (self.checkpoint, "--photo", self.at(name), "--pictures", place))

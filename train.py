@@ -425,6 +425,9 @@ class Run:
             seen = cut_log(self.log, self.start + (stages["main"][1] if self.stage == "texture" else 0))
             for line in seen:
                 self.curves.add(line)
+            ahead = self.start + (stages["main"][1] if self.stage == "texture" else 0) - len(seen)
+            if ahead:
+                print(f"{self.log}: has no lines of {ahead} of the iterations until here")
             for unfinished in glob.glob(f"{glob.escape(self.path)}.*.tmp"):  # of a run that was killed while it saved
                 os.remove(unfinished)
         if self.stage == "main" and not self.start:
@@ -599,12 +602,15 @@ def cut_log(path: str, lines: int) -> list[dict]:
     """Keeps, and returns, the first `lines` lines: those of the iterations that the checkpoint has seen."""
     if not os.path.exists(path):
         return []
-    with open(path, "r+") as log:
-        kept = list(itertools.takewhile(bool, (log.readline() for _ in range(lines))))
-        log.truncate(log.tell())
     try:
-        return [json.loads(line) for line in kept]
-    except ValueError as e:
+        with open(path, "r+") as log:
+            kept = list(itertools.takewhile(bool, (log.readline() for _ in range(lines))))
+            seen = [json.loads(line) for line in kept]
+            if not all(isinstance(line, dict) and {"stage", "iteration", "lr", "loss"} <= line.keys() for line in seen):
+                raise ValueError("a line without stage, iteration, lr or loss")
+            log.truncate(log.tell())
+        return seen
+    except (ValueError, OSError) as e:
         raise UserError(f"{path}: not a log of train.py any more ({e}); move it away, or begin anew") from None
 
 
