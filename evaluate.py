@@ -59,19 +59,15 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """The best class of every pixel of a picture, (height, width) int64, the first one of equals.
 
-    logits: (K, h, w) at a quarter of the padded input; `filled` is the (height, width) of the input that the picture
-    took before padding, `size` the (height, width) asked for. The logits are enlarged bilinearly by size / filled, the
-    padding is cut off, and that is `F.interpolate(logits[None], size)[0].argmax(dim=0)` where there is none: exactly,
-    for they are enlarged by the same function, but four classes at a time: the full-size logits never exist together.
+    logits: (K, h, w), float32 or float64, at a quarter of the padded input; `filled` is the (height, width) of the input
+    that the picture took before padding, `size` the (height, width) asked for. The logits are enlarged bilinearly by
+    size / filled, the padding is cut off, and that is `F.interpolate(logits[None], size)[0].argmax(dim=0)` where there
+    is none: exactly, for the arithmetic is the same, but one class at a time: the full-size logits never exist together.
     """
-    logits = logits.contiguous()
+    logits = logits.detach().contiguous()
     scales = [None if 4 * cells == n else 4 * full / n for cells, n, full in zip(logits.shape[1:], filled, size)]
-
-    def enlarged(classes: Tensor) -> Tensor:  # F.interpolate, whose public form takes a size or a scale, but not both
-        return torch.ops.aten.upsample_bilinear2d(classes[None], size, False, *scales)[0]
-
     if len(logits) <= 4 or sum(size) <= 128:  # little to gain, and PyTorch's own roundings are others there
-        return enlarged(logits).argmax(dim=0)
+        return enlarged(logits, size, scales).argmax(dim=0)
 
     # A class is the best somewhere between four cells only if its highest there reaches the lowest of all others.
     groups = logits.split(16)  # few at a time stay in the cache
@@ -79,16 +75,34 @@ def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) ->
     floor -= 1e-5 * logits.abs().amax()  # more than rounding does
     missed = [(between_cells(group, torch.maximum) < floor).flatten(1).all(dim=1) for group in groups]
     possible = torch.cat(missed).logical_not().nonzero().flatten()
-    possible = torch.cat([possible, possible[:1].repeat(-len(possible) % 4)])  # once more does no harm
 
     highest = logits.new_full(size, -math.inf)
-    best, higher = (torch.zeros(size, device=logits.device) for _ in range(2))
-    for classes in possible.split(4):
-        for k, values in zip(classes.tolist(), enlarged(logits[classes])):
-            torch.gt(values, highest, out=higher)  # 1.0 or 0.0, quicker than True or False
-            torch.maximum(best, higher.mul_(k), out=best)  # k only grows
-            torch.maximum(highest, values, out=highest)
+    best, higher, values = (logits.new_zeros(size) for _ in range(3))
+    for k in possible.tolist():
+        values = enlarged_by_rows(logits[k], scales, out=values)
+        torch.gt(values, highest, out=higher)  # 1.0 or 0.0, quicker than True or False
+        torch.maximum(best, higher.mul_(k), out=best)  # k only grows
+        torch.maximum(highest, values, out=highest)
     return best.long()
+
+
+def enlarged(logits: Tensor, size: tuple[int, int], scales: list[float | None]) -> Tensor:
+    """`F.interpolate` of (K, h, w) to `size`; its public form takes a size or a scale, but not both."""
+    return torch.ops.aten.upsample_bilinear2d(logits[None], size, False, *scales)[0]
+
+
+def enlarged_by_rows(logits: Tensor, scales: list[float | None], out: Tensor) -> Tensor:
+    """`enlarged` of one class, (h, w) -> `out`, (height, width).
+
+    On the CPU first along the width, then along the height with the pixels of a row side by side, as PyTorch's vector
+    code wants them: the same products and sums as in one step, several times as fast.
+    """
+    if logits.device.type != "cpu":
+        return enlarged(logits[None], out.shape, scales)[0]
+    one_axis = torch.ops.aten.upsample_linear1d
+    wide = one_axis(logits[None], out.shape[1:], False, scales[1])  # (1, h, width)
+    one_axis.out(wide.mT, out.shape[:1], False, scales[0], out=out.mT[None])
+    return out
 
 
 def between_cells(logits: Tensor, extreme) -> Tensor:
