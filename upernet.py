@@ -491,14 +491,15 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
         needs = "the authors' folder joint_dataset" if paper else "the authors' file object150_info.csv"
         raise ValueError(f"{labels}: not the class tables of {decoder}, which needs {needs}")
     vocabulary = release_vocabulary(labels, paper)
-    net = UPerNet(
-        class_counts(vocabulary),
-        "resnet101" if "layer3.22.conv1.weight" in body else "resnet50",
-        channels=len(top["ppm_last_conv.0.weight"]),
-        head_conv=paper,
-        pool="prroi" if paper else "adaptive",
-        stem="deep",
-    )
+    with torch.device("meta"):  # the weights come from the files
+        net = UPerNet(
+            class_counts(vocabulary),
+            "resnet101" if "layer3.22.conv1.weight" in body else "resnet50",
+            channels=len(top["ppm_last_conv.0.weight"]),
+            head_conv=paper,
+            pool="prroi" if paper else "adaptive",
+            stem="deep",
+        )
     # Their synchronised batch norm keeps sums of its own, which mean nothing in eval mode.
     body, top = (
         {
@@ -515,11 +516,12 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
         decoder,
         lambda k: released_name(k, paper),
     )
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
     if paper:  # RGB in [0, 1] instead of BGR in [0, 255]: other constants, and the first filters' channels turned round
-        net.mean.copy_(torch.tensor([122.7717, 115.9465, 102.9801]).view(3, 1, 1) / 255)
-        net.std.fill_(1 / 255)
+        mean, std = [value / 255 for value in (122.7717, 115.9465, 102.9801)], [1 / 255] * 3
         net.backbone.conv1.weight.data = net.backbone.conv1.weight.data.flip(1)
-    return net.eval(), vocabulary
+    net.mean, net.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    return net.to(memory_format=torch.channels_last).eval(), vocabulary
 
 
 def release_vocabulary(labels: str, paper: bool) -> dict:
