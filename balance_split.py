@@ -173,9 +173,9 @@ def balanced_validation(indexes: dict[str, Index], vocabulary: dict, path: str) 
     for source, index in indexes.items():
         entry = split["sources"][source]
         if entry["fingerprint"] != fingerprint(index):
+            found = f"its split of {source} is of {entry['images']} images and no longer fits the {len(index.images)}"
             raise UserError(
-                f"{path}: its split of {source} is of {entry['images']} images and no longer fits the {len(index.images)} "
-                f"that are there; make a new one with python balance_split.py --data {source}"
+                f"{path}: {found} that are there; make a new one with python balance_split.py --data {source}"
             )
     return {source: set(split["sources"][source]["validation"]) for source in indexes}
 
@@ -238,17 +238,15 @@ def main(argv: list[str] | None = None) -> None:
         split = read_split(path)
         if split["fraction"] not in (None, args.fraction) and set(split["sources"]) - set(indexes):
             others = ", ".join(sorted(set(split["sources"]) - set(indexes)))
-            raise UserError(
-                f"{path}: splits {others} at {split['fraction']}; --fraction {args.fraction} must name them in --data too"
-            )
+            kept = f"splits {others} at {split['fraction']}"
+            raise UserError(f"{path}: {kept}; --fraction {args.fraction} must name them in --data too")
         split["fraction"] = args.fraction
         panels = []
         for source, index in indexes.items():
             entry = split["sources"][source] = split_source(index, vocabulary, args.fraction, args.swaps)
             held, before, after = len(entry["validation"]), entry["deviation_before"], entry["deviation_after"]
-            print(
-                f"{source}: {held} of {len(index.images)} images; mean deviation {before:.4f} at random, {after:.4f} balanced"
-            )
+            print(f"{source}: {held} of {len(index.images)} images; mean deviation", end=" ")
+            print(f"{before:.4f} at random, {after:.4f} balanced")
             if args.plot:
                 counts = pixel_table(index, vocabulary)
                 shares = class_shares(counts)

@@ -1355,9 +1355,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(e))
     for source, index in indexes.items():
         heights, widths = index.sizes.double().median(dim=0).values.int().tolist()
-        print(
-            f"{source}: {len(index.images)} images in {index.folder} ({index.layout}), {heights} x {widths} in the middle"
-        )
+        where = f"{index.folder} ({index.layout})"
+        print(f"{source}: {len(index.images)} images in {where}, {heights} x {widths} in the middle")
         table = class_pixels(index)
         for level in SOURCE_LEVELS[source]:
             if level not in vocabulary:
@@ -1368,11 +1367,9 @@ def main(argv: list[str] | None = None) -> None:
             n = sum(len(parts) - 1 for parts in names.values()) if level == "part" else len(names)
             pixels = sum(sum(images.values()) for images in table[level].values())
             unit = "images" if level in ("scene", "texture") else "pixels"
-            shown = ", ".join(list(names)[:8])
+            shown = ", ".join(list(names)[:8]) + (", .." if len(names) > 8 else "")
             whole = f" of {len(names)} objects" if level == "part" else ""
-            print(
-                f"  {level:9s} {n} classes{whole}, {pixels:,} {unit} labelled: {shown}{', ..' if len(names) > 8 else ''}"
-            )
+            print(f"  {level:9s} {n} classes{whole}, {pixels:,} {unit} labelled: {shown}")
         for _, reason in index.broken:
             print(f"  set aside  {reason}")
     for index in indexes.values():

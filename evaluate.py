@@ -59,10 +59,11 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """The best class of every pixel of a picture, (height, width) int64, the first one of equals.
 
-    logits: (K, h, w), float32 or float64, at a quarter of the padded input; `filled` is the (height, width) of the input
-    that the picture took before padding, `size` the (height, width) asked for. The logits are enlarged bilinearly by
-    size / filled, the padding is cut off, and that is `F.interpolate(logits[None], size)[0].argmax(dim=0)` where there
-    is none: exactly, for the arithmetic is the same, but one class at a time: the full-size logits never exist together.
+    logits: (K, h, w), float32 or float64, at a quarter of the padded input; `filled` is the (height, width) of the
+    input that the picture took before padding, `size` the (height, width) asked for. The logits are enlarged
+    bilinearly by size / filled, the padding is cut off, and that is
+    `F.interpolate(logits[None], size)[0].argmax(dim=0)` where there is none: exactly, for the arithmetic is the same,
+    but one class at a time: the full-size logits never exist together.
     """
     logits = logits.detach().contiguous()
     scales = [None if 4 * cells == n else 4 * full / n for cells, n, full in zip(logits.shape[1:], filled, size)]
@@ -734,7 +735,7 @@ def validation_images(
         elif split is None:
             names = set(index.images) if source == "os" else official_validation(index)
             print(
-                f"{source}: no split in {path}; evaluating {'all images' if source == 'os' else 'its validation folder'}"
+                f"{source}: no split in {path}; {'all images' if source == 'os' else 'its validation folder'} instead"
             )
         else:
             names = own
@@ -744,9 +745,8 @@ def validation_images(
         if lacking := len(names) - len(there):
             print(f"{source}: {lacking} of {len(names)} validation images are not there")
         if split is not None and (foreign := sum(index.images[i] not in own for i in there)):
-            print(
-                f"{source}: {foreign} of {len(there)} images were not validation images of the checkpoint: it may know them"
-            )
+            counted = f"{foreign} of {len(there)} images"
+            print(f"{source}: {counted} were not validation images of the checkpoint: it may know them")
         chosen += [(source, i) for i in there]
     if not chosen:
         raise UserError(
@@ -889,9 +889,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         if bool(args.checkpoint) == bool(args.release):
-            raise UserError(
-                "name a checkpoint before the options (runs/toy/ckpt.pt, say), or a network of the authors with --release"
-            )
+            what = "a checkpoint before the options (runs/toy/ckpt.pt, say)"
+            raise UserError(f"name {what}, or a network of the authors with --release")
         run(args)
     except UserError as e:
         parser.error(str(e))
@@ -954,11 +953,8 @@ def run(args: argparse.Namespace) -> None:
     args.allow_broken = args.allow_broken or bool(trained.get("allow_broken"))
     args.root = args.root or "data"
     if args.data is None:
-        raise UserError(
-            "--data: name the sources to evaluate on, ade20k,os for one"
-            if split is None
-            else "--data: not in the checkpoint"
-        )
+        why = "not in the checkpoint; " if split is not None else ""
+        raise UserError(f"--data: {why}name the sources to evaluate on, ade20k,os for one")
     indexes, _ = first_before_others(lambda: open_sources(args))
     readers = {}
     for source, index in indexes.items():

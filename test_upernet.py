@@ -86,7 +86,8 @@ def children(pid: int) -> list[int]:
 
 def toy_arguments(root: str, **given) -> object:
     """The namespace that the scripts make of `--data toy`."""
-    _, args = train.parse_arguments(["--root", root, "--out", new_folder("out")])
+    args = train.all_options().parse_args(["--root", root, "--out", new_folder("out")])
+    train.complete(args)
     for key, value in given.items():
         setattr(args, key, value)
     return args
@@ -1710,17 +1711,20 @@ class TestTraining(unittest.TestCase):
 
     def test_failures_from_outside_are_told_in_one_line(self):
         for error, says in (
-            (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out of memory; lower --batch-size"),
-            (MemoryError(), "out of memory; lower --batch-size"),
+            (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "of memory; .* a lower --batch-size"),
+            (MemoryError(), "of memory; .* a lower --batch-size"),
             (
                 RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
                 "ended .*--resume, with fewer --w",
             ),
         ):
+            out = new_folder("failing")
             with mock.patch("train.losses", side_effect=error):
-                status, _, err = command(train.main, *self.options, "--iters", 2, "--out", new_folder("failing"))
+                status, _, err = command(train.main, *self.options, "--iters", 2, "--batch-size", 4, "--out", out)
             self.assertEqual((status, err.count("\n")), (2, 1))
             self.assertRegex(err, says)
+        self.train("--resume", "--batch-size", 2, "--accumulate", 2, "--out", out)  # as the messages advise
+        self.assertGreater(self.lines(out), 2)
         with mock.patch("train.losses", side_effect=RuntimeError("a mistake of ours")):
             self.assertRaises(
                 RuntimeError, command, train.main, *self.options, "--iters", 2, "--out", new_folder("ours")
@@ -2161,6 +2165,7 @@ class TestMistakes(unittest.TestCase):
             (train.main, (*new, "--sizes", "8"), "--sizes: .* at least 32"),
             (train.main, (*new, "--max-size", "1"), "--max-size: at least the smallest of --sizes"),
             (train.main, (*new, "--batch-size", "0"), "--batch-size: '0'"),
+            (train.main, (*new, "--iters", "900000000"), "--iters, .*: [0-9,]+ images in all"),
             (train.main, (*new, "--batch-size", "1", "--sizes", "32"), "--sizes: .*33 pixels"),
             (train.main, (*new, "--seed", "9" * 30), "--seed: '9{30}'"),
             (train.main, (*new, "--iters", "-3"), "--iters: '-3'"),

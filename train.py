@@ -78,8 +78,10 @@ TOY = {  # what two cores learn in minutes
     "backbone": "resnet18", "channels": 48, "weights": "none", "iters": 2400, "texture_iters": 600, "batch_size": 4,
     "lr": 0.04, "sizes": [76, 80, 84], "max_size": 160, "save_every": 400,
 }  # fmt: skip
-# What a run that goes on may change.
-FREE = set("root cache workers save_every eval_every amp compile device allow_broken out resume".split())
+# What a run that goes on may change: where and how it is computed, not what is learnt from how many images in all.
+FREE = set(
+    "root cache workers batch_size accumulate save_every eval_every amp compile device allow_broken out resume".split()
+)
 TEXTURE_IMAGES = 8  # for each of --batch-size in the texture stage: they have a fiftieth of the area (our choice)
 
 
@@ -322,7 +324,7 @@ def open_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[dict[s
 
 @contextlib.contextmanager
 def signals_noted():
-    """While it lasts, the first SIGTERM or Ctrl-C is only noted, in the list that it gives; the second does its work."""
+    """While it lasts, the first SIGTERM or Ctrl-C is only noted, in the list that it gives; the second works as ever."""
     noted: list[int] = []
 
     def note(number: int, _) -> None:
@@ -563,6 +565,8 @@ def plan_stages(args: argparse.Namespace, sizes: dict[str, dict], ranks: int) ->
         args.iters = math.ceil(5 * 16 * sum(map(len, others.values())) / step)
     if args.texture_iters is None:
         args.texture_iters = math.ceil(5 * sum(map(len, textures.values())) / (step * TEXTURE_IMAGES))
+    if (drawn := step * max(args.iters, args.texture_iters)) > 10**8:
+        raise UserError(f"--iters, --batch-size, --accumulate: {drawn:,} images in all, more than the 10^8 of a plan")
     return {
         "main": (others, args.iters if others else 0, args.batch_size),
         "texture": (textures, args.texture_iters if textures else 0, args.batch_size * TEXTURE_IMAGES),
@@ -618,9 +622,11 @@ def known_failure(error: Exception) -> str | None:
     """What to say of an error that comes from outside of this program; None for any other."""
     said = " ".join(str(error).split())
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", said):
-        return "out of memory; lower --batch-size (--accumulate makes up for it), --sizes, --max-size or --channels"
+        smaller = "a lower --batch-size (--accumulate makes up for it)"
+        return f"out of memory; go on with --resume and {smaller}, or begin anew with lower --sizes or --channels"
     if "DataLoader worker" in said:
-        return f"a process that reads images ended ({said[:80]}); go on with --resume, with fewer --workers if memory is short"
+        what_next = "go on with --resume, with fewer --workers if memory is short"
+        return f"a process that reads images ended ({said[:80]}); {what_next}"
     if dist.is_initialized() and re.search("onnection|peer|NCCL|gloo", said):
         return f"process {dist.get_rank()} lost touch with the others; go on with --resume"
     return None
@@ -643,8 +649,8 @@ def rate(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
-    """(parser, all options). What is not given comes from the checkpoint with --resume, else from TOY or PAPER."""
+def all_options() -> Parser:
+    """The command's options; each is None if it is not given."""
     parser = Parser("Trains UPerNet. Defaults are the paper's; for the toy, the default data, those after 'toy'.")
     add_data_options(parser)
     group = parser.add_argument_group("network")
@@ -683,48 +689,49 @@ def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]
     add_device_options(group)
 
     parser.set_defaults(**{action.dest: None for action in parser._actions if action.dest != "help"})
-    args = parser.parse_args(argv)
+    return parser
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Fills in what is not given: from the checkpoint with --resume, else from TOY or PAPER. Raises UserError for
+    options that will not do."""
     given = {key for key, value in vars(args).items() if value is not None}
     data = args.data or PAPER["data"]
     out = args.out or os.path.join("runs", "+".join(sorted(name.strip() for name in data.split(","))))
     path, stored = os.path.join(out, "ckpt.pt"), {}
     group = [os.environ.get(name) for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
-    try:
-        # torchrun starts a group again that failed: it goes on with what it has begun itself, if it came that far.
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-            begun = os.path.exists(path)
-            args.resume = begun and (bool(args.resume) or read_checkpoint(path)["arguments"].get("group") == group)
-        if args.resume:
-            stored = read_checkpoint(path)["arguments"]
-            for key in sorted(given - FREE):
-                if stored.get(key) != getattr(args, key):
-                    option = "--" + key.replace("_", "-")
-                    kept = f"{out} was begun with {stored.get(key)}, and a run that goes on keeps it"
-                    raise UserError(f"{option}: {kept}; leave {option} out")
-        elif os.path.exists(path):
-            raise UserError(
-                f"{out}: holds a run already; go on with it by --resume, or choose another folder with --out"
-            )
-        args.group = group
-        args.fingerprints = stored.get("fingerprints", {})  # of the images that the run was begun with
-        usual = {**PAPER, **(TOY if data == "toy" else {}), **stored, "out": out}
-        for key, value in vars(args).items():
-            if value is None:
-                setattr(args, key, usual.get(key))
-        if args.weights not in ("imagenet", "none") and not args.resume and not os.path.exists(args.weights):
-            raise UserError(f"--weights {args.weights}: no such file; it takes imagenet, none, or a file")
-        if args.max_size < min(args.sizes):
-            raise UserError(f"--max-size: at least the smallest of --sizes, {min(args.sizes)}")
-        if args.batch_size == 1 and padded(min(args.sizes)) < 64:
-            raise UserError("--sizes: batch norm needs at least 33 pixels where --batch-size is 1")
-    except UserError as e:
-        parser.error(str(e))
-    return parser, args
+    # torchrun starts a group again that failed: it goes on with what it has begun itself, if it came that far.
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        begun = os.path.exists(path)
+        args.resume = begun and (bool(args.resume) or read_checkpoint(path)["arguments"].get("group") == group)
+    if args.resume:
+        stored = read_checkpoint(path)["arguments"]
+        for key in sorted(given - FREE):
+            if stored.get(key) != getattr(args, key):
+                option = "--" + key.replace("_", "-")
+                kept = f"{out} was begun with {stored.get(key)}, and a run that goes on keeps it"
+                raise UserError(f"{option}: {kept}; leave {option} out")
+    elif os.path.exists(path):
+        raise UserError(f"{out}: holds a run already; go on with it by --resume, or choose another folder with --out")
+    args.group = group
+    args.fingerprints = stored.get("fingerprints", {})  # of the images that the run was begun with
+    usual = {**PAPER, **(TOY if data == "toy" else {}), **stored, "out": out}
+    for key, value in vars(args).items():
+        if value is None:
+            setattr(args, key, usual.get(key))
+    if args.weights not in ("imagenet", "none") and not args.resume and not os.path.exists(args.weights):
+        raise UserError(f"--weights {args.weights}: no such file; it takes imagenet, none, or a file")
+    if args.max_size < min(args.sizes):
+        raise UserError(f"--max-size: at least the smallest of --sizes, {min(args.sizes)}")
+    if args.batch_size == 1 and padded(min(args.sizes)) < 64:
+        raise UserError("--sizes: batch norm needs at least 33 pixels where --batch-size is 1")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, args = parse_arguments(argv)
+    parser = all_options()
+    args = parser.parse_args(argv)
     try:
+        complete(args)
         run(args)
     except UserError as e:
         parser.error(str(e))

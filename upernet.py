@@ -61,13 +61,13 @@ def enlarged_and_shifted(n: int, size: int, like: Tensor) -> Tensor:
 
 
 def conv_of_enlarged(maps: list[Tensor], weights: list[Tensor], size: tuple[int, int]) -> Tensor:
-    """The sum of `F.conv2d(resize(x, size), w, padding=1)` over the maps x and their weights w: the same up to rounding,
-    for a quarter of the operations or less, and without the enlarged maps.
+    """The sum of `F.conv2d(resize(x, size), w, padding=1)` over the maps x and their weights w: the same up to
+    rounding, for a quarter of the operations or less, and without the enlarged maps.
 
-    Enlarging and convolution are both linear and act on different axes, so they may change places. A convolution is the
-    sum over its taps (t, u) of w_tu @ (A_t x B_u^T), where A_t enlarges and shifts x along the height and B_u along the
-    width, and that is the sum of A_t (w_tu @ x) B_u^T: 1x1 convolutions of the small map to nine times the channels, then
-    two matrix products. The inner sum of the last one runs over the taps t and over all maps.
+    Enlarging and convolution are both linear and act on different axes, so they may change places. A convolution is
+    the sum over its taps (t, u) of w_tu @ (A_t x B_u^T), where A_t enlarges and shifts x along the height and B_u
+    along the width, and that is the sum of A_t (w_tu @ x) B_u^T: 1x1 convolutions of the small map to nine times the
+    channels, then two matrix products. The inner sum of the last one runs over the taps t and over all maps.
     """
     rows = torch.cat([a for x in maps for a in enlarged_and_shifted(x.shape[2], size[0], x)], dim=1)  # (H, 3 * all h)
     columns = [enlarged_and_shifted(x.shape[3], size[1], x).permute(1, 2, 0).flatten(1) for x in maps]  # (W, w * 3)
@@ -161,8 +161,8 @@ class FPN(nn.Module):
 class Fusion(nn.Module):
     """P<finest>..P5, resized to the finest and concatenated, through one 3x3 convolution: the map of objects and parts.
 
-    That is `self.conv(torch.cat([maps[0], *(resize(p, maps[0].shape[2:]) for p in maps[1:])], dim=1))`, two thirds of the
-    whole network's operations; the coarser maps' share of it is computed before they are enlarged.
+    That is `self.conv(torch.cat([maps[0], *(resize(p, maps[0].shape[2:]) for p in maps[1:])], dim=1))`, two thirds of
+    the whole network's operations; the coarser maps' share of it is computed before they are enlarged.
     """
 
     def __init__(self, maps: int, channels: int):
