@@ -734,9 +734,8 @@ def validation_images(
             names = balanced_validation({source: index}, vocabulary, path)[source]
         elif split is None:
             names = set(index.images) if source == "os" else official_validation(index)
-            print(
-                f"{source}: no split in {path}; {'all images' if source == 'os' else 'its validation folder'} instead"
-            )
+            instead = "all images" if source == "os" else "its validation folder"
+            print(f"{source}: no split in {path}; evaluating {instead}")
         else:
             names = own
         if not names:

@@ -324,7 +324,7 @@ def open_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[dict[s
 
 @contextlib.contextmanager
 def signals_noted():
-    """While it lasts, the first SIGTERM or Ctrl-C is only noted, in the list that it gives; the second works as ever."""
+    """While it lasts, the first SIGTERM or Ctrl-C is only noted, in the list that it gives; a second works as ever."""
     noted: list[int] = []
 
     def note(number: int, _) -> None:
