@@ -4,7 +4,8 @@ the pixels are there.
     python balance_split.py --data ade20k,os,dtd     # writes data/split.json
 
 Images are drawn at random; then, again and again, one image of each side is picked and the two change places if that
-brings the classes' shares nearer to 10%.
+brings the classes' shares nearer to 10%: if the mean of their distances from it gets smaller (our measure of "nearer",
+and each source is split for itself).
 """
 
 import argparse
@@ -18,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from datasets import (
-    TOY_SEED,
+    SEED,
     Index,
     Parser,
     UserError,
@@ -28,6 +29,7 @@ from datasets import (
     natural,
     open_sources,
     pixel_table,
+    write_json,
 )
 
 SWAPS = 1_000_000  # some seconds: a swap's cost does not depend on the number of images
@@ -105,10 +107,8 @@ def split_source(index: Index, vocabulary: dict, fraction: float, swaps: int | N
     """The entry of one source in split.json."""
     counts = pixel_table(index, vocabulary)
     shares = class_shares(counts)
-    at_random = balance(counts, fraction, 0, TOY_SEED)
-    validation = balance(
-        counts, fraction, swaps if swaps is not None else min(SWAPS, 1000 * len(index.images)), TOY_SEED
-    )
+    at_random = balance(counts, fraction, 0, SEED)
+    validation = balance(counts, fraction, swaps if swaps is not None else min(SWAPS, 1000 * len(index.images)), SEED)
     return {
         "images": len(index.images),
         "fingerprint": fingerprint(index),
@@ -140,22 +140,11 @@ def read_split(path: str) -> dict:
             entry["fingerprint"], int(entry["images"]), set(entry["validation"])
         return split
     except FileNotFoundError:
-        return {"seed": TOY_SEED, "fraction": None, "sources": {}}
+        return {"seed": SEED, "fraction": None, "sources": {}}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(
             f"{path}: not a split that balance_split.py wrote ({type(e).__name__}: {e}); delete it"
         ) from None
-
-
-def write_split(split: dict, path: str) -> None:
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(temporary, "w") as file:
-            json.dump(split, file, indent=1)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}); name a folder for it with --cache") from None
 
 
 def balanced_validation(indexes: dict[str, Index], vocabulary: dict, path: str) -> dict[str, set[str]]:
@@ -169,7 +158,7 @@ def balanced_validation(indexes: dict[str, Index], vocabulary: dict, path: str) 
         split["fraction"] = split["fraction"] or 0.1
         split["sources"][source] = split_source(indexes[source], vocabulary, split["fraction"])
     if lacking:
-        write_split(split, path)
+        write_json(split, path, "name a folder for it with --cache")
     for source, index in indexes.items():
         entry = split["sources"][source]
         if entry["fingerprint"] != fingerprint(index):
@@ -181,7 +170,8 @@ def balanced_validation(indexes: dict[str, Index], vocabulary: dict, path: str) 
 
 
 def official_validation(index: Index) -> set[str]:
-    return {image for image, part in zip(index.images, index.official) if part == "validation"}
+    """The validation images of the source's own lists or folders."""
+    return {image for image, side in zip(index.images, index.official) if side == "validation"}
 
 
 def plot(before: np.ndarray, after: np.ndarray, fraction: float, title: str) -> Image.Image:
@@ -190,8 +180,8 @@ def plot(before: np.ndarray, after: np.ndarray, fraction: float, title: str) -> 
     picture = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     highest = max(0.3, 2 * fraction)
-    y_of = lambda share: bottom_y - min(share, highest) / highest * (bottom_y - top)
     bottom_y = height - bottom
+    y_of = lambda share: bottom_y - min(share, highest) / highest * (bottom_y - top)
     for tick in np.linspace(0, highest, 4):
         draw.line([(left, y_of(tick)), (width - 15, y_of(tick))], fill="#dddddd")
         draw.text((left - 8, y_of(tick)), f"{tick:.0%}", fill="black", font=font, anchor="rm")
@@ -245,15 +235,15 @@ def main(argv: list[str] | None = None) -> None:
         for source, index in indexes.items():
             entry = split["sources"][source] = split_source(index, vocabulary, args.fraction, args.swaps)
             held, before, after = len(entry["validation"]), entry["deviation_before"], entry["deviation_after"]
-            print(f"{source}: {held} of {len(index.images)} images; mean deviation", end=" ")
-            print(f"{before:.4f} at random, {after:.4f} balanced")
+            found = f"mean deviation {before:.4f} at random, {after:.4f} balanced"
+            print(f"{source}: {held} of {len(index.images)} images; {found}")
             if args.plot:
                 counts = pixel_table(index, vocabulary)
                 shares = class_shares(counts)
                 chosen = np.isin(index.images, entry["validation"])
-                at_random = balance(counts, args.fraction, 0, TOY_SEED).numpy()
+                at_random = balance(counts, args.fraction, 0, SEED).numpy()
                 panels.append(plot(shares[at_random].sum(axis=0), shares[chosen].sum(axis=0), args.fraction, source))
-        write_split(split, path)
+        write_json(split, path, "name a folder for it with --cache")
         print(f"wrote {path}; train.py uses it by itself")
         if args.plot:
             sheet = Image.new("RGB", (panels[0].width, sum(p.height for p in panels)))

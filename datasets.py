@@ -32,7 +32,7 @@ from tqdm import tqdm
 SOURCE_LEVELS = {"ade20k": ("scene", "object", "part"), "os": ("material",), "dtd": ("texture",)}
 MEAN_COLOUR = (124, 116, 104)  # ImageNet's, of which padding is made: zero after the network's normalisation
 TEXTURE_SIZE = 64  # section 3.1: "resized to 64x64, roughly"; ours: short side 64, then a square of it
-TOY_SEED = 304
+SEED = 304  # of the toy's files and of every split; --seed is about training
 
 
 class UserError(ValueError):
@@ -40,7 +40,7 @@ class UserError(ValueError):
 
 
 def is_first() -> bool:
-    """Whether this is the first of the processes that torchrun started, or the only one: that which speaks."""
+    """Whether this is the first of the processes that torchrun started, or the only one: the one that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -59,6 +59,34 @@ class Parser(argparse.ArgumentParser):
         message = message.rsplit("UserError: ", 1)[-1]
         shown = f"{self.prog}: {' '.join(message.split())}\n"
         self.exit(2, shown if is_first() else None)
+
+
+def write_whole(path: str, write, advice: str = "") -> None:
+    """Has `write(name)` make a file of a temporary name and renames it: `path` is there as a whole, or as it was.
+
+    Raises UserError with the path and the advice if it cannot be written.
+    """
+    temporary = os.path.join(os.path.dirname(path), f".{os.getpid()}.{os.path.basename(path)}")
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # PyTorch's own file writer raises RuntimeError on a full disk
+        if "DataLoader worker" in str(e):  # of a process that died meanwhile: PyTorch raises it wherever the program is
+            raise
+        what_next = f"; {advice}" if advice else ""
+        raise UserError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}){what_next}") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def write_json(content: dict, path: str, advice: str = "") -> None:
+    def write(name: str) -> None:
+        with open(name, "w") as file:
+            json.dump(content, file, indent=1, allow_nan=False)
+
+    write_whole(path, write, advice)
 
 
 # ---------------------------------------------------------------- what lies on disk
@@ -178,7 +206,7 @@ def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
     if layout == "dtd":  # train1 + val1 against test1; an image in no list belongs to neither
         lists = {"train1": "training", "val1": "training", "test1": "validation"}
         official = {
-            line.strip(): part for name, part in lists.items() for line in read_lines(folder, f"labels/{name}.txt")
+            line.strip(): side for name, side in lists.items() for line in read_lines(folder, f"labels/{name}.txt")
         }
         for entry in files:
             _, entry["tag"], name = entry["image"].split("/")
@@ -238,8 +266,8 @@ def rgb(picture: Image.Image) -> Image.Image:
 
 
 def scan_image(task: tuple[str, str, dict]) -> dict:
-    """Opens every file of one image once: its size, tag, and pixels per class number; or `broken`, the reason why
-    not."""
+    """Opens every file of one image once: its size, tag, and pixels per class number; or the reason under `broken`, if
+    one cannot be read."""
     layout, folder, files = task
     current = files["image"]
     try:
@@ -257,7 +285,7 @@ def scan_image(task: tuple[str, str, dict]) -> dict:
         }
         if "json" in files:
             current = files["json"]
-            os.stat(os.path.join(folder, current))
+            os.stat(os.path.join(folder, current))  # a file that is missing is reported as such
             annotation = json.loads("\n".join(read_lines(folder, current)))["annotation"]
             scenes = [s for s in annotation["scene"] if s]
             found["tag"] = usable_scene(scenes[-1] if scenes else "")
@@ -301,7 +329,8 @@ def scan(root: str, source: str, cache: str, allow_broken: bool = False) -> Inde
     if index is None:
         index = scan_all(source, layout, folder, files)
         index.stamp = stamp
-        save_atomically({"version": 1, **vars(index)}, stored, "choose another folder with --cache")
+        content = {"version": 1, **vars(index)}
+        write_whole(stored, lambda name: torch.save(content, name), "choose another folder with --cache")
     if index.broken and is_first():
         found = f"{len(index.broken)} of {len(files)} images set aside, the first: {index.broken[0][1]}"
         print(f"{source}: {found}", file=sys.stderr)
@@ -400,23 +429,11 @@ def substance_names(folder: str) -> dict[int, str]:
         ) from None
 
 
-def save_atomically(content: dict, path: str, advice: str) -> None:
-    """Writes with torch.save to a temporary name and renames; raises UserError with the file's name and the advice."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # PyTorch's own file writer raises RuntimeError on a full disk
-        if "DataLoader worker" in str(e):  # of a process that died meanwhile: PyTorch raises it wherever the program is
-            raise
-        raise UserError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); {advice}") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
 # ---------------------------------------------------------------- the vocabulary
+
+# What a class needs to be kept (section 2.1; that of scenes is our choice), and what it needs in the toy.
+MINIMA = {"min_images": 50, "min_pixels": 50000, "min_part_images": 20, "min_scene_images": 10}
+TOY_MINIMA = {"min_images": 20, "min_pixels": 5000, "min_part_images": 20, "min_scene_images": 10}
 
 # OpenSurfaces' substances that are kept, and as what (released code); all others are unlabelled.
 MATERIALS = {
@@ -573,30 +590,33 @@ class Reader:
         place = {
             level: {name: i for i, name in enumerate(vocabulary[level])} for level in self.levels if level != "part"
         }
+        tags, classes = place.get(self.tag_level, {}), place.get(self.map_level, {})  # name -> index in the vocabulary
         of_tag = names.get(self.tag_level, {})
-        self.tags = [place.get(self.tag_level, {}).get(of_tag.get(tag), -1) for tag in index.tags]
-        self.stored = ""  # the file of prepared maps
-        self.maps: dict = {}  # its content, read by the process that needs it
-        classes = len(place.get(self.map_level, ()))
-        pairs = [(-1, 0)] + [(c, 0) for c in range(classes)]  # code -> class, part
+        self.tags = [tags.get(of_tag.get(tag), -1) for tag in index.tags]
+
+        # What the files' numbers mean: number of an object or a material -> class index, -1 for none; and
+        # (class index of an object, number of a part) -> index in the object's list of parts, 0 for none.
         size = max(index.names, default=0) + 1
-        self.of_number = np.full(size, -1, np.int16)  # number of an object or a material -> class index
+        self.of_number = np.full(size, -1, np.int16)
         for number, name in names.get(self.map_level, {}).items():
             if number < size:
-                self.of_number[number] = place.get(self.map_level, {}).get(name, -1)
+                self.of_number[number] = classes.get(name, -1)
+        owned = {}  # class index of an object -> its parts
         if "part" in self.levels:
-            # (class index of the object, number of the part) -> index in the object's list of parts
-            self.of_part = np.zeros((len(vocabulary["object"]) + 1, size), np.uint8)
-            owned = {place["object"][owner]: parts for owner, parts in vocabulary["part"].items()}
+            owned = {classes[owner]: parts for owner, parts in vocabulary["part"].items()}
+            self.of_part = np.zeros((len(classes) + 1, size), np.uint8)  # the last row, class -1, stays 0
             for (number, name), (owner, parts) in itertools.product(names["part"].items(), owned.items()):
                 if name in parts and number < size:
                     self.of_part[owner, number] = parts.index(name)
-            pairs += [(owner, part) for owner, parts in owned.items() for part in range(1, len(parts))]
+
+        # The codes of prepared maps, and back: code <-> (class index, index in its list of parts).
+        pairs = [(-1, 0)] + [(c, 0) for c in range(len(classes))]
+        pairs += [(owner, part) for owner, parts in owned.items() for part in range(1, len(parts))]
         self.class_of_code, self.part_of_code = (np.array(v, t) for v, t in zip(zip(*pairs), (np.int16, np.uint8)))
-        self.code_of = np.zeros(
-            (classes + 1, self.part_of_code.max() + 1), np.uint16
-        )  # class (-1 the last), part -> code
+        self.code_of = np.zeros((len(classes) + 1, self.part_of_code.max() + 1), np.uint16)  # class -1 is the last row
         self.code_of[self.class_of_code, self.part_of_code] = np.arange(len(pairs))
+        self.stored = ""  # the file of prepared maps
+        self.maps: dict = {}  # its content, read by the process that needs it
         self.key = hashlib.sha256(repr((index.stamp, [(v, vocabulary[v]) for v in self.levels])).encode()).hexdigest()
 
     def photo(self, i: int, box: tuple[int, int] | None = None) -> Image.Image:
@@ -661,7 +681,7 @@ class Reader:
             "ends": torch.tensor(ends),
             "packed": torch.frombuffer(packed, dtype=torch.uint8),
         }
-        save_atomically(content, self.stored, "choose another folder with --cache")
+        write_whole(self.stored, lambda name: torch.save(content, name), "choose another folder with --cache")
 
     def codes(self, i: int) -> np.ndarray:
         """Image i's prepared label map: uint16 (h, w)."""
@@ -722,7 +742,7 @@ def padded_image(picture: Image.Image, size: tuple[int, int], height: int, width
 def quarter_codes(codes: np.ndarray, size: tuple[int, int], height: int, width: int) -> np.ndarray:
     """A label map of any size as the network sees it: at a quarter of (height, width), of which the image fills `size`.
 
-    A cell of the quarter map has the label at its centre, and 0, unlabelled, where its centre is in the padding.
+    A cell of the quarter map has the label at its centre (our choice), and 0, unlabelled, where that is in the padding.
     """
     quarter = np.zeros((height // 4, width // 4), codes.dtype)
     rows, columns = ((np.arange(math.ceil((n - 2) / 4)) * 4 + 2) * full // n for n, full in zip(size, codes.shape))
@@ -767,7 +787,7 @@ class Batches(torch.utils.data.Dataset):
     A batch is a dict: `source`, `files`, `images` (N, 3, H, W) uint8 with H and W multiples of 32, and the labels as in
     `upernet.losses`, in small integer types. DTD's images are squares of TEXTURE_SIZE.
     rank, ranks: this process takes the rank-th of `ranks` equal shares of the plan's images; `accumulate` cuts the
-    share into that many batches, elements k * accumulate, .. of iteration k.
+    share into that many batches: iteration j has the elements from j * accumulate to (j + 1) * accumulate - 1.
     """
 
     def __init__(
@@ -793,11 +813,12 @@ class Batches(torch.utils.data.Dataset):
         reader = self.readers[source]
         n = len(numbers) // (self.accumulate * self.ranks)
         start = (piece * self.ranks + self.rank) * n
+        # One short side for all images of an iteration (our choice), so that little is padded.
         short = int(np.random.default_rng((self.seed, iteration)).choice(self.sizes))
         chosen = numbers[start : start + n]
         samples = [
             self.sample(reader, source, i, short, np.random.default_rng((self.seed, iteration, position)))
-            for position, i in enumerate(chosen, start)
+            for position, i in enumerate(chosen, start + 1)  # numpy takes a 0 at the end for nothing
         ]
         height = padded(max(size[0] for _, size, _ in samples))
         width = padded(max(size[1] for _, size, _ in samples))
@@ -880,8 +901,6 @@ class Whole(torch.utils.data.Dataset):
 
 # ---------------------------------------------------------------- the toy: drawn scenes and textures, in those layouts
 
-TOY_MINIMA = {"min_images": 20, "min_pixels": 5000, "min_part_images": 20, "min_scene_images": 10}
-PAPER_MINIMA = {"min_images": 50, "min_pixels": 50000, "min_part_images": 20, "min_scene_images": 10}
 
 TOY_COLOURS = {  # ranges of hue, saturation and value
     "any": ((0, 1), (0.15, 0.65), (0.35, 0.95)), "dull": ((0, 1), (0.05, 0.5), (0.4, 0.95)),
@@ -1197,7 +1216,7 @@ def write_text(path: str, text: str) -> None:
 
 def toy_canvas(stream: int, k: int) -> tuple[Canvas, str]:
     """The k-th scene of a stream of them, a quarter of them upright, and its kind."""
-    rng = np.random.default_rng((TOY_SEED, stream, k))
+    rng = np.random.default_rng((SEED, stream, k))
     size = (96, 144) if rng.random() < 0.25 else (144, 96)
     kind = list(TOY_SCENES)[k % len(TOY_SCENES)]
     return Canvas(kind, *size, rng), kind
@@ -1242,7 +1261,7 @@ def write_toy_photo(folder: str, k: int) -> None:
 
 
 def write_toy_texture(folder: str, k: int) -> None:
-    rng = np.random.default_rng((TOY_SEED, 2, k))
+    rng = np.random.default_rng((SEED, 2, k))
     n, kind = k // len(TOY_TEXTURES), TOY_TEXTURES[k % len(TOY_TEXTURES)]
     relief = texture_relief(kind, 112, rng)[..., None]
     values = rng.permutation([rng.uniform(0.1, 0.4), rng.uniform(0.7, 1)])
@@ -1265,18 +1284,18 @@ def add_data_options(parser: argparse.ArgumentParser, data: str | None = "toy") 
     group = parser.add_argument_group("data")
     sources = ",".join(SOURCE_LEVELS)
     group.add_argument("--data", default=data, metavar="LIST", help=f"toy, or a comma list of {sources}")
-    root = "data" if data else None
-    group.add_argument("--root", default=root, metavar="DIR", help="folder that holds ade20k/, os/, dtd/ (data)")
-    group.add_argument("--cache", metavar="DIR", help="where indexes and prepared labels go (<root>/.cache)")
+    root, usual_root, usual_cache = ("data", "data", "<root>/.cache") if data else (None, *2 * ["the checkpoint's"])
+    group.add_argument("--root", default=root, metavar="DIR", help=f"folder of ade20k/, os/, dtd/ ({usual_root})")
+    group.add_argument("--cache", metavar="DIR", help=f"where indexes and prepared labels go ({usual_cache})")
     for option, what in (
         ("--min-images", "keep objects and materials in at least so many images"),
         ("--min-pixels", "keep objects of at least so many pixels"),
         ("--min-part-images", "keep parts in at least so many images"),
         ("--min-scene-images", "keep scenes of at least so many images"),
     ):
-        paper, toy = (minima[option[2:].replace("-", "_")] for minima in (PAPER_MINIMA, TOY_MINIMA))
-        usual = paper if paper == toy else f"{paper}; toy {toy}"
-        group.add_argument(option, type=positive, metavar="N", help=f"{what} ({usual})")
+        usual, toy = (minima[option[2:].replace("-", "_")] for minima in (MINIMA, TOY_MINIMA))
+        shown = f"{what} ({usual if usual == toy else f'{usual}; toy {toy}'})"
+        group.add_argument(option, type=positive, metavar="N", help=shown if data else "no effect on a trained network")
     group.add_argument("--allow-broken", action="store_true", help="go on though over one file in twenty is broken")
     group.add_argument("-h", "--help", action="help", help="this page")
 
@@ -1318,14 +1337,16 @@ def open_sources(args: argparse.Namespace) -> tuple[dict[str, Index], dict[str, 
         if not os.path.isdir(root) and is_first():
             print(f"drawing the toy data into {root}", flush=True)
         make_toy(root)
-    usual = TOY_MINIMA if args.data == "toy" else PAPER_MINIMA
+    usual = TOY_MINIMA if args.data == "toy" else MINIMA
     minima = {name: getattr(args, name) or usual[name] for name in usual}
     return {source: scan(root, source, cache_folder(args), args.allow_broken) for source in sources}, minima
 
 
 def pixel_table(index: Index, vocabulary: dict) -> torch.Tensor:
-    """What a split is balanced in: a sparse (images, classes) tensor of pixels, all levels of the source side by
-    side."""
+    """What a split is balanced in: a sparse (images, classes) tensor of pixels, all levels of the source side by side.
+
+    Our choice: scenes and textures, which have no pixels, count one for each image.
+    """
     rows, columns, values, column = [], [], [], 0
     for level, table in class_pixels(index).items():
         for name, images in table.items():

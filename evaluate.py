@@ -14,7 +14,6 @@ import argparse
 import csv
 import datetime
 import functools
-import json
 import math
 import os
 import re
@@ -46,11 +45,80 @@ from datasets import (
     resized,
     rgb,
     whole_image,
+    write_json,
+    write_whole,
 )
 from upernet import LEVELS, UPerNet, from_checkpoint, load_release, read_tensors
 
 SHOWN = 12  # of each source's images, in pictures
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# ---------------------------------------------------------------- device and processes
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("cpu, cuda and mps are the choices")
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise UserError(f"--device {name}: not to be had here ({str(e).splitlines()[0]})") from None
+
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The type of `torch.autocast` for `--amp`; None is off."""
+    if name == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return AMP_TYPES.get(name)
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Joins the processes that torchrun has started, if it has; this one's device. Only the first one prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # torchrun's store outlives a group that failed, and the new one must not find the old one's addresses in it.
+    store, rank, processes = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend, patience = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(hours=2)
+    # The others wait while the first scans and splits.
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=patience)
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def first_before_others(read):
+    """What `read()` returns, in each process: the first one reads first, and the others then find its files on disk; if
+    it fails, they end."""
+    if not dist.is_initialized():
+        return read()
+    done, content = [False], None
+    if is_first():
+        try:
+            content = read()
+            done = [True]
+        finally:
+            dist.broadcast_object_list(done)
+        return content
+    dist.broadcast_object_list(done)
+    if not done[0]:
+        raise SystemExit(2)
+    return read()
+
+
+def autocast(device: torch.device, amp: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None)
 
 
 # ---------------------------------------------------------------- from logits to classes
@@ -61,13 +129,13 @@ def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) ->
 
     logits: (K, h, w), float32 or float64, at a quarter of the padded input; `filled` is the (height, width) of the
     input that the picture took before padding, `size` the (height, width) asked for. The logits are enlarged
-    bilinearly by size / filled, the padding is cut off, and that is
-    `F.interpolate(logits[None], size)[0].argmax(dim=0)` where there is none: exactly, for the arithmetic is the same,
-    but one class at a time: the full-size logits never exist together.
+    bilinearly by size / filled, and the padding is cut off. Where there is none, this equals
+    `F.interpolate(logits[None], size, mode="bilinear")[0].argmax(dim=0)`, exactly; it is computed one class at a time,
+    so that the full-size logits never exist together.
     """
     logits = logits.detach().contiguous()
     scales = [None if 4 * cells == n else 4 * full / n for cells, n, full in zip(logits.shape[1:], filled, size)]
-    if len(logits) <= 4 or sum(size) <= 128:  # little to gain, and PyTorch's own roundings are others there
+    if len(logits) <= 4 or sum(size) <= 128:  # little to gain, and PyTorch uses a kernel that rounds differently
         return enlarged(logits, size, scales).argmax(dim=0)
 
     # A class is the best somewhere between four cells only if its highest there reaches the lowest of all others.
@@ -88,7 +156,7 @@ def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) ->
 
 
 def enlarged(logits: Tensor, size: tuple[int, int], scales: list[float | None]) -> Tensor:
-    """`F.interpolate` of (K, h, w) to `size`; its public form takes a size or a scale, but not both."""
+    """Bilinear `F.interpolate` of (K, h, w) to `size`; its public form takes a size or a scale, but not both."""
     return torch.ops.aten.upsample_bilinear2d(logits[None], size, False, *scales)[0]
 
 
@@ -171,9 +239,13 @@ class Metrics:
         labelled = truth >= 0
         count(self.confusion[level], truth[labelled], predicted[labelled])
 
-    def add_parts(self, index: int, predicted: Tensor, truth: Tensor) -> None:
-        """The pixels of one object in one image, (pixels,) indices in its list of parts."""
-        count(self.part_confusion[index], truth, predicted)
+    def add_parts(self, logits: Tensor, objects: Tensor, parts: Tensor, part_slices: dict, filled: tuple) -> None:
+        """Parts of one image: logits (sum of part counts, h, w), true objects and parts (H, W); see `class_map`."""
+        self.seen.add("part")
+        for index in torch.unique(objects[parts > 0]).tolist():
+            inside = objects == index
+            predicted = class_map(logits[part_slices[index]], filled, tuple(objects.shape))
+            count(self.part_confusion[index], parts[inside], predicted[inside])
 
     def add_tag(self, level: str, predicted: int, truth: int) -> None:
         """Scene or texture of one image; truth -1 is none."""
@@ -243,70 +315,6 @@ def mean(values: list[float | None]) -> float | None:
 # ---------------------------------------------------------------- evaluation
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto`: CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("cpu, cuda and mps are the choices")
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise UserError(f"--device {name}: not to be had here ({str(e).splitlines()[0]})") from None
-
-
-def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """The type of `torch.autocast` for `--amp`; None is off."""
-    if name == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return AMP_TYPES.get(name)
-
-
-def join_processes(device: torch.device) -> torch.device:
-    """Joins the processes that torchrun has started, if it has; this one's device. Only the first one prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    # torchrun's store outlives a group that failed, and the new one must not find the old one's addresses in it.
-    store, rank, processes = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend, patience = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(hours=2)
-    # The others wait while the first scans and splits.
-    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=patience)
-    if not is_first():
-        sys.stdout = open(os.devnull, "w")
-    return device
-
-
-def first_before_others(read):
-    """What `read()` returns, in each process: in the first one before the others, who find on disk what it left there,
-    and end when it fails."""
-    if not dist.is_initialized():
-        return read()
-    done, content = [False], None
-    if is_first():
-        try:
-            content = read()
-            done = [True]
-        finally:
-            dist.broadcast_object_list(done)
-        return content
-    dist.broadcast_object_list(done)
-    if not done[0]:
-        raise SystemExit(2)
-    return read()
-
-
-def autocast(device: torch.device, amp: torch.dtype | None) -> torch.autocast:
-    return torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None)
-
-
 def evaluate(
     net: UPerNet,
     vocabulary: dict,
@@ -324,10 +332,10 @@ def evaluate(
     Images are resized to a short side of `short` and padded as in training (or stretched, see `whole_image`);
     predictions are judged at the label maps' own size. With `pictures`, a folder, up to SHOWN of each source's images
     are drawn there, truth beside prediction. Several processes share the images out; each returns the metrics of all.
+    The network is left in eval mode.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(net.parameters()).device
-    was_training = net.training
     net.eval()
     metrics = Metrics(vocabulary)
     levels = [level for level in (levels or LEVELS) if level in vocabulary]
@@ -353,7 +361,7 @@ def evaluate(
                 if level in ("scene", "texture"):
                     metrics.add_tag(level, int(logits[level].argmax()), int(labels[level]))
                 elif level == "part":
-                    add_parts(metrics, logits["part"], labels["object"], labels["part"], net.part_slices, filled)
+                    metrics.add_parts(logits["part"], labels["object"], labels["part"], net.part_slices, filled)
                 else:
                     maps[level] = class_map(logits[level], filled, tuple(labels[level].shape))
                     metrics.add_map(level, maps[level], labels[level])
@@ -365,21 +373,9 @@ def evaluate(
                 name = os.path.splitext(image["file"])[0].replace("/", "_")[-80:]
                 sheet = comparison(reader.photo(pair[1]), maps, logits, labels, vocabulary)
                 save_picture(sheet, os.path.join(pictures, f"{pair[0]}_{name}.png"))
-    net.train(was_training)
     if ranks > 1:
         metrics.merge()
     return metrics.results()
-
-
-def add_parts(
-    metrics: Metrics, logits: Tensor, objects: Tensor, parts: Tensor, part_slices: dict, filled: tuple
-) -> None:
-    """Counts the parts of one image, object by object, for the objects that have an annotated part there."""
-    metrics.seen.add("part")
-    for index in torch.unique(objects[parts > 0]).tolist():
-        inside = objects == index
-        predicted = class_map(logits[part_slices[index]], filled, tuple(objects.shape))
-        metrics.add_parts(index, predicted[inside], parts[inside])
 
 
 def table(results: dict, untrained: dict | None = None, all_classes: bool = False) -> str:
@@ -436,7 +432,7 @@ def class_colour(number: int) -> tuple[int, int, int]:
 
 
 def shown_size(photo: Image.Image) -> tuple[int, int]:
-    """(width, height) of a photo in a panel: as wide as it, unless that makes it more than half as tall again."""
+    """(width, height) of a photo in a panel: as wide as that, or smaller where it would be taller than 1.5 times so."""
     scale = min(PANEL / photo.width, 1.5 * PANEL / photo.height)
     return max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
 
@@ -541,23 +537,6 @@ def comparison(photo: Image.Image, maps: dict, logits: dict, labels: dict, vocab
     return sheet_of([above, below] if scores else [above + below[1:]])
 
 
-def write_whole(path: str, write) -> None:
-    """Has `write(name)` make a file of a temporary name and renames it: `path` is there as a whole or as it was.
-
-    Raises UserError with its name if it cannot be written.
-    """
-    temporary = os.path.join(os.path.dirname(path), f".{os.getpid()}.{os.path.basename(path)}")
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror or e})") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
 def save_picture(picture: Image.Image, path: str) -> None:
     write_whole(path, picture.save)
 
@@ -649,6 +628,7 @@ class Relations:
     """
 
     KINDS = ("scene-object", "object-material", "part-material", "material-texture")
+    LEAST_OBJECT = 0.3
     LEAST = 0.1  # shares below are dropped, and the rest scaled to one (the paper gives no number: our choice)
 
     def __init__(self, vocabulary: dict):
@@ -681,7 +661,7 @@ class Relations:
             totals = self.photos if kind == "scene-object" else counts.sum(axis=1)
             for row in np.flatnonzero(totals):
                 shares = counts[row] / totals[row]
-                least = 0.3 if kind == "scene-object" else self.LEAST
+                least = self.LEAST_OBJECT if kind == "scene-object" else self.LEAST
                 order = [k for k in np.argsort(-shares, kind="stable") if shares[k] >= least]
                 if kind != "scene-object":
                     order = order[:3]
@@ -709,73 +689,7 @@ def sentences(relations: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     return lines
 
 
-# ---------------------------------------------------------------- the command
-
-
-def validation_images(
-    indexes: dict[str, Index], split: dict | None, args: argparse.Namespace, vocabulary: dict
-) -> list[tuple[str, int]]:
-    """The (source, image number)s to evaluate: the checkpoint's own validation images (`split`), or those that --split
-    names.
-
-    Of a released network (`split` is None) those of split.json, if there is one, else ADE20K's validation folder and
-    all of OpenSurfaces. Says what is not there any more, and how many were no validation images of the checkpoint.
-    """
-    path = split_path(data_root(args), args.cache)
-    stored = read_split(path)["sources"]
-    chosen = []
-    for source, index in indexes.items():
-        own = set((split or {}).get(source, ()))
-        if args.split == "official" and source != "os":
-            names = official_validation(index)
-        elif args.split or (split is None and source in stored):
-            if source not in stored:
-                raise UserError(f"{path}: has no split of {source}; python balance_split.py --data {source} makes one")
-            names = balanced_validation({source: index}, vocabulary, path)[source]
-        elif split is None:
-            names = set(index.images) if source == "os" else official_validation(index)
-            instead = "all images" if source == "os" else "its validation folder"
-            print(f"{source}: no split in {path}; evaluating {instead}")
-        else:
-            names = own
-        if not names:
-            print(f"{source}: no validation images; --split balanced (or official) takes others")
-        there = [i for i, image in enumerate(index.images) if image in names]
-        if lacking := len(names) - len(there):
-            print(f"{source}: {lacking} of {len(names)} validation images are not there")
-        if split is not None and (foreign := sum(index.images[i] not in own for i in there)):
-            counted = f"{foreign} of {len(there)} images"
-            print(f"{source}: {counted} were not validation images of the checkpoint: it may know them")
-        chosen += [(source, i) for i in there]
-    if not chosen:
-        raise UserError(
-            "no image to evaluate: no validation images, or none of them is there (see --split, --root, --data)"
-        )
-    return chosen
-
-
-def write_json(results: dict, path: str) -> None:
-    def write(name: str) -> None:
-        with open(name, "w") as file:
-            json.dump(results, file, indent=1, allow_nan=False)
-
-    write_whole(path, write)
-
-
-def levels_of(text: str) -> list[str]:
-    levels = [level.strip() for level in text.split(",")]
-    if unknown := set(levels) - set(LEVELS):
-        raise argparse.ArgumentTypeError(f"'{sorted(unknown)[0]}' is not one of {', '.join(LEVELS)}")
-    return levels
-
-
-def add_device_options(group) -> None:
-    """The options of a script that computes."""
-    group.add_argument(
-        "--amp", choices=("auto", *AMP_TYPES, "off"), default="auto", help="mixed precision (auto: on CUDA alone)"
-    )
-    group.add_argument("--compile", action="store_true", help="torch.compile the network")
-    group.add_argument("--device", default="auto", metavar="NAME", help="auto (cuda, mps, cpu) or one by name")
+# ---------------------------------------------------------------- networks and the images to judge them on
 
 
 def released_names(labels: str, index: Index, vocabulary: dict) -> dict[str, dict]:
@@ -864,6 +778,156 @@ def check_run(checkpoint: dict, path: str) -> None:
         raise UserError(f"{path}: its split holds no lists of images")
 
 
+def validation_images(
+    indexes: dict[str, Index], split: dict | None, args: argparse.Namespace, vocabulary: dict
+) -> list[tuple[str, int]]:
+    """The (source, image number)s to evaluate: the checkpoint's own validation images (`split`), or those that --split
+    names.
+
+    Of a released network (`split` is None) those of split.json, if there is one, else ADE20K's validation folder and
+    all of OpenSurfaces. Says what is not there any more, and how many were no validation images of the checkpoint.
+    """
+    path = split_path(data_root(args), args.cache)
+    stored = read_split(path)["sources"]
+    chosen = []
+    for source, index in indexes.items():
+        own = set((split or {}).get(source, ()))
+        if args.split == "official" and source != "os":
+            names = official_validation(index)
+        elif args.split or (split is None and source in stored):
+            if source not in stored:
+                raise UserError(f"{path}: has no split of {source}; python balance_split.py --data {source} makes one")
+            names = balanced_validation({source: index}, vocabulary, path)[source]
+        elif split is None:
+            names = set(index.images) if source == "os" else official_validation(index)
+            instead = "all images" if source == "os" else "its validation folder"
+            print(f"{source}: no split in {path}; evaluating {instead}")
+        else:
+            names = own
+        if not names:
+            print(f"{source}: no validation images; --split balanced (or official) takes others")
+        there = [i for i, image in enumerate(index.images) if image in names]
+        if lacking := len(names) - len(there):
+            print(f"{source}: {lacking} of {len(names)} validation images are not there")
+        if split is not None and (foreign := sum(index.images[i] not in own for i in there)):
+            counted = f"{foreign} of {len(there)} images"
+            print(f"{source}: {counted} were not validation images of the checkpoint: it may know them")
+        chosen += [(source, i) for i in there]
+    if not chosen:
+        raise UserError(
+            "no image to evaluate: no validation images, or none of them is there (see --split, --root, --data)"
+        )
+    return chosen
+
+
+# ---------------------------------------------------------------- the command
+
+
+def levels_of(text: str) -> list[str]:
+    levels = [level.strip() for level in text.split(",")]
+    if unknown := set(levels) - set(LEVELS):
+        raise argparse.ArgumentTypeError(f"'{sorted(unknown)[0]}' is not one of {', '.join(LEVELS)}")
+    return levels
+
+
+def add_device_options(group) -> None:
+    """The options of a script that computes."""
+    group.add_argument(
+        "--amp", choices=("auto", *AMP_TYPES, "off"), default="auto", help="mixed precision (auto: on CUDA alone)"
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile the network")
+    group.add_argument("--device", default="auto", metavar="NAME", help="auto (cuda, mps, cpu) or one by name")
+
+
+def report(relations: Relations, path: str) -> None:
+    found = relations.results()
+    print("\n".join(sentences(found)))
+    write_json(found, path)
+    print(f"wrote {path}")
+
+
+def parse_photos(args: argparse.Namespace, see, vocabulary: dict, relations: Relations | None) -> None:
+    """--photo: a picture and the maps of each photo. `see(photo, levels)` is `parse` with its other arguments.
+
+    Raises UserError at the end for photos that cannot be read.
+    """
+    stems = [os.path.splitext(os.path.basename(path))[0] for path in args.photo]
+    if twice := [stem for stem in stems if stems.count(stem) > 1]:
+        raise UserError(f"--photo: several files named {twice[0]} would be written to the same {twice[0]}_upernet.png")
+    failed = []
+    for path, stem in zip(args.photo, stems):
+        try:
+            photo = open_photo(path)
+        except UserError as e:
+            failed.append(str(e))
+            continue
+        seen = see(photo, args.levels)
+        target = os.path.join(args.pictures or ".", f"{stem}_upernet")
+        save_picture(photo_sheet(photo, seen, vocabulary), f"{target}.png")
+        write_maps(seen, vocabulary, f"{target}.npz")
+        print(f"wrote {target}.png and {target}.npz")
+        if relations:
+            relations.add(see(photo) if args.levels else seen)
+    if relations:
+        report(relations, args.relations)
+    if failed:
+        raise UserError("; ".join(failed))
+
+
+def run(args: argparse.Namespace) -> None:
+    device = join_processes(pick_device(args.device))
+    if dist.is_initialized() and (args.photo or args.relations):
+        raise UserError("--photo, --relations: for a single process; leave torchrun out")
+    amp = pick_amp(args.amp, device)
+    net, vocabulary, trained, split = load_network(args, device)
+    sizes = trained.get("sizes", [450])
+    short = args.size or sorted(sizes)[len(sizes) // 2]
+    longest, multiple = trained.get("max_size", 1200), trained.get("multiple")
+    if args.levels and (lacking := set(args.levels) - set(vocabulary)):
+        raise UserError(f"--levels: no head for {', '.join(sorted(lacking))}; this network has {', '.join(vocabulary)}")
+    model = torch.compile(net) if args.compile else net
+    relations = Relations(vocabulary) if args.relations else None
+    if relations and not relations.counts:
+        raise UserError("--relations: this network has no two levels that they relate")
+
+    if args.photo and args.json:
+        raise UserError("--json: photos have no labels to measure against; their maps go into .npz files")
+    see = lambda photo, levels=None: parse(model, photo, short, longest, multiple, levels, amp)
+    if args.photo:
+        parse_photos(args, see, vocabulary, relations)
+        return
+
+    args.cache = args.cache or (trained.get("cache") if args.root is None else None)
+    args.data, args.root = args.data or trained.get("data"), args.root or trained.get("root") or "data"
+    args.allow_broken = args.allow_broken or bool(trained.get("allow_broken"))
+    if args.data is None:
+        why = "not in the checkpoint; " if split is not None else ""
+        raise UserError(f"--data: {why}name the sources to evaluate on, ade20k,os for one")
+    indexes, _ = first_before_others(lambda: open_sources(args))
+    readers = {}
+    for source, index in indexes.items():
+        names = released_names(args.labels, index, vocabulary) if split is None and source != "dtd" else None
+        reader = Reader(index, vocabulary, names)
+        if set(reader.levels) & set(args.levels or LEVELS):
+            readers[source] = reader
+    if not readers:
+        raise UserError(f"--data {args.data}: has no labels for the levels of this network")
+    chosen = validation_images({source: reader.index for source, reader in readers.items()}, split, args, vocabulary)
+    results = evaluate(model, vocabulary, readers, chosen, short, longest, multiple, args.levels, amp, args.pictures)
+    if args.json and is_first():
+        write_json(results, args.json)
+    print(table(results, all_classes=args.classes))
+    if args.json:
+        print(f"wrote {args.json}")
+    if args.pictures:
+        print(f"wrote pictures of up to {SHOWN} images of each source to {args.pictures}")
+    if relations:
+        for source, i in tqdm(chosen, desc="relations", unit=" images", disable=None, leave=False):
+            if source != "dtd":  # squares of texture, without things in them
+                relations.add(see(readers[source].photo(i)))
+        report(relations, args.relations)
+
+
 def main(argv: list[str] | None = None) -> None:
     usage = "%(prog)s ckpt.pt [options]"
     parser = Parser("Metrics and pictures of a trained network, or of one's own photos.", usage)
@@ -898,92 +962,6 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def run(args: argparse.Namespace) -> None:
-    device = join_processes(pick_device(args.device))
-    if dist.is_initialized() and (args.photo or args.relations):
-        raise UserError("--photo, --relations: for a single process; leave torchrun out")
-    amp = pick_amp(args.amp, device)
-    net, vocabulary, trained, split = load_network(args, device)
-    sizes = trained.get("sizes", [450])
-    short, longest, multiple = (
-        args.size or sorted(sizes)[len(sizes) // 2],
-        trained.get("max_size", 1200),
-        trained.get("multiple"),
-    )
-    if args.levels and (lacking := set(args.levels) - set(vocabulary)):
-        raise UserError(f"--levels: no head for {', '.join(sorted(lacking))}; this network has {', '.join(vocabulary)}")
-    model = torch.compile(net) if args.compile else net
-    relations = Relations(vocabulary) if args.relations else None
-    if relations and not relations.counts:
-        raise UserError("--relations: this network has no two levels that they relate")
-
-    if args.photo and args.json:
-        raise UserError("--json: photos have no labels to measure against; their maps go into .npz files")
-    if args.photo:
-        stems = [os.path.splitext(os.path.basename(path))[0] for path in args.photo]
-        if twice := [stem for stem in stems if stems.count(stem) > 1]:
-            raise UserError(
-                f"--photo: several files named {twice[0]} would be written to the same {twice[0]}_upernet.png"
-            )
-        failed = []
-        for path, stem in zip(args.photo, stems):
-            try:
-                photo = open_photo(path)
-            except UserError as e:
-                failed.append(str(e))
-                continue
-            seen = parse(model, photo, short, longest, multiple, args.levels, amp)
-            target = os.path.join(args.pictures or ".", f"{stem}_upernet")
-            save_picture(photo_sheet(photo, seen, vocabulary), f"{target}.png")
-            write_maps(seen, vocabulary, f"{target}.npz")
-            print(f"wrote {target}.png and {target}.npz")
-            if relations:
-                relations.add(parse(model, photo, short, longest, multiple, None, amp) if args.levels else seen)
-        if relations:
-            report(relations, args.relations)
-        if failed:
-            raise UserError("; ".join(failed))
-        return
-
-    args.cache = args.cache or (trained.get("cache") if args.root is None else None)
-    args.data, args.root = args.data or trained.get("data"), args.root or trained.get("root")
-    args.allow_broken = args.allow_broken or bool(trained.get("allow_broken"))
-    args.root = args.root or "data"
-    if args.data is None:
-        why = "not in the checkpoint; " if split is not None else ""
-        raise UserError(f"--data: {why}name the sources to evaluate on, ade20k,os for one")
-    indexes, _ = first_before_others(lambda: open_sources(args))
-    readers = {}
-    for source, index in indexes.items():
-        names = released_names(args.labels, index, vocabulary) if split is None and source != "dtd" else None
-        reader = Reader(index, vocabulary, names)
-        if set(reader.levels) & set(args.levels or LEVELS):
-            readers[source] = reader
-    if not readers:
-        raise UserError(f"--data {args.data}: has no labels for the levels of this network")
-    chosen = validation_images({source: reader.index for source, reader in readers.items()}, split, args, vocabulary)
-    results = evaluate(model, vocabulary, readers, chosen, short, longest, multiple, args.levels, amp, args.pictures)
-    if args.json and is_first():
-        write_json(results, args.json)
-    print(table(results, all_classes=args.classes))
-    if args.json:
-        print(f"wrote {args.json}")
-    if args.pictures:
-        print(f"wrote pictures of up to {SHOWN} images of each source to {args.pictures}")
-    if relations:
-        for source, i in tqdm(chosen, desc="relations", unit=" images", disable=None, leave=False):
-            if source != "dtd":  # squares of texture, without things in them
-                relations.add(parse(model, readers[source].photo(i), short, longest, multiple, None, amp))
-        report(relations, args.relations)
-
-
-def report(relations: Relations, path: str) -> None:
-    found = relations.results()
-    print("\n".join(sentences(found)))
-    write_json(found, path)
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -105,17 +105,17 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
 
-        reached, dilation = 4, 1  # the stride so far; what the convolutions skip instead of a larger one
+        total_stride, dilation = 4, 1  # so far; the dilation stands for the strides beyond output_stride
         for stage, blocks in enumerate(BLOCKS[depth]):
-            stride, first = (1 if stage == 0 else 2), dilation
-            if reached * stride > output_stride:  # the convolution that loses its stride still sees the old spacing
+            stride, previous = (1 if stage == 0 else 2), dilation
+            if total_stride * stride > output_stride:  # the first 3x3 convolution still has the previous dilation
                 dilation, stride = dilation * stride, 1
-            reached *= stride
+            total_stride *= stride
             layers = []
             for b in range(blocks):
                 if b > 0:
-                    stride, first = 1, dilation
-                layers.append(block(in_channels, 64 * 2**stage, stride, (first, dilation)))
+                    stride, previous = 1, dilation
+                layers.append(block(in_channels, 64 * 2**stage, stride, (previous, dilation)))
                 in_channels = self.channels[stage]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
 

@@ -701,7 +701,7 @@ class TestMetrics(unittest.TestCase):
                 if not (n == 1 and index == 3):  # person without any annotated part in image 1: not judged there
                     inside = objects == index
                     parts[inside] = torch.from_numpy(rng.integers(0, width, int(inside.sum())))
-            evaluate.add_parts(metrics, logits, objects, parts, slices, (16, 20))
+            metrics.add_parts(logits, objects, parts, slices, (16, 20))
             full = F.interpolate(logits[None], (16, 20), mode="bilinear")[0].numpy()
             for index, channels in slices.items():
                 if (parts[objects == index] > 0).any():
@@ -731,8 +731,8 @@ class TestMetrics(unittest.TestCase):
         metrics = evaluate.Metrics(self.VOCABULARY)
         metrics.add_map("material", torch.zeros(3, 3, dtype=torch.long), torch.full((3, 3), -1))
         metrics.add_tag("texture", 0, -1)
-        evaluate.add_parts(
-            metrics, torch.zeros(5, 2, 2), torch.ones(4, 4).long(), torch.zeros(4, 4).long(), {1: slice(0, 3)}, (4, 4)
+        metrics.add_parts(
+            torch.zeros(5, 2, 2), torch.ones(4, 4).long(), torch.zeros(4, 4).long(), {1: slice(0, 3)}, (4, 4)
         )
         results = json.loads(json.dumps(metrics.results(), allow_nan=False))
         self.assertEqual(
@@ -1673,13 +1673,13 @@ class TestTraining(unittest.TestCase):
         try:
             checkpoint = torch.load(path, weights_only=True)
             with self.assertRaisesRegex(UserError, "ckpt.pt: cannot be written .*the last one is kept"):
-                datasets.save_atomically(checkpoint, path, "the last one is kept")
+                datasets.write_whole(path, lambda name: torch.save(checkpoint, name), "the last one is kept")
         finally:
             signal.signal(signal.SIGXFSZ, usual)
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         with open(path, "rb") as file:
             self.assertEqual(file.read(), good)
-        self.assertEqual([name for name in os.listdir(out) if name.endswith(".tmp")], [])
+        self.assertEqual([name for name in os.listdir(out) if name.startswith(".")], [])
 
     def test_a_file_that_cannot_be_written_leaves_the_one_before(self):
         path = os.path.join(new_folder("full"), "metrics.json")

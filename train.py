@@ -40,6 +40,7 @@ from datasets import (
     add_data_options,
     build_vocabulary,
     cache_folder,
+    chosen_sources,
     data_root,
     is_first,
     natural,
@@ -47,7 +48,8 @@ from datasets import (
     padded,
     plan_batches,
     positive,
-    save_atomically,
+    write_json,
+    write_whole,
 )
 from evaluate import (
     add_device_options,
@@ -62,12 +64,11 @@ from evaluate import (
     save_picture,
     sheet_of,
     table,
-    write_json,
 )
 from resnet import load_imagenet
 from upernet import LEVELS, LOSS_WEIGHTS, UPerNet, class_counts, fill, from_checkpoint, losses, read_tensors
 
-PAPER = {  # section 3.1 and the released code
+DEFAULTS = {  # of sizes, rates and lengths: section 3.1's and the released code's
     "data": "toy", "root": "data", "split": "balanced", "backbone": "resnet50", "channels": 512, "stem": "7x7",
     "output_stride": 32, "no_ppm": False, "fpn": 2, "no_fusion": False, "weights": "imagenet", "iters": None,
     "texture_iters": None, "batch_size": 2, "accumulate": 1, "lr": 0.02, "sizes": [300, 375, 450, 525, 600],
@@ -78,11 +79,97 @@ TOY = {  # what two cores learn in minutes
     "backbone": "resnet18", "channels": 48, "weights": "none", "iters": 2400, "texture_iters": 600, "batch_size": 4,
     "lr": 0.04, "sizes": [76, 80, 84], "max_size": 160, "save_every": 400,
 }  # fmt: skip
-# What a run that goes on may change: where and how it is computed, not what is learnt from how many images in all.
+# What a run that goes on may change. Its iterations stay: with a lower --batch-size, a higher --accumulate makes up.
 FREE = set(
     "root cache workers batch_size accumulate save_every eval_every amp compile device allow_broken out resume".split()
 )
 TEXTURE_IMAGES = 8  # for each of --batch-size in the texture stage: they have a fiftieth of the area (our choice)
+
+
+# ---------------------------------------------------------------- what a run shows
+
+
+class Curves:
+    """What curves.png shows: the loss of each level and the rate over a whole run, averaged over stretches of it.
+
+    `lengths`: the iterations of each stage, in their order.
+    """
+
+    # Stretches; the size of a panel, and where its axes stand, in pixels.
+    BINS, WIDTH, HEIGHT, LEFT, BOTTOM = 160, 380, 210, 52, 26
+
+    def __init__(self, lengths: dict[str, int]):
+        ends = list(itertools.accumulate(lengths.values()))
+        self.total, self.first = max(1, ends[-1]), dict(zip(lengths, [0, *ends]))
+        self.sums: dict[str, np.ndarray] = {}  # of a level, or "rate": (BINS, 2), the sum and the number of values
+
+    def add(self, line: dict) -> None:
+        """A line of log.jsonl."""
+        k = min(self.BINS - 1, (self.first[line["stage"]] + line["iteration"]) * self.BINS // self.total)
+        for name, value in {**line["loss"], "rate": line["lr"]}.items():
+            self.sums.setdefault(name, np.zeros((self.BINS, 2)))[k] += value, 1
+
+    def panel(self, name: str) -> Image.Image:
+        picture = Image.new("RGB", (self.WIDTH, self.HEIGHT), "white")
+        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+        sums, counts = self.sums[name].T
+        there = counts.nonzero()[0]
+        values = sums[there] / counts[there]
+        top = values.max() or 1.0
+        right, floor = self.WIDTH - 14, self.HEIGHT - self.BOTTOM
+        for tick in (0, 0.5, 1):
+            y, x = floor - tick * (floor - 34), self.LEFT + tick * (right - self.LEFT)
+            draw.line([self.LEFT, y, right, y], fill="#dddddd")
+            draw.text((self.LEFT - 6, y), f"{tick * top:.2g}", fill="black", font=font, anchor="rm")
+            shown = f"{round(tick * self.total)}" + (" iterations" if tick == 1 else "")
+            draw.text((x, floor + 6), shown, fill="black", font=font, anchor="lmr"[int(2 * tick)] + "a")
+        for begin in filter(None, self.first.values()):  # a stage begins, with a rate of its own
+            x = self.LEFT + begin / self.total * (right - self.LEFT)
+            draw.line([x, 34, x, floor], fill="#999999")
+        points = [
+            (self.LEFT + (k + 0.5) / self.BINS * (right - self.LEFT), floor - value / top * (floor - 34))
+            for k, value in zip(there.tolist(), values.tolist())
+        ]
+        for x, y in points:
+            draw.ellipse([x - 1, y - 1, x + 1, y + 1], fill="#2255cc")
+        draw.line(points, fill="#2255cc", width=2)
+        draw.text((self.LEFT, 8), "learning rate" if name == "rate" else f"{name}, loss", fill="black", font=font)
+        return picture
+
+    def save(self, path: str) -> None:
+        panels = [self.panel(name) for name in (*LEVELS, "rate") if name in self.sums]
+        if panels:
+            save_picture(sheet_of([panels[:3], panels[3:]] if len(panels) > 3 else [panels]), path)
+
+
+class Progress:
+    """What the terminal shows of a stage: a bar, or a plain line now and then where the output is no terminal."""
+
+    def __init__(self, stage: str, start: int, iterations: int, images: int):
+        self.stage, self.start, self.iterations, self.images = stage, start, iterations, images
+        self.began = time.perf_counter()
+        disable = None if is_first() else True
+        self.bar = tqdm(total=iterations, initial=start, desc=stage, unit="it", disable=disable, smoothing=0.05)
+
+    def update(self, line: dict) -> None:
+        """After an iteration, with its line of log.jsonl."""
+        done = line["iteration"] + 1
+        pace = (time.perf_counter() - self.began) / (done - self.start)  # seconds an iteration
+        losses = ", ".join(f"{level} {value:.2f}" for level, value in line["loss"].items())
+        shown = f"{losses}, {self.images / pace:.1f} images/s"
+        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.update()
+        if self.bar.disable and done % min(100, math.ceil(self.iterations / 10)) == 0:
+            left = tqdm.format_interval((self.iterations - done) * pace)
+            print(f"{self.stage} {done}/{self.iterations}: {line['source']}, {shown}, {left} left", flush=True)
+
+
+def append(path: str, line: str) -> None:
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror}); make room, then go on with --resume") from None
 
 
 # ---------------------------------------------------------------- pieces of the loop
@@ -183,7 +270,8 @@ def update(
     """One step on batches of one source, whose gradients are averaged: the loss of each of its levels.
 
     Gradients start as None, and what is off the path of the source's levels keeps None: SGD then leaves it alone, with
-    its weight decay and its momentum too. Raises FloatingPointError before the step if a loss is not finite.
+    its weight decay and its momentum too (in the released code both go on). Raises FloatingPointError before the step
+    if a loss is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
     mean_loss: dict[str, float] = {}
@@ -204,89 +292,6 @@ def update(
     scaler.step(optimizer)
     scaler.update()
     return mean_loss
-
-
-class Curves:
-    """What curves.png shows: the loss of each level and the rate over a whole run, averaged over stretches of it.
-
-    `lengths`: the iterations of each stage, in their order.
-    """
-
-    # Stretches; the size of a panel, and where its axes stand, in pixels.
-    BINS, WIDTH, HEIGHT, LEFT, BOTTOM = 160, 380, 210, 52, 26
-
-    def __init__(self, lengths: dict[str, int]):
-        ends = list(itertools.accumulate(lengths.values()))
-        self.total, self.first = max(1, ends[-1]), dict(zip(lengths, [0, *ends]))
-        self.sums: dict[str, np.ndarray] = {}  # of a level, or "rate": (BINS, 2), the sum and the number of values
-
-    def add(self, line: dict) -> None:
-        """A line of log.jsonl."""
-        k = min(self.BINS - 1, (self.first[line["stage"]] + line["iteration"]) * self.BINS // self.total)
-        for name, value in {**line["loss"], "rate": line["lr"]}.items():
-            self.sums.setdefault(name, np.zeros((self.BINS, 2)))[k] += value, 1
-
-    def panel(self, name: str) -> Image.Image:
-        picture = Image.new("RGB", (self.WIDTH, self.HEIGHT), "white")
-        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
-        sums, counts = self.sums[name].T
-        there = counts.nonzero()[0]
-        values = sums[there] / counts[there]
-        top = values.max() or 1.0
-        right, floor = self.WIDTH - 14, self.HEIGHT - self.BOTTOM
-        for tick in (0, 0.5, 1):
-            y, x = floor - tick * (floor - 34), self.LEFT + tick * (right - self.LEFT)
-            draw.line([self.LEFT, y, right, y], fill="#dddddd")
-            draw.text((self.LEFT - 6, y), f"{tick * top:.2g}", fill="black", font=font, anchor="rm")
-            shown = f"{round(tick * self.total)}" + (" iterations" if tick == 1 else "")
-            draw.text((x, floor + 6), shown, fill="black", font=font, anchor="lmr"[int(2 * tick)] + "a")
-        for begin in filter(None, self.first.values()):  # a stage begins, with a rate of its own
-            x = self.LEFT + begin / self.total * (right - self.LEFT)
-            draw.line([x, 34, x, floor], fill="#999999")
-        points = [
-            (self.LEFT + (k + 0.5) / self.BINS * (right - self.LEFT), floor - value / top * (floor - 34))
-            for k, value in zip(there.tolist(), values.tolist())
-        ]
-        for x, y in points:
-            draw.ellipse([x - 1, y - 1, x + 1, y + 1], fill="#2255cc")
-        draw.line(points, fill="#2255cc", width=2)
-        draw.text((self.LEFT, 8), "learning rate" if name == "rate" else f"{name}, loss", fill="black", font=font)
-        return picture
-
-    def save(self, path: str) -> None:
-        panels = [self.panel(name) for name in (*LEVELS, "rate") if name in self.sums]
-        if panels:
-            save_picture(sheet_of([panels[:3], panels[3:]] if len(panels) > 3 else [panels]), path)
-
-
-class Progress:
-    """What the terminal shows of a stage: a bar, or a plain line now and then where the output is no terminal."""
-
-    def __init__(self, stage: str, start: int, iterations: int, images: int):
-        self.stage, self.start, self.iterations, self.images = stage, start, iterations, images
-        self.began = time.perf_counter()
-        disable = None if is_first() else True
-        self.bar = tqdm(total=iterations, initial=start, desc=stage, unit="it", disable=disable, smoothing=0.05)
-
-    def update(self, line: dict) -> None:
-        """After an iteration, with its line of log.jsonl."""
-        done = line["iteration"] + 1
-        pace = (time.perf_counter() - self.began) / (done - self.start)  # seconds an iteration
-        losses = ", ".join(f"{level} {value:.2f}" for level, value in line["loss"].items())
-        shown = f"{losses}, {self.images / pace:.1f} images/s"
-        self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.update()
-        if self.bar.disable and done % min(100, math.ceil(self.iterations / 10)) == 0:
-            left = tqdm.format_interval((self.iterations - done) * pace)
-            print(f"{self.stage} {done}/{self.iterations}: {line['source']}, {shown}, {left} left", flush=True)
-
-
-def append(path: str, line: str) -> None:
-    try:
-        with open(path, "a") as file:
-            file.write(line + "\n")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}); make room, then go on with --resume") from None
 
 
 # ---------------------------------------------------------------- the run
@@ -405,7 +410,7 @@ class Run:
         }
         if is_first():
             advice = "the last one is kept; make room, or choose another folder with --out"
-            save_atomically(content, self.path, advice)
+            write_whole(self.path, lambda name: torch.save(content, name), advice)
             with contextlib.suppress(UserError):  # for want of a picture no run shall end
                 self.curves.save(os.path.join(self.args.out, "curves.png"))
 
@@ -430,8 +435,8 @@ class Run:
             ahead = self.start + (stages["main"][1] if self.stage == "texture" else 0) - len(seen)
             if ahead:
                 print(f"{self.log}: has no lines of {ahead} of the iterations until here")
-            for unfinished in glob.glob(f"{glob.escape(self.path)}.*.tmp"):  # of a run that was killed while it saved
-                os.remove(unfinished)
+            for unfinished in glob.glob(os.path.join(glob.escape(self.args.out), ".*.ckpt.pt")):
+                os.remove(unfinished)  # of a run that was killed while it saved
         if self.stage == "main" and not self.start:
             self.save("main", 0)
         with signals_noted() as noted:
@@ -488,7 +493,7 @@ class Run:
         left_out = 0
         for iteration in range(self.start, iterations):
             began = time.perf_counter()
-            net.eval()
+            net.eval()  # the texture stage trains its head alone, and validations leave eval mode
             trained.train()
             lr = learning_rate(args.lr, iteration, iterations)  # each stage has its own policy: our choice
             for group in optimizer.param_groups:
@@ -514,7 +519,8 @@ class Run:
             if number:
                 progress.bar.close()
                 print(f"stopped and saved after iteration {iteration} of the {stage} stage; this goes on:")
-                print(f"python train.py --resume --out {shlex.quote(args.out)}", flush=True)
+                start = "python" if self.ranks == 1 else f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+                print(f"{start} train.py --resume --out {shlex.quote(args.out)}", flush=True)
                 raise SystemExit(128 + number)
             if args.eval_every and (iteration + 1) % args.eval_every == 0:
                 print(table(self.judge(net)))
@@ -532,9 +538,8 @@ def noted_anywhere(noted: list[int], device: torch.device) -> int:
     return int(number)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
     checkpoint_path, metrics_path = (os.path.join(args.out, name) for name in ("ckpt.pt", "metrics.json"))
-    checkpoint = read_checkpoint(checkpoint_path) if args.resume else None
     if checkpoint and checkpoint["stage"] == "done" and os.path.exists(metrics_path):
         if is_first():
             print(f"{args.out}: this run is finished; python evaluate.py {checkpoint_path} evaluates it")
@@ -596,7 +601,7 @@ def read_checkpoint(path: str) -> dict:
     ):
         if not fits:
             raise UserError(f"{path}: its {key} is not what train.py writes")
-    for key, usual in PAPER.items():
+    for key, usual in DEFAULTS.items():
         if usual is not None and type(checkpoint["arguments"].get(key)) is not type(usual):
             raise UserError(f"{path}: its argument {key} is missing, or not what train.py writes")
     return checkpoint
@@ -651,39 +656,49 @@ def rate(text: str) -> float:
 
 def all_options() -> Parser:
     """The command's options; each is None if it is not given."""
+
+    def usual(key: str) -> str:
+        text = lambda value: ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        return f"({text(DEFAULTS[key])}; toy {text(TOY[key])})" if key in TOY else f"({text(DEFAULTS[key])})"
+
     parser = Parser("Trains UPerNet. Defaults are the paper's; for the toy, the default data, those after 'toy'.")
     add_data_options(parser)
     group = parser.add_argument_group("network")
-    depths = "resnet18, resnet34, resnet50, resnet101 (resnet50; toy resnet18)"
+    depths = f"resnet18, resnet34, resnet50, resnet101 {usual('backbone')}"
     group.add_argument("--backbone", metavar="NAME", help=depths)
-    group.add_argument("--channels", type=positive, metavar="N", help="width of all after the backbone (512; toy 48)")
-    group.add_argument("--stem", choices=("7x7", "deep"), help="the backbone's first layers (7x7)")
-    strides = (8, 16, 32)
-    group.add_argument("--output-stride", type=int, choices=strides, help="stride of the backbone's last stage (32)")
+    group.add_argument(
+        "--channels", type=positive, metavar="N", help=f"width of all after the backbone {usual('channels')}"
+    )
+    group.add_argument("--stem", choices=("7x7", "deep"), help=f"the backbone's first layers {usual('stem')}")
+    stride = f"stride of the backbone's last stage {usual('output_stride')}"
+    group.add_argument("--output-stride", type=int, choices=(8, 16, 32), help=stride)
     group.add_argument("--no-ppm", action="store_true", help="without the Pyramid Pooling Module")
-    levels = (0, 2, 3, 4)
-    group.add_argument("--fpn", type=int, choices=levels, help="finest level of the feature pyramid, 0 for none (2)")
+    finest = f"finest level of the feature pyramid, 0 for none {usual('fpn')}"
+    group.add_argument("--fpn", type=int, choices=(0, 2, 3, 4), help=finest)
     group.add_argument("--no-fusion", action="store_true", help="objects and parts on the finest level alone")
-    start = "a backbone's state dict, or a checkpoint (imagenet; toy none)"
-    group.add_argument("--weights", metavar="START", help=f"imagenet, none, {start}")
+    start = f"imagenet, none, a backbone's state dict, or a checkpoint {usual('weights')}"
+    group.add_argument("--weights", metavar="START", help=start)
     group = parser.add_argument_group("training")
-    official = "validation images: <root>/split.json, or the sources' own (balanced)"
+    official = f"validation images: <root>/split.json, or the sources' own {usual('split')}"
     group.add_argument("--split", choices=("balanced", "official"), help=official)
-    passes = "(5 an image at 16 a step; toy 2400)"
+    passes = f"(5 an image at 16 a step; toy {TOY['iters']})"
     group.add_argument("--iters", type=natural, metavar="N", help=f"main stage; 0 skips it {passes}")
-    passes = "(5 passes over DTD; toy 600)"
+    passes = f"(5 passes over DTD; toy {TOY['texture_iters']})"
     group.add_argument("--texture-iters", type=natural, metavar="N", help=f"texture stage; 0 skips it {passes}")
-    group.add_argument("--batch-size", type=positive, metavar="N", help="images per process (2; toy 4)")
-    group.add_argument("--accumulate", type=positive, metavar="N", help="batches of the drawn source per step (1)")
-    group.add_argument("--lr", type=rate, metavar="RATE", help="learning rate at the start (0.02; toy 0.04)")
-    shorts = "short sides to draw from (300,375,450,525,600; toy 76,80,84)"
-    group.add_argument("--sizes", type=sizes_of, metavar="LIST", help=shorts)
-    group.add_argument("--max-size", type=positive, metavar="N", help="longest side (1200; toy 160)")
-    group.add_argument("--seed", type=natural, metavar="N", help="of weights, batches and augmentation (304)")
+    group.add_argument("--batch-size", type=positive, metavar="N", help=f"images per process {usual('batch_size')}")
+    batches = f"batches of the drawn source per step {usual('accumulate')}"
+    group.add_argument("--accumulate", type=positive, metavar="N", help=batches)
+    group.add_argument("--lr", type=rate, metavar="RATE", help=f"learning rate at the start {usual('lr')}")
+    group.add_argument("--sizes", type=sizes_of, metavar="LIST", help=f"short sides to draw from {usual('sizes')}")
+    group.add_argument("--max-size", type=positive, metavar="N", help=f"longest side {usual('max_size')}")
+    group.add_argument(
+        "--seed", type=natural, metavar="N", help=f"of weights, batches and augmentation {usual('seed')}"
+    )
     group = parser.add_argument_group("run and machine")
     group.add_argument("--out", metavar="DIR", help="folder for checkpoint, log, metrics, pictures (runs/<data>)")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    group.add_argument("--save-every", type=positive, metavar="N", help="iterations between checkpoints (500; toy 400)")
+    between = f"iterations between checkpoints {usual('save_every')}"
+    group.add_argument("--save-every", type=positive, metavar="N", help=between)
     group.add_argument("--eval-every", type=natural, metavar="N", help="iterations between validations (0: at the end)")
     group.add_argument("--workers", type=natural, metavar="N", help="processes that read images (one per core)")
     add_device_options(group)
@@ -692,20 +707,25 @@ def all_options() -> Parser:
     return parser
 
 
-def complete(args: argparse.Namespace) -> None:
-    """Fills in what is not given: from the checkpoint with --resume, else from TOY or PAPER. Raises UserError for
-    options that will not do."""
+def complete(args: argparse.Namespace) -> dict | None:
+    """Fills in what is not given: from the checkpoint with --resume, else from TOY or DEFAULTS. Returns the checkpoint.
+
+    Raises UserError for options that will not do.
+    """
     given = {key for key, value in vars(args).items() if value is not None}
-    data = args.data or PAPER["data"]
-    out = args.out or os.path.join("runs", "+".join(sorted(name.strip() for name in data.split(","))))
-    path, stored = os.path.join(out, "ckpt.pt"), {}
+    data = args.data or DEFAULTS["data"]
+    out = args.out or os.path.join(
+        "runs", data if data == "toy" else "+".join(s for s in SOURCE_LEVELS if s in chosen_sources(data))
+    )
+    path, checkpoint, stored = os.path.join(out, "ckpt.pt"), None, {}
     group = [os.environ.get(name) for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
     # torchrun starts a group again that failed: it goes on with what it has begun itself, if it came that far.
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        begun = os.path.exists(path)
-        args.resume = begun and (bool(args.resume) or read_checkpoint(path)["arguments"].get("group") == group)
+        checkpoint = read_checkpoint(path) if os.path.exists(path) else None
+        args.resume = checkpoint is not None and (args.resume or checkpoint["arguments"].get("group") == group)
     if args.resume:
-        stored = read_checkpoint(path)["arguments"]
+        checkpoint = checkpoint or read_checkpoint(path)
+        stored = checkpoint["arguments"]
         for key in sorted(given - FREE):
             if stored.get(key) != getattr(args, key):
                 option = "--" + key.replace("_", "-")
@@ -715,7 +735,7 @@ def complete(args: argparse.Namespace) -> None:
         raise UserError(f"{out}: holds a run already; go on with it by --resume, or choose another folder with --out")
     args.group = group
     args.fingerprints = stored.get("fingerprints", {})  # of the images that the run was begun with
-    usual = {**PAPER, **(TOY if data == "toy" else {}), **stored, "out": out}
+    usual = {**DEFAULTS, **(TOY if data == "toy" else {}), **stored, "out": out}
     for key, value in vars(args).items():
         if value is None:
             setattr(args, key, usual.get(key))
@@ -725,14 +745,14 @@ def complete(args: argparse.Namespace) -> None:
         raise UserError(f"--max-size: at least the smallest of --sizes, {min(args.sizes)}")
     if args.batch_size == 1 and padded(min(args.sizes)) < 64:
         raise UserError("--sizes: batch norm needs at least 33 pixels where --batch-size is 1")
+    return checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = all_options()
     args = parser.parse_args(argv)
     try:
-        complete(args)
-        run(args)
+        run(args, complete(args))
     except UserError as e:
         parser.error(str(e))
     except TrainingFailed as e:

@@ -71,7 +71,7 @@ def conv_of_enlarged(maps: list[Tensor], weights: list[Tensor], size: tuple[int,
     """
     rows = torch.cat([a for x in maps for a in enlarged_and_shifted(x.shape[2], size[0], x)], dim=1)  # (H, 3 * all h)
     columns = [enlarged_and_shifted(x.shape[3], size[1], x).permute(1, 2, 0).flatten(1) for x in maps]  # (W, w * 3)
-    parts = []
+    pieces = []
     groups = zip(*(w.split(128) for w in weights))  # of output channels, so that what lies in between fits the cache
     for group in groups:
         wide = []
@@ -82,9 +82,9 @@ def conv_of_enlarged(maps: list[Tensor], weights: list[Tensor], size: tuple[int,
                 y = F.conv2d(x, taps).permute(0, 2, 3, 1)  # (n, h, w, 3 u * channels)
                 y = b @ y.reshape(n * height, width * 3, channels)
                 wide.append(y.view(n, height, size[1] * channels))
-        part = rows @ torch.cat(wide, dim=1)
-        parts.append(part.view(len(part), *size, -1).permute(0, 3, 1, 2))  # (n, channels, H, W)
-    return torch.cat(parts, dim=1)
+        piece = rows @ torch.cat(wide, dim=1)
+        pieces.append(piece.view(len(piece), *size, -1).permute(0, 3, 1, 2))  # (n, channels, H, W)
+    return torch.cat(pieces, dim=1)
 
 
 def prroi_weights(bins: int, n: int, like: Tensor) -> Tensor:
@@ -125,8 +125,9 @@ class PPM(nn.Module):
         self.last = ConvBNReLU(in_channels + len(self.BINS) * channels, channels)
 
     def forward(self, c5: Tensor) -> Tensor:
-        # Enlarged before batch norm, which then has more than one value of a single image: as released. There the 1x1
-        # convolution comes in between, too; linear as it is, it is the same before.
+        # As released, the pooled maps are resized before batch norm, which then sees more than one value even of a
+        # single image. There the 1x1 convolution comes after the resize, too; both are linear and may be exchanged,
+        # and this way it is cheaper.
         pooled = [
             branch.norm_relu(resize(branch[0](self.pool(c5, bins)), c5.shape[2:]))
             for bins, branch in zip(self.BINS, self.branches)
@@ -202,10 +203,10 @@ class UPerNet(nn.Module):
     head_conv: a 3x3 convolution before each classifier, as in the paper; without it the network of most other code
         bases. The texture head keeps its own convolutions in any case.
     pool: the PPM's pooling, "prroi" as released or "adaptive" as in PSPNet.
-    ppm, fpn, fusion, output_stride: the rows of the paper's table 2. `fpn` is the finest level built (2, 3 or 4; 0 for
-        none, then everything sits on P5); without `fusion` the object head sits on that level; without `ppm` P5 is C5
-        through a 1x1 lateral of its own.
-    stem, output_stride: see `resnet.ResNet`; for a backbone that is named.
+    ppm, fpn, fusion: with output_stride the rows of the paper's table 2. `fpn` is the finest level built (2, 3 or 4; 0
+        for none, then everything sits on P5); without `fusion` the object head sits on that level; without `ppm` P5 is
+        C5 through a 1x1 lateral of its own.
+    stem, output_stride: see `resnet.ResNet`; for a backbone given by name alone.
 
     Parameters are named `backbone.*`, `ppm.*`, `fpn.*`, `fusion.*`, `heads.<level>.*`. `part_slices[object index]` is
     the slice of that object's channels in the part logits. Raises ValueError for an argument that is not as above.
@@ -313,8 +314,8 @@ class UPerNet(nn.Module):
         if "scene" in levels:
             logits["scene"] = self.heads["scene"](p5).flatten(1)
 
-        # Material sits on P2, object and part on the fused map; in a network that stops before P2, or has no fusion,
-        # all three sit on what is its finest map.
+        # Material sits on P2, object and part on the fused map. A network that stops before P2 has material where the
+        # objects are; without fusion all three sit on the finest map.
         on_fused = {"object", "part"} if self.fpn_level == 2 else {"object", "part", "material"}
         needs_fused = self.fusion is not None and bool(on_fused & set(levels))
         if {"object", "part", "material"} & set(levels):
@@ -378,8 +379,8 @@ def part_loss(logits: Tensor, objects: Tensor, parts: Tensor, part_slices: dict[
 
 
 def read_tensors(path: str, device: str = "cpu") -> dict:
-    """What `torch.load` finds in a file of tensors and plain values; it runs no code. ValueError names a file that is
-    none."""
+    """What `torch.load` finds in a file of tensors and plain values; it runs no code. Raises ValueError, naming the
+    file, for anything else."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: a folder, not a file" if os.path.isdir(path) else f"{path}: no such file")
     try:
@@ -394,10 +395,12 @@ def read_tensors(path: str, device: str = "cpu") -> dict:
 
 
 def fill(net: nn.Module, state: dict, path: str, name_of=lambda key: key) -> None:
-    """Loads `state` into `net`, which may be on the device "meta", and whose keys `name_of` turns into those of the
-    file; ValueError names the first that does not fit."""
+    """Loads `state` into `net` (which may be on the device "meta"). `name_of` turns a key of `net` into the file's.
+
+    Raises ValueError for the first key that does not fit.
+    """
     wanted = {name_of(key): (key, value) for key, value in net.state_dict().items()}
-    for name in [*wanted, *state]:
+    for name in dict.fromkeys([*wanted, *state]):
         if name not in state:
             raise ValueError(f"{path}: {name} is missing")
         if name not in wanted:
