@@ -718,7 +718,9 @@ def complete(args: argparse.Namespace) -> dict | None:
         "runs", data if data == "toy" else "+".join(s for s in SOURCE_LEVELS if s in chosen_sources(data))
     )
     path, checkpoint, stored = os.path.join(out, "ckpt.pt"), None, {}
-    group = [os.environ.get(name) for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
+    group = [os.environ.get("TORCHELASTIC_RUN_ID")]
+    if group == ["none"]:  # torchrun was given no rendezvous, but an address, which stays when it starts the group again
+        group += [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")]
     # torchrun starts a group again that failed: it goes on with what it has begun itself, if it came that far.
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         checkpoint = read_checkpoint(path) if os.path.exists(path) else None
