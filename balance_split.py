@@ -1,42 +1,70 @@
-"""The balanced split (section 2.2): 10% of each source's images for validation, such that of every class about 10% of
-the pixels are there.
+"""The balanced split (section 2.2): 10% of each source's images for validation, with about 10% of every class's pixels.
 
     python balance_split.py --data ade20k,os,dtd     # writes data/split.json
 
-Images are drawn at random; then, again and again, one image of each side is picked and the two change places if that
-brings the classes' shares nearer to 10%: if the mean of their distances from it gets smaller (our measure of "nearer",
-and each source is split for itself).
-"""
+Images are picked at random; then, again and again, one image of each side is picked, and the two are swapped if that
+brings the classes' shares nearer to 10%: if the mean of their distances from it gets smaller (our measure of "nearer";
+each source is split for itself)."""
 
-import argparse
-import hashlib
-import json
-import math
-import os
+import json, math, os
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
-from datasets import (
-    SEED,
-    Index,
-    Parser,
-    UserError,
-    add_data_options,
-    build_vocabulary,
-    data_root,
-    natural,
-    open_sources,
-    pixel_table,
-    write_json,
-)
+import datasets
+from datasets import Index, Option, UserError
 
 SWAPS = 1_000_000  # some seconds: a swap's cost does not depend on the number of images
 
 
+def balance(
+    counts: torch.Tensor, fraction: float = 0.1, swaps: int = SWAPS, seed: int = 0, chance: float = 0.5
+) -> torch.Tensor:
+    """Which images validate: bool (images,), exactly round(fraction * images) of them True.
+    counts: coalesced sparse COO tensor (images, classes) of pixels. `swaps` pairs of images are tried. `chance` is that
+    of taking a swap of average size that makes it worse, at the start; it falls to 0 (simulated annealing, a choice of
+    ours, which leaves dead ends; chance 0 is the paper's procedure). The same seed gives the same answer. Raises
+    ValueError for a fraction outside of (0, 1) or a chance outside of [0, 1)."""
+    if not 0 < fraction < 1 or not 0 <= chance < 1:
+        raise ValueError(f"fraction {fraction} must lie between 0 and 1, chance {chance} in [0, 1)")
+    rng = np.random.default_rng(seed)
+    images = counts.shape[0]
+    order, n = rng.permutation(images), round(fraction * images)
+    inside, outside = order[:n].tolist(), order[n:].tolist()  # validation and training
+    shares = class_shares(counts)
+    if inside and outside and shares.shape[1]:
+        error = shares[inside].sum(axis=0, dtype=np.float64) - fraction  # of each class, its share in validation - 10%
+        distance = np.abs(error).sum()
+        pairs = np.stack([rng.integers(len(side), size=swaps) for side in (inside, outside)], axis=1)
+        accepts = annealing(error, shares, inside, outside, pairs[:1000], chance, rng.random(swaps))
+        for k, (i, j) in enumerate(pairs):
+            a, b = inside[i], outside[j]
+            swapped = error + (shares[b] - shares[a])
+            worse_by = np.abs(swapped).sum() - distance
+            if worse_by < 0 or accepts(k, worse_by):  # the paper's rule, or the annealing
+                inside[i], outside[j] = b, a
+                error, distance = swapped, distance + worse_by
+    validation = torch.zeros(images, dtype=torch.bool)
+    validation[inside] = True
+    return validation
+
+
+def annealing(error, shares, inside, outside, pairs, chance: float, luck: np.ndarray):
+    """`accepts(k, worse_by)`: whether swap k is taken although it makes the distance worse. Ours: with probability
+    exp(-worse_by / temperature), which is `chance` for an average bad swap at the start and falls to 0 at the end."""
+    if not chance:
+        return lambda k, worse_by: False
+    distance = np.abs(error).sum()
+    changes = [np.abs(error + shares[outside[j]] - shares[inside[i]]).sum() - distance for i, j in pairs]
+    worse = [change for change in changes if change > 0] or [0.0]
+    start = sum(worse) / len(worse) / -math.log(chance)
+    log_luck = np.log(luck)
+    return lambda k, worse_by: -worse_by > start * (1 - k / len(luck)) ** 2 * log_luck[k]
+
+
 def class_shares(counts: torch.Tensor) -> np.ndarray:
-    """Of each class's pixels the share that each image has, (images, classes that have pixels) float32."""
+    """Of each class's pixels the share that each image has: (images, classes that have pixels) float32."""
     image, label = counts.indices().numpy()
     pixels = counts.values().double().numpy()
     total = np.bincount(label, pixels, minlength=counts.shape[1])
@@ -46,216 +74,123 @@ def class_shares(counts: torch.Tensor) -> np.ndarray:
 
 
 def deviation(shares: np.ndarray, validation: np.ndarray, fraction: float) -> float:
-    """Mean over the classes of |validation share - fraction|; 0 without a class. What `balance` minimises."""
+    """What `balance` minimises: the mean over the classes of |validation share - fraction|; 0 without a class."""
     return float(np.abs(shares[validation].sum(axis=0, dtype=np.float64) - fraction).mean()) if shares.shape[1] else 0.0
 
 
-def balance(
-    counts: torch.Tensor, fraction: float = 0.1, swaps: int = SWAPS, seed: int = 0, chance: float = 0.5
-) -> torch.Tensor:
-    """Which images to validate on: bool (images,), exactly round(fraction * images) of them True.
-
-    counts: coalesced sparse COO tensor (images, classes) of pixels. `swaps` pairs of images are proposed. `chance` is
-    that of taking a swap which makes matters worse, at the start and for one of average size; it falls to 0 (simulated
-    annealing, a choice of ours, which gets out of dead ends; the paper's procedure is chance 0). The same seed gives
-    the same answer. Raises ValueError for a fraction or a chance outside of (0, 1) and [0, 1).
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction {fraction}: must lie between 0 and 1")
-    if not 0 <= chance < 1:
-        raise ValueError(f"chance {chance}: must be at least 0 and below 1")
-    rng = np.random.default_rng(seed)
-    images = counts.shape[0]
-    order = rng.permutation(images)
-    held = round(fraction * images)
-    inside, outside = order[:held].tolist(), order[held:].tolist()
-    shares = class_shares(counts)
-
-    if inside and outside and shares.shape[1]:
-        error = shares[inside].sum(axis=0, dtype=np.float64) - fraction
-        cost = float(np.abs(error).sum())
-        proposals = np.stack([rng.integers(len(side), size=swaps) for side in (inside, outside)], axis=1)
-        luck = rng.random(swaps)
-        temperature = 0.0
-        if chance:
-            trials = [float(np.abs(error + shares[outside[j]] - shares[inside[i]]).sum()) for i, j in proposals[:1000]]
-            worse = [c - cost for c in trials if c > cost]
-            temperature = sum(worse) / len(worse) / -math.log(chance) if worse else 0.0
-        for k, (i, j) in enumerate(proposals):
-            a, b = inside[i], outside[j]
-            swapped = error + (shares[b] - shares[a])
-            worse_by = float(np.abs(swapped).sum()) - cost
-            cooled = temperature * (1 - k / swaps) ** 2
-            if worse_by < 0 or (cooled > 0 and luck[k] < math.exp(-worse_by / cooled)):
-                inside[i], outside[j] = b, a
-                error = swapped
-                cost += worse_by
-    validation = torch.zeros(images, dtype=torch.bool)
-    validation[inside] = True
-    return validation
-
-
-# ---------------------------------------------------------------- split.json
-
-
-def fingerprint(index: Index) -> str:
-    """Changes with the set of usable images of a source."""
-    return hashlib.sha256("\n".join(index.images).encode()).hexdigest()[:16]
-
-
-def split_source(index: Index, vocabulary: dict, fraction: float, swaps: int | None = None) -> dict:
-    """The entry of one source in split.json."""
-    counts = pixel_table(index, vocabulary)
-    shares = class_shares(counts)
-    at_random = balance(counts, fraction, 0, SEED)
-    validation = balance(counts, fraction, swaps if swaps is not None else min(SWAPS, 1000 * len(index.images)), SEED)
-    return {
-        "images": len(index.images),
-        "fingerprint": fingerprint(index),
-        "validation": [index.images[i] for i in validation.nonzero().flatten().tolist()],
-        "deviation_before": deviation(shares, at_random.numpy(), fraction),
-        "deviation_after": deviation(shares, validation.numpy(), fraction),
-    }
-
-
-def split_path(root: str, cache: str | None) -> str:
-    """<root>/split.json; in the cache's folder if that root cannot be written and has none."""
-    path = os.path.join(root, "split.json")
-    return (
-        os.path.join(cache, "split.json")
-        if cache and not os.path.exists(path) and not os.access(root, os.W_OK)
-        else path
+def pixel_table(index: Index, vocabulary: dict) -> torch.Tensor:
+    """What a split is balanced in: sparse (images, classes) of pixels, all levels of the source side by side.
+    Our choice: scenes and textures, which have no pixels, count one for each image."""
+    known = lambda level, name: (
+        name[1] in vocabulary["part"].get(name[0], ()) if level == "part" else name in vocabulary[level]
     )
+    tables = {level: table for level, table in datasets.class_pixels(index).items() if level in vocabulary}
+    columns = [images for level, table in tables.items() for name, images in table.items() if known(level, name)]
+    rows = [image for images in columns for image in images], [k for k, images in enumerate(columns) for _ in images]
+    pixels = torch.tensor([pixels for images in columns for pixels in images.values()], dtype=torch.float64)
+    where = torch.tensor(rows, dtype=torch.int64).reshape(2, -1)
+    return torch.sparse_coo_tensor(where, pixels, (len(index.images), len(columns)), check_invariants=True).coalesce()
+
+
+# ---------------------------------------------------------------- which images validate
+def validation_images(index: Index, vocabulary: dict, how: str | None, path: str, make: bool = True) -> list[str]:
+    """The validation images of a source, sorted paths.
+    how: "official", the source's own lists or folders (OpenSurfaces has none and takes the balanced split); "balanced",
+    those of split.json at `path`, where a missing source is split and added with `make`; None, for a network that was
+    not trained here, balanced if it is there, else official, or all of OpenSurfaces. Raises UserError for a source
+    whose images are no longer those that were split, and without `make` for one that was not."""
+    split, source = read_split(path), index.source
+    missing = source not in split["sources"]
+    if how == "official" and source != "os" or how is None and missing:
+        if how is None:
+            datasets.say(
+                f"{source}: not in {path}; taking {'all images' if source == 'os' else 'its validation folder'}"
+            )
+        return sorted(i for i, side in zip(index.images, index.official) if side == "validation" or source == "os")
+    if missing and not make:
+        raise UserError(f"{path}: no split of {source}; python balance_split.py --data {source} makes one")
+    if missing:
+        split["sources"][source], _ = split_source(index, vocabulary, split["fraction"])
+        datasets.write_json(split, path)
+    entry = split["sources"][source]
+    if entry["fingerprint"] != datasets.hash_of(index.images):
+        changed = f"its split of {source} is of other images ({entry['images']}, now {len(index.images)})"
+        raise UserError(f"{path}: {changed}; python balance_split.py --data {source} makes a new one")
+    return sorted(entry["validation"])
+
+
+def split_source(index: Index, vocabulary: dict, fraction: float, swaps: int | None = None) -> tuple[dict, list]:
+    """The entry of one source in split.json, and each class's share in validation at random and balanced."""
+    counts = pixel_table(index, vocabulary)
+    shares, sides = class_shares(counts), []
+    for n in (0, min(SWAPS, 1000 * len(index.images)) if swaps is None else swaps):
+        sides.append(balance(counts, fraction, n, datasets.SEED).numpy())
+    entry = {"images": len(index.images), "fingerprint": datasets.hash_of(index.images)}
+    entry["validation"] = [image for image, validates in zip(index.images, sides[1]) if validates]
+    entry["deviation_before"], entry["deviation_after"] = (deviation(shares, side, fraction) for side in sides)
+    return entry, [shares[side].sum(axis=0) for side in sides]
+
+
+def split_path(args) -> str:
+    """<root>/split.json; in the cache's folder if that root cannot be written and has none."""
+    root = datasets.data_root(args)
+    path = os.path.join(root, "split.json")
+    writable = os.path.exists(path) or os.access(root, os.W_OK)
+    return path if writable else os.path.join(datasets.cache_folder(args), "split.json")
 
 
 def read_split(path: str) -> dict:
-    """What split.json holds, or an empty one if there is no such file. Raises UserError if it is something else."""
+    """The content of split.json, without sources if it is missing. Raises UserError for any other file."""
+    if not os.path.exists(path):
+        return {"seed": datasets.SEED, "fraction": 0.1, "sources": {}}
     try:
-        with open(path) as file:
-            split = json.load(file)
-        fraction = split.setdefault("fraction", None)
-        if fraction is not None and not 0 < float(fraction) < 1:
-            raise ValueError(f"fraction {fraction}")
-        for entry in split["sources"].values():
-            entry["fingerprint"], int(entry["images"]), set(entry["validation"])
-        return split
-    except FileNotFoundError:
-        return {"seed": SEED, "fraction": None, "sources": {}}
+        split = json.loads(Path(path).read_text())
+        [(entry["fingerprint"], entry["images"], set(entry["validation"])) for entry in split["sources"].values()]
+        return {"seed": datasets.SEED, "fraction": 0.1} | split
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(
-            f"{path}: not a split that balance_split.py wrote ({type(e).__name__}: {e}); delete it"
-        ) from None
+        raise UserError(f"{path}: not a split of balance_split.py's ({e!r}); delete it") from None
 
 
-def balanced_validation(indexes: dict[str, Index], vocabulary: dict, path: str) -> dict[str, set[str]]:
-    """The validation images of each source as split.json has them; a source that it lacks is split now and added.
+# ---------------------------------------------------------------- the command
+def split(args) -> None:
+    import evaluate  # which imports this file
 
-    Raises UserError for a source whose images are no longer those that were split.
-    """
-    split = read_split(path)
-    lacking = [source for source in indexes if source not in split["sources"]]
-    for source in lacking:
-        split["fraction"] = split["fraction"] or 0.1
-        split["sources"][source] = split_source(indexes[source], vocabulary, split["fraction"])
-    if lacking:
-        write_json(split, path, "name a folder for it with --cache")
-    for source, index in indexes.items():
-        entry = split["sources"][source]
-        if entry["fingerprint"] != fingerprint(index):
-            found = f"its split of {source} is of {entry['images']} images and no longer fits the {len(index.images)}"
-            raise UserError(
-                f"{path}: {found} that are there; make a new one with python balance_split.py --data {source}"
-            )
-    return {source: set(split["sources"][source]["validation"]) for source in indexes}
-
-
-def official_validation(index: Index) -> set[str]:
-    """The validation images of the source's own lists or folders."""
-    return {image for image, side in zip(index.images, index.official) if side == "validation"}
-
-
-def plot(before: np.ndarray, after: np.ndarray, fraction: float, title: str) -> Image.Image:
-    """Each class's share of pixels in validation, classes sorted by it: grey before the swaps, blue after."""
-    width, height, left, bottom, top = 760, 300, 60, 40, 30
-    picture = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
-    highest = max(0.3, 2 * fraction)
-    bottom_y = height - bottom
-    y_of = lambda share: bottom_y - min(share, highest) / highest * (bottom_y - top)
-    for tick in np.linspace(0, highest, 4):
-        draw.line([(left, y_of(tick)), (width - 15, y_of(tick))], fill="#dddddd")
-        draw.text((left - 8, y_of(tick)), f"{tick:.0%}", fill="black", font=font, anchor="rm")
-    draw.line([(left, y_of(fraction)), (width - 15, y_of(fraction))], fill="#cc3333")
-    for shares, colour in ((before, "#999999"), (after, "#2255cc")):
-        for k, share in enumerate(sorted(shares.tolist())):
-            x = left + (k + 0.5) / len(shares) * (width - 15 - left)
-            draw.ellipse([x - 2, y_of(share) - 2, x + 2, y_of(share) + 2], fill=colour)
-    draw.text((left, 8), title, fill="black", font=font)
-    draw.text(
-        (left, bottom_y + 12),
-        f"the {len(after)} classes, sorted: share of their pixels in validation",
-        fill="black",
-        font=font,
-    )
-    draw.text((width - 15, bottom_y + 12), "blue: balanced, grey: at random", fill="black", font=font, anchor="ra")
-    return picture
-
-
-def fraction_of(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
-    return value
+    if args.fraction >= 1:
+        raise UserError(f"--fraction {args.fraction}: a number between 0 and 1")
+    indexes, minima = datasets.open_indexes(args)
+    vocabulary = datasets.build_vocabulary(indexes, minima)
+    path, panels = split_path(args), []
+    content = read_split(path)
+    if others := sorted(set(content["sources"]) - set(indexes)):
+        if content["fraction"] != args.fraction:
+            advice = f"--fraction {args.fraction} needs them in --data too"
+            raise UserError(f"{path}: splits {', '.join(others)} at {content['fraction']}; {advice}")
+    content["fraction"] = args.fraction
+    for name, index in indexes.items():
+        entry, shares = split_source(index, vocabulary, args.fraction, args.swaps)
+        content["sources"][name], n = entry, max(1, len(shares[0]))
+        found = f"mean deviation {entry['deviation_before']:.4f} at random, {entry['deviation_after']:.4f} balanced"
+        print(f"{name}: {len(entry['validation'])} of {len(index.images)} images; {found}")
+        points = {c: (np.arange(len(s)) + 0.5, np.sort(s)) for c, s in zip(("#999999", "#2255cc"), shares)}
+        title, top = f"{name}: validation share (grey: random)", max(0.3, 2 * args.fraction)
+        panels.append([evaluate.plot(title, points, top, n, "classes", [args.fraction])])
+    datasets.write_json(content, path)
+    print(f"wrote {path}; train.py uses it")
+    if args.plot:
+        evaluate.save_picture(evaluate.sheet_of(panels), args.plot)
+        print(f"wrote {args.plot}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("Splits each source so that of every class about a tenth of the pixels are for validation.")
-    add_data_options(parser)
-    group = parser.add_argument_group("split")
-    group.add_argument("--fraction", type=fraction_of, default=0.1, metavar="F", help="share of the images (0.1)")
-    group.add_argument(
-        "--swaps", type=natural, metavar="N", help=f"pairs of images to try ({SWAPS}, of a small source fewer)"
-    )
-    group.add_argument("--plot", metavar="FILE", help="draws the classes' shares before and after, as a picture")
-    args = parser.parse_args(argv)
-    try:
-        indexes, minima = open_sources(args)
-        vocabulary = build_vocabulary(indexes, minima)
-        path = split_path(data_root(args), args.cache)
-        split = read_split(path)
-        if split["fraction"] not in (None, args.fraction) and set(split["sources"]) - set(indexes):
-            others = ", ".join(sorted(set(split["sources"]) - set(indexes)))
-            kept = f"splits {others} at {split['fraction']}"
-            raise UserError(f"{path}: {kept}; --fraction {args.fraction} must name them in --data too")
-        split["fraction"] = args.fraction
-        panels = []
-        for source, index in indexes.items():
-            entry = split["sources"][source] = split_source(index, vocabulary, args.fraction, args.swaps)
-            held, before, after = len(entry["validation"]), entry["deviation_before"], entry["deviation_after"]
-            found = f"mean deviation {before:.4f} at random, {after:.4f} balanced"
-            print(f"{source}: {held} of {len(index.images)} images; {found}")
-            if args.plot:
-                counts = pixel_table(index, vocabulary)
-                shares = class_shares(counts)
-                chosen = np.isin(index.images, entry["validation"])
-                at_random = balance(counts, args.fraction, 0, SEED).numpy()
-                panels.append(plot(shares[at_random].sum(axis=0), shares[chosen].sum(axis=0), args.fraction, source))
-        write_json(split, path, "name a folder for it with --cache")
-        print(f"wrote {path}; train.py uses it by itself")
-        if args.plot:
-            sheet = Image.new("RGB", (panels[0].width, sum(p.height for p in panels)))
-            for k, panel in enumerate(panels):
-                sheet.paste(panel, (0, k * panel.height))
-            try:
-                sheet.save(args.plot)
-            except (OSError, ValueError) as e:
-                raise UserError(f"{args.plot}: the plot cannot be written ({e})") from None
-            print(f"wrote {args.plot}")
-    except UserError as e:
-        parser.error(str(e))
+    options = [
+        Option("fraction", float, 0.1, "share of the images that validate", least=1e-6),
+        Option("swaps", int, None, f"pairs of images to try ({SWAPS}, or 1000 an image)", least=0),
+        Option("plot", str, None, "write a picture of the classes' shares, at random and balanced"),
+    ]
+    description = "Splits each source so that about a tenth of every class's pixels validate."
+    parser = datasets.Parser(description, datasets.DATA_OPTIONS + options)
+    given = parser.parse_args(argv)
+    parser.run(lambda: split(parser.complete(given)))
 
 
 if __name__ == "__main__":

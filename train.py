@@ -1,773 +1,477 @@
 """Training of UPerNet on sources that each label only some of the levels (section 3.1).
 
     python train.py                                             # the toy, made on the spot: minutes on a CPU
-    python train.py --data ade20k,dtd,os                        # the real thing, under ./data
+    python train.py --data ade20k,dtd,os                        # the real data, under ./data
     torchrun --nproc_per_node=8 train.py --data ade20k,dtd,os   # several GPUs
 
-At each iteration one source is drawn, and only what lies on the path to its labels is updated. Textures come last:
-their branch alone, on a trunk that stands still.
-"""
+Each iteration draws one source, and updates only what lies on the path to its labels. Textures come last: only the
+texture head, on the frozen network."""
 
-import argparse
-import contextlib
-import glob
-import itertools
-import json
-import math
-import os
-import re
-import shlex
-import signal
-import time
+import contextlib, functools, json, math, os, shlex, signal, time
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from balance_split import balanced_validation, fingerprint, official_validation, split_path
-from datasets import (
-    SOURCE_LEVELS,
-    Batches,
-    Index,
-    Parser,
-    Reader,
-    UserError,
-    add_data_options,
-    build_vocabulary,
-    cache_folder,
-    chosen_sources,
-    data_root,
-    is_first,
-    natural,
-    open_sources,
-    padded,
-    plan_batches,
-    positive,
-    write_json,
-    write_whole,
-)
-from evaluate import (
-    add_device_options,
-    autocast,
-    check_run,
-    evaluate,
-    first_before_others,
-    join_processes,
-    pick_amp,
-    pick_device,
-    prepare,
-    save_picture,
-    sheet_of,
-    table,
-)
-from resnet import load_imagenet
-from upernet import LEVELS, LOSS_WEIGHTS, UPerNet, class_counts, fill, from_checkpoint, losses, read_tensors
+import balance_split, datasets, evaluate, resnet, upernet
+from datasets import Option, Source, UserError
+from upernet import LEVELS, LOSS_WEIGHTS, UPerNet, losses
 
-DEFAULTS = {  # of sizes, rates and lengths: section 3.1's and the released code's
-    "data": "toy", "root": "data", "split": "balanced", "backbone": "resnet50", "channels": 512, "stem": "7x7",
-    "output_stride": 32, "no_ppm": False, "fpn": 2, "no_fusion": False, "weights": "imagenet", "iters": None,
-    "texture_iters": None, "batch_size": 2, "accumulate": 1, "lr": 0.02, "sizes": [300, 375, 450, 525, 600],
-    "max_size": 1200, "seed": 304, "workers": os.cpu_count() or 1, "save_every": 500, "eval_every": 0,
-    "amp": "auto", "device": "auto",
-}  # fmt: skip
-TOY = {  # what two cores learn in minutes
-    "backbone": "resnet18", "channels": 48, "weights": "none", "iters": 2400, "texture_iters": 600, "batch_size": 4,
-    "lr": 0.04, "sizes": [76, 80, 84], "max_size": 160, "save_every": 400,
-}  # fmt: skip
-# What a run that goes on may change. Its iterations stay: with a lower --batch-size, a higher --accumulate makes up.
-FREE = set(
-    "root cache workers batch_size accumulate save_every eval_every amp compile device allow_broken out resume".split()
-)
 TEXTURE_IMAGES = 8  # for each of --batch-size in the texture stage: they have a fiftieth of the area (our choice)
+OVERFLOWS = 20  # fp16 steps left out in a row that end a run
 
 
-# ---------------------------------------------------------------- what a run shows
+def update(model: nn.Module, part_slices: dict, batches: list[dict], optimizer, scaler, device, amp) -> dict:
+    """One step on batches of one source, whose gradients are averaged: the loss of each of the source's levels.
+    Only the path to these levels moves, and nothing else at all: `levels=` keeps the rest out of the forward pass, so
+    that its batch-norm statistics stay, and out of the backward pass, so that its gradients stay None, and SGD leaves
+    parameters without a gradient alone, their weight decay and momentum too (in the released code both act). A level
+    without a label in this batch is on the path: its gradients are zero, and decay and momentum act.
 
-
-class Curves:
-    """What curves.png shows: the loss of each level and the rate over a whole run, averaged over stretches of it.
-
-    `lengths`: the iterations of each stage, in their order.
-    """
-
-    # Stretches; the size of a panel, and where its axes stand, in pixels.
-    BINS, WIDTH, HEIGHT, LEFT, BOTTOM = 160, 380, 210, 52, 26
-
-    def __init__(self, lengths: dict[str, int]):
-        ends = list(itertools.accumulate(lengths.values()))
-        self.total, self.first = max(1, ends[-1]), dict(zip(lengths, [0, *ends]))
-        self.sums: dict[str, np.ndarray] = {}  # of a level, or "rate": (BINS, 2), the sum and the number of values
-
-    def add(self, line: dict) -> None:
-        """A line of log.jsonl."""
-        k = min(self.BINS - 1, (self.first[line["stage"]] + line["iteration"]) * self.BINS // self.total)
-        for name, value in {**line["loss"], "rate": line["lr"]}.items():
-            self.sums.setdefault(name, np.zeros((self.BINS, 2)))[k] += value, 1
-
-    def panel(self, name: str) -> Image.Image:
-        picture = Image.new("RGB", (self.WIDTH, self.HEIGHT), "white")
-        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
-        sums, counts = self.sums[name].T
-        there = counts.nonzero()[0]
-        values = sums[there] / counts[there]
-        top = values.max() or 1.0
-        right, floor = self.WIDTH - 14, self.HEIGHT - self.BOTTOM
-        for tick in (0, 0.5, 1):
-            y, x = floor - tick * (floor - 34), self.LEFT + tick * (right - self.LEFT)
-            draw.line([self.LEFT, y, right, y], fill="#dddddd")
-            draw.text((self.LEFT - 6, y), f"{tick * top:.2g}", fill="black", font=font, anchor="rm")
-            shown = f"{round(tick * self.total)}" + (" iterations" if tick == 1 else "")
-            draw.text((x, floor + 6), shown, fill="black", font=font, anchor="lmr"[int(2 * tick)] + "a")
-        for begin in filter(None, self.first.values()):  # a stage begins, with a rate of its own
-            x = self.LEFT + begin / self.total * (right - self.LEFT)
-            draw.line([x, 34, x, floor], fill="#999999")
-        points = [
-            (self.LEFT + (k + 0.5) / self.BINS * (right - self.LEFT), floor - value / top * (floor - 34))
-            for k, value in zip(there.tolist(), values.tolist())
-        ]
-        for x, y in points:
-            draw.ellipse([x - 1, y - 1, x + 1, y + 1], fill="#2255cc")
-        draw.line(points, fill="#2255cc", width=2)
-        draw.text((self.LEFT, 8), "learning rate" if name == "rate" else f"{name}, loss", fill="black", font=font)
-        return picture
-
-    def save(self, path: str) -> None:
-        panels = [self.panel(name) for name in (*LEVELS, "rate") if name in self.sums]
-        if panels:
-            save_picture(sheet_of([panels[:3], panels[3:]] if len(panels) > 3 else [panels]), path)
-
-
-class Progress:
-    """What the terminal shows of a stage: a bar, or a plain line now and then where the output is no terminal."""
-
-    def __init__(self, stage: str, start: int, iterations: int, images: int):
-        self.stage, self.start, self.iterations, self.images = stage, start, iterations, images
-        self.began = time.perf_counter()
-        disable = None if is_first() else True
-        self.bar = tqdm(total=iterations, initial=start, desc=stage, unit="it", disable=disable, smoothing=0.05)
-
-    def update(self, line: dict) -> None:
-        """After an iteration, with its line of log.jsonl."""
-        done = line["iteration"] + 1
-        pace = (time.perf_counter() - self.began) / (done - self.start)  # seconds an iteration
-        losses = ", ".join(f"{level} {value:.2f}" for level, value in line["loss"].items())
-        shown = f"{losses}, {self.images / pace:.1f} images/s"
-        self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.update()
-        if self.bar.disable and done % min(100, math.ceil(self.iterations / 10)) == 0:
-            left = tqdm.format_interval((self.iterations - done) * pace)
-            print(f"{self.stage} {done}/{self.iterations}: {line['source']}, {shown}, {left} left", flush=True)
-
-
-def append(path: str, line: str) -> None:
-    try:
-        with open(path, "a") as file:
-            file.write(line + "\n")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}); make room, then go on with --resume") from None
-
-
-# ---------------------------------------------------------------- pieces of the loop
-
-
-def learning_rate(lr: float, iteration: int, iterations: int) -> float:
-    """The poly policy."""
-    return lr * (1 - iteration / iterations) ** 0.9
-
-
-def parameter_groups(module: nn.Module) -> list[dict]:
-    """No weight decay on biases and norms (as released)."""
-    parameters = list(module.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 1e-4},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
-def load_weights(net: UPerNet, weights: str) -> None:
-    """The start: `imagenet`, `none`, a file with a backbone's state dict, or one of our checkpoints, as far as they
-    fit."""
-    if weights == "none":
-        return
-    if weights == "imagenet":
-        try:
-            load_imagenet(net.backbone)
-        except (OSError, RuntimeError) as e:
-            raise UserError(f"--weights imagenet: the download failed ({e}); give --weights none, or a file") from None
-        except ValueError as e:
-            raise UserError(f"--weights imagenet: {e}; give --weights none, or a file") from None
-        return
-    try:
-        content = read_tensors(weights)
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    ours = isinstance(content.get("model"), dict)
-    found = (
-        content["model"] if ours else {f"backbone.{k}": v for k, v in content.items() if not str(k).startswith("fc.")}
-    )
-    wanted = net.state_dict()
-    if not ours:
-        wanted = {key: value for key, value in wanted.items() if key.startswith("backbone.")}
-    fitting = {k: v for k, v in found.items() if k in wanted and isinstance(v, Tensor) and v.shape == wanted[k].shape}
-    if not any(key.endswith("weight") for key in fitting):
-        raise UserError(
-            f"{weights}: nothing in it fits this network; its first key is {next(iter(content), 'missing')}"
-        )
-    net.load_state_dict(fitting, strict=False)
-    rest = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
-    if is_first():
-        anew = f"; {len(rest)} start anew: {', '.join(rest)}" if rest else ""
-        print(f"{weights}: loaded {len(fitting)} tensors{anew}")
-
-
-def build_network(network: dict, seed: int, weights: str) -> UPerNet:
-    """The network as it is before the first step."""
-    torch.manual_seed(seed)
-    try:
-        net = UPerNet(**network)
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    load_weights(net, weights)
-    return net
-
-
-def validation_split(args: argparse.Namespace, indexes: dict[str, Index], vocabulary: dict) -> dict[str, list[str]]:
-    """The validation images of each source, sorted paths."""
-    path = split_path(data_root(args), args.cache)
-    official = [s for s in indexes if args.split == "official" and s != "os"]  # OpenSurfaces has no split of its own
-    rest = {source: index for source, index in indexes.items() if source not in official}
-    split = {source: official_validation(indexes[source]) for source in official}
-    if rest:
-        split |= balanced_validation(rest, vocabulary, path)
-    return {source: sorted(split[source]) for source in indexes}
-
-
-def training_sizes(index: Index, validation: list[str]) -> dict[int, tuple[int, int]]:
-    """Number -> (height, width) of the images to train on. DTD's images are all cut to squares."""
-    held = set(validation)
-    sizes = index.sizes.tolist()
-    return {
-        i: (1, 1) if index.source == "dtd" else tuple(sizes[i])
-        for i, image in enumerate(index.images)
-        if image not in held
-    }
-
-
-def update(
-    model: nn.Module,
-    part_slices: dict,
-    batches: list[dict],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    device: torch.device,
-    amp: torch.dtype | None,
-) -> dict[str, float]:
-    """One step on batches of one source, whose gradients are averaged: the loss of each of its levels.
-
-    Gradients start as None, and what is off the path of the source's levels keeps None: SGD then leaves it alone, with
-    its weight decay and its momentum too (in the released code both go on). Raises FloatingPointError before the step
-    if a loss is not finite.
-    """
+    Raises FloatingPointError before the step if a loss is not finite in any process; with fp16 such a step is left
+    out by the scaler instead, which then lowers its scale."""
     optimizer.zero_grad(set_to_none=True)
-    mean_loss: dict[str, float] = {}
+    values = []
     for k, batch in enumerate(batches):
         levels = [level for level in LEVELS if level in batch]
         labels = {level: batch[level].to(device, non_blocking=True) for level in levels}
         waits = hasattr(model, "no_sync") and k < len(batches) - 1  # gradients are exchanged with the last batch's
         with model.no_sync() if waits else contextlib.nullcontext():
-            with autocast(device, amp):
-                logits = model(prepare(batch["images"], device), levels=levels)
+            with datasets.autocast(device, amp):
+                logits = model(batch["images"].to(device, non_blocking=True) / 255, levels=levels)
             loss = losses(logits, labels, part_slices)
             total = sum(LOSS_WEIGHTS[level] * value for level, value in loss.items()) / len(batches)
-            if not torch.isfinite(total):
-                raise FloatingPointError(f"{batch['source']}: {', '.join(batch['files'])}")
             scaler.scale(total).backward()
-        for level, value in loss.items():
-            mean_loss[level] = mean_loss.get(level, 0.0) + value.item() / len(batches)
+        values.append(torch.stack([value.detach() for value in loss.values()]))
+    means = torch.stack(values).mean(dim=0).tolist()  # the step's only wait for the GPU
+    if not scaler.is_enabled() and datasets.anywhere(not all(map(math.isfinite, means))):
+        raise FloatingPointError(f"{batches[0]['source']}: {', '.join(f for batch in batches for f in batch['files'])}")
     scaler.step(optimizer)
     scaler.update()
-    return mean_loss
+    return dict(zip(loss, means))
 
 
-# ---------------------------------------------------------------- the run
-
-
-class TrainingFailed(Exception):
-    """What ends a run in the middle, perhaps in one of its processes alone."""
-
-
-def open_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[dict[str, Reader], dict, dict[str, list]]:
-    """(readers with prepared labels, vocabulary, validation images) of the sources; a run that goes on has its own
-    vocabulary and split. Raises UserError if its images are no longer those that it was begun with.
-    """
-    indexes, minima = open_sources(args)
-    vocabulary = checkpoint["vocabulary"] if checkpoint else build_vocabulary(indexes, minima)
-    for source in indexes:
-        if not set(SOURCE_LEVELS[source]) & set(vocabulary):
-            raise UserError(f"{source}: no class is large enough to be kept; lower the --min- options")
-    fingerprints = {source: fingerprint(index) for source, index in indexes.items()}
-    for source in indexes if checkpoint else ():
-        if fingerprints[source] != args.fingerprints.get(source):
-            raise UserError(
-                f"{source}: its images are not those that {args.out} was begun with; begin anew with another --out"
-            )
-    args.fingerprints = fingerprints
-    split = checkpoint["split"] if checkpoint else validation_split(args, indexes, vocabulary)
-    if split.keys() != indexes.keys():
-        found = ", ".join(split) or "nothing"
-        raise UserError(f"{args.out}: its checkpoint has a split of {found}, not of its own data")
-    readers = {source: Reader(index, vocabulary) for source, index in indexes.items()}
-    for reader in readers.values():
-        reader.prepare(cache_folder(args), max(args.sizes), args.max_size)
-    return readers, vocabulary, split
-
-
-@contextlib.contextmanager
-def signals_noted():
-    """While it lasts, the first SIGTERM or Ctrl-C is only noted, in the list that it gives; a second works as ever."""
-    noted: list[int] = []
-
-    def note(number: int, _) -> None:
-        noted.append(number)
-        signal.signal(number, usual[number])
-
-    usual = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield noted
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-
-def ignore_interrupts(_) -> None:
-    """For the processes that read images: Ctrl-C reaches them too, and is the main process's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class Run:
-    """A run of training: its data, its network, and what its checkpoint holds.
-
-    `checkpoint`: the content of the one to go on from, if it does. Raises UserError if the options or the data will not
-    do.
-    """
-
-    def __init__(self, args: argparse.Namespace, checkpoint: dict | None):
-        self.args = args
-        self.device = join_processes(pick_device(args.device))
-        self.amp = pick_amp(args.amp, self.device)
-        self.ranks, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        self.path, self.log = (os.path.join(args.out, name) for name in ("ckpt.pt", "log.jsonl"))
-        self.readers, self.vocabulary, self.split = first_before_others(lambda: open_data(args, checkpoint))
-        self.sizes = {s: training_sizes(reader.index, self.split[s]) for s, reader in self.readers.items()}
-        for source, images in self.sizes.items():
-            held = f"{len(self.split[source])} to validate on ({args.split} split)"
-            print(f"{source}: {len(images)} images to train on, {held}")
-            if not images:
-                raise UserError(f"{source}: every image is a validation image, none is left to train on")
-        counts = {k: sum(len(p) - 1 for p in v.values()) if k == "part" else len(v) for k, v in self.vocabulary.items()}
-        print("classes: " + ", ".join(f"{n} {level}" for level, n in counts.items()))
-
-        self.network = {
-            "classes": class_counts(self.vocabulary),
-            "backbone": args.backbone,
-            "channels": args.channels,
-            "ppm": not args.no_ppm,
-            "fpn": args.fpn,
-            "fusion": not args.no_fusion,
-            "stem": args.stem,
-            "output_stride": args.output_stride,
-        }
-        self.net = build_network(self.network, args.seed, "none" if checkpoint else args.weights).to(self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
-        self.stage, self.start, self.momenta = "main", 0, {}  # where the checkpoint stands; its optimizer's state
-        if checkpoint:
-            fill(self.net, checkpoint["model"], self.path)
-            if checkpoint["scaler"] and self.scaler.is_enabled():  # empty where it was not needed
-                self.scaler.load_state_dict(checkpoint["scaler"])
-            torch.set_rng_state(checkpoint["random"])
-            self.stage, self.start, self.momenta = (checkpoint[key] for key in ("stage", "iteration", "optimizer"))
-            print(f"{args.out}: goes on in the {self.stage} stage at iteration {self.start}")
-        if self.device.type == "cuda" and self.ranks > 1:
-            self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
-
-    def save(self, stage: str, iteration: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-        content = {
-            "model": self.net.state_dict(),
-            "network": self.network,
-            "vocabulary": self.vocabulary,
-            "optimizer": optimizer.state_dict() if optimizer else {},
-            "scaler": self.scaler.state_dict(),
-            "stage": stage,
-            "iteration": iteration,
-            "random": torch.get_rng_state(),
-            "split": self.split,
-            "arguments": {key: value for key, value in vars(self.args).items() if key != "resume"},
-        }
-        if is_first():
-            advice = "the last one is kept; make room, or choose another folder with --out"
-            write_whole(self.path, lambda name: torch.save(content, name), advice)
-            with contextlib.suppress(UserError):  # for want of a picture no run shall end
-                self.curves.save(os.path.join(self.args.out, "curves.png"))
-
-    def judge(self, net: UPerNet, pictures: str | None = None) -> dict:
-        """Metrics on the validation images, at the middle one of the training sizes."""
-        held = {source: set(images) for source, images in self.split.items()}
-        indexes = {source: reader.index for source, reader in self.readers.items()}
-        chosen = [(s, i) for s, index in indexes.items() for i, image in enumerate(index.images) if image in held[s]]
-        short = sorted(self.args.sizes)[len(self.args.sizes) // 2]
-        return evaluate(
-            net, self.vocabulary, self.readers, chosen, short, self.args.max_size, amp=self.amp, pictures=pictures
-        )
-
-    def train(self) -> None:
-        """Both stages, from where the checkpoint stands. Raises TrainingFailed, and SystemExit after a signal."""
-        stages = plan_stages(self.args, self.sizes, self.ranks)
-        self.curves = Curves({stage: iterations for stage, (_, iterations, _) in stages.items()})
-        if is_first() and self.stage != "done":
-            seen = cut_log(self.log, self.start + (stages["main"][1] if self.stage == "texture" else 0))
-            for line in seen:
-                self.curves.add(line)
-            ahead = self.start + (stages["main"][1] if self.stage == "texture" else 0) - len(seen)
-            if ahead:
-                print(f"{self.log}: has no lines of {ahead} of the iterations until here")
-            for unfinished in glob.glob(os.path.join(glob.escape(self.args.out), ".*.ckpt.pt")):
-                os.remove(unfinished)  # of a run that was killed while it saved
-        if self.stage == "main" and not self.start:
-            self.save("main", 0)
-        with signals_noted() as noted:
-            if self.stage == "main":
-                self.train_stage("main", *stages["main"], noted)
-                self.stage, self.start = "texture", 0
-                self.save("texture", 0)
-            if self.stage == "texture":
-                self.train_stage("texture", *stages["texture"], noted)
-                self.stage = "done"
-                self.save("done", 0)
-
-    def open_optimizer(self, trained: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of a stage, with the checkpoint's momenta if that stands in it."""
-        optimizer = torch.optim.SGD(parameter_groups(trained), lr=self.args.lr, momentum=0.9)
-        if self.start:
-            try:
-                optimizer.load_state_dict(self.momenta)
-                if any(state["momentum_buffer"].shape != p.shape for p, state in optimizer.state.items()):
-                    raise ValueError("a shape")
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{self.path}: its optimizer is not that of this network") from None
-        return optimizer
-
-    def open_loader(self, sources: dict, iterations: int, batch_size: int):
-        """An iterator over the batches of a stage from `self.start` on, `--accumulate` of them for each iteration."""
-        args = self.args
-        plan = plan_batches(sources, iterations, batch_size * args.accumulate * self.ranks, args.seed)
-        batches = Batches(
-            self.readers, plan, args.sizes, args.max_size, args.seed, args.accumulate, self.rank, self.ranks
-        )
-        rest = Subset(batches, range(self.start * args.accumulate, len(batches)))
-        pinned = self.device.type == "cuda"
-        return iter(
-            DataLoader(rest, None, num_workers=args.workers, pin_memory=pinned, worker_init_fn=ignore_interrupts)
-        )
-
-    def train_stage(self, stage: str, sources: dict, iterations: int, batch_size: int, noted: list[int]) -> None:
-        """The iterations from `self.start` on: section 3's loop."""
-        if not iterations:
-            return
-        args, net, device = self.args, self.net, self.device
-        # Textures are learnt after everything else and by their head alone: the trunk stands still, its statistics too.
-        trained = net if stage == "main" else net.heads["texture"]
-        net.requires_grad_(False)
-        trained.requires_grad_(True)
-        optimizer = self.open_optimizer(trained)
-        model = torch.compile(net) if args.compile else net
-        if self.ranks > 1:
-            own = [device.index] if device.type == "cuda" else None
-            model = DistributedDataParallel(model, device_ids=own, find_unused_parameters=True)
-        loader = self.open_loader(sources, iterations, batch_size)
-        progress = Progress(stage, self.start, iterations, batch_size * args.accumulate * self.ranks)
-        left_out = 0
-        for iteration in range(self.start, iterations):
-            began = time.perf_counter()
-            net.eval()  # the texture stage trains its head alone, and validations leave eval mode
-            trained.train()
-            lr = learning_rate(args.lr, iteration, iterations)  # each stage has its own policy: our choice
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            drawn = [next(loader) for _ in range(args.accumulate)]
-            scale = self.scaler.get_scale()
-            try:
-                loss = update(model, net.part_slices, drawn, optimizer, self.scaler, device, self.amp)
-            except FloatingPointError as e:
-                where = f"the loss is not finite at iteration {iteration} of the {stage} stage ({e})"
-                raise TrainingFailed(f"{where}; {self.path} is the last good checkpoint; try a lower --lr") from None
-            left_out += self.scaler.get_scale() < scale
-
-            line = {"stage": stage, "iteration": iteration, "source": drawn[0]["source"], "lr": lr, "loss": loss}
-            line["seconds"] = round(time.perf_counter() - began, 4)
-            if is_first():
-                append(self.log, json.dumps(line))
-                self.curves.add(line)
-            progress.update(line)
-            number = noted_anywhere(noted, device)
-            if number or ((iteration + 1) % args.save_every == 0 and iteration + 1 < iterations):
-                self.save(stage, iteration + 1, optimizer)
-            if number:
-                progress.bar.close()
-                print(f"stopped and saved after iteration {iteration} of the {stage} stage; this goes on:")
-                start = "python" if self.ranks == 1 else f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
-                print(f"{start} train.py --resume --out {shlex.quote(args.out)}", flush=True)
-                raise SystemExit(128 + number)
-            if args.eval_every and (iteration + 1) % args.eval_every == 0:
-                print(table(self.judge(net)))
-        progress.bar.close()
-        if left_out:
-            print(f"{stage}: {left_out} steps left out whose fp16 gradients overflowed")
-
-
-def noted_anywhere(noted: list[int], device: torch.device) -> int:
-    """The number of a signal that any process has noted, 0 for none: all of them stop after the same iteration."""
-    if not dist.is_initialized():
-        return noted[0] if noted else 0
-    number = torch.tensor(noted[0] if noted else 0, device=device)
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
-
-
-def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
-    checkpoint_path, metrics_path = (os.path.join(args.out, name) for name in ("ckpt.pt", "metrics.json"))
+def train(parser: datasets.Parser, given) -> None:
+    # Read: options, data, and the checkpoint to resume or the weights to start from.
+    datasets.join_processes()
+    processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    args, checkpoint, start = datasets.from_main_process(lambda: settle(parser, given))
+    names = "ckpt.pt", "log.jsonl", "best.pt", "metrics.json"
+    path, log, best_path, metrics_path = (os.path.join(args.out, name) for name in names)
     if checkpoint and checkpoint["stage"] == "done" and os.path.exists(metrics_path):
-        if is_first():
-            print(f"{args.out}: this run is finished; python evaluate.py {checkpoint_path} evaluates it")
-        return
-    training = Run(args, checkpoint)
-    training.train()
-    if any(training.split.values()):
-        results = training.judge(training.net, os.path.join(args.out, "pictures"))
-        untrained = None
-        if args.data == "toy":
-            untrained = training.judge(build_network(training.network, args.seed, args.weights).to(training.device))
-        if is_first():
-            write_json(results, metrics_path)
-        print(table(results, untrained))
-        print(f"wrote {checkpoint_path}, and beside it metrics.json, log.jsonl, curves.png and pictures/")
+        ways = f"python evaluate.py {shlex.quote(path)} evaluates it, --weights {shlex.quote(path)} --out OTHER --lr RATE trains on"
+        return print(f"{args.out}: this run is finished; {ways}")
+    device = datasets.pick_device(args.device)
+    amp = datasets.pick_amp(args.amp, device)
+    sources, vocabulary, split, fingerprints = datasets.from_main_process(lambda: open_data(args, checkpoint))
+    training, validation = {}, []
+    for name, source in sources.items():
+        validates = set(split[name])
+        sizes = [(1, 1)] * len(source.index.images) if name == "dtd" else source.index.sizes.tolist()  # DTD: squares
+        training[name] = {i: size for i, size in enumerate(sizes) if source.index.images[i] not in validates}
+        validation += [(name, i) for i, image in enumerate(source.index.images) if image in validates]
+        print(f"{name}: {len(training[name])} images to train on, {len(validates)} to validate on ({args.split} split)")
+        if not training[name]:
+            raise UserError(f"{name}: every image is a validation image, none is left to train on")
+    counts = {v: sum(len(p) - 1 for p in n.values()) if v == "part" else len(n) for v, n in vocabulary.items()}
+    print("classes: " + ", ".join(f"{n} {level}" for level, n in counts.items()))
+    stages = plan_stages(args, training, processes)
+    order = [*stages, "done"]
+
+    # Build: the network, in every process as in the main one.
+    def build() -> UPerNet:
+        torch.manual_seed(args.seed)
+        network = {"classes": upernet.class_counts(vocabulary), "pool": (start or [{}])[0].get("pool", "prroi")}
+        network |= {key: getattr(args, key) for key in ("backbone", "channels", "fpn", "stem", "output_stride")}
+        net = UPerNet(**network, **{key: not getattr(args, f"no_{key}") for key in ("ppm", "fusion", "head_conv")})
+        net.test_size = (sorted(args.sizes)[len(args.sizes) // 2], args.max_size, None)
+        return net.to(device)
+
+    net = build()
+    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+    stage, first, best = order[0], 0, -1.0
+    if checkpoint:
+        stage, first = checkpoint["stage"], checkpoint["iteration"]
+    earlier = sum(stages[name][1] for name in order[: order.index(stage)])
+    lines = cut_log(log, earlier + first) if rank == 0 else []
+    if checkpoint:
+        best = max([best, *(headline(line["metrics"]) for line in lines if "metrics" in line)])
+        net.load_state_dict(checkpoint["model"])
+        torch.set_rng_state(checkpoint["random"].cpu())
+        if scaler.is_enabled() and checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
+        print(f"{args.out}: resumes the {stage} stage at iteration {first}")
+    elif rank == 0:  # DistributedDataParallel gives the other processes these weights
+        load_start(net, vocabulary, args.weights, start)
+    if device.type == "cuda" and processes > 1:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    if args.compile:
+        net.compile()
+
+    def save(stage: str, iteration: int, optimizer=None, to: str = path) -> None:
+        content = {"model": net.state_dict(), "network": net.network, "vocabulary": vocabulary, "split": split}
+        content |= {"optimizer": optimizer.state_dict() if optimizer else {}, "scaler": scaler.state_dict()}
+        content |= {"stage": stage, "iteration": iteration, "random": torch.get_rng_state()}
+        folders = {key: os.path.abspath(value) for key in ("root", "cache") if (value := getattr(args, key))}
+        content["arguments"] = {**vars(args), **folders, "fingerprints": fingerprints, "group": torchrun_group()}
+        if rank == 0:
+            advice = "(the last one is kept; make room, or choose another folder with --out)"
+            datasets.write_file(to, lambda name: torch.save(content, name), advice)
+            draw_curves(log, {name: iterations for name, (_, iterations, _) in stages.items()}, args.out)
+
+    def validate(network: UPerNet, pictures: str | None = None) -> dict:
+        for buffer in network.buffers() if processes > 1 else ():  # batch-norm statistics differ between processes
+            dist.broadcast(buffer, 0)
+        return evaluate.evaluate(network, vocabulary, sources, validation, pictures=pictures)
+
+    if not checkpoint:
+        save(stage, first)
+    with noted_signals() as noted:
+        for name, (of_stage, iterations, batch_size) in stages.items():
+            if stage != name:
+                continue
+            # Section 3.1: textures are learnt last, by their head alone.
+            for key, parameter in net.named_parameters():
+                parameter.requires_grad_(key.startswith("heads.texture.") == (name == "texture"))
+            optimizer = torch.optim.SGD(parameter_groups(net), lr=args.lr, momentum=0.9)
+            if first:
+                optimizer.load_state_dict(checkpoint["optimizer"])
+            model = net
+            if processes > 1:
+                ids = [device.index] if device.type == "cuda" else None
+                model = DistributedDataParallel(net, ids, find_unused_parameters=len(of_stage) > 1)
+            images = batch_size * args.accumulate * processes
+            settings = {"sizes": args.sizes, "longest": args.max_size, "seed": args.seed}
+            settings |= {"sources": [sources[n] for n in of_stage], "share": (args.accumulate, rank, processes)}
+            plan = datasets.plan_batches(of_stage, iterations, images, args.seed)
+            batch = functools.partial(datasets.training_batch, plan=plan, **settings)
+            numbers, pinned = range(first * args.accumulate, iterations * args.accumulate), device.type == "cuda"
+            workers = datasets.default_workers() if args.workers is None else args.workers
+            loader = DataLoader(numbers, None, None, None, None, workers, batch, pinned, worker_init_fn=ignore_signals)
+            batches, saved, overflows, left_out = iter(loader), time.monotonic(), 0, 0
+            for iteration in (bar := datasets.progress(range(first, iterations), name, first, iterations)):
+                began = time.perf_counter()
+                if name == "main":
+                    net.train()
+                else:  # frozen: no gradient passes the head's `detach`, and eval mode keeps the batch-norm statistics
+                    net.eval()
+                    net.heads["texture"].train()
+                lr = args.lr * (1 - iteration / iterations) ** 0.9  # section 3.1: poly; a policy for each stage is ours
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                of_step, scale = [next(batches) for _ in range(args.accumulate)], scaler.get_scale()
+                try:
+                    loss = update(model, net.part_slices, of_step, optimizer, scaler, device, amp)
+                    overflows = overflows + 1 if scaler.get_scale() < scale else 0
+                    left_out += overflows > 0
+                    if overflows == OVERFLOWS:
+                        raise FloatingPointError(f"{OVERFLOWS} fp16 steps in a row overflowed")
+                except FloatingPointError as e:
+                    where = f"the loss is not finite at iteration {iteration} of the {name} stage ({e})"
+                    raise UserError(f"{where}; {path} is the last good checkpoint; try a lower --lr") from None
+
+                line = {"stage": name, "iteration": iteration, "source": of_step[0]["source"], "lr": lr}
+                line["loss"] = {level: value if math.isfinite(value) else None for level, value in loss.items()}
+                line["seconds"] = round(time.perf_counter() - began, 4)
+                bar.set_postfix_str(", ".join(f"{level} {value:.2f}" for level, value in loss.items()), refresh=False)
+                done = iteration + 1
+                last = done == iterations and name == order[-2]
+                if args.eval_every and done % args.eval_every == 0 and not last:
+                    metrics = validate(net)
+                    print(evaluate.table(metrics))
+                    line["metrics"] = {v: {k: x for k, x in m.items() if k != "iou"} for v, m in metrics.items()}
+                    if headline(metrics) > best:
+                        best = headline(metrics)
+                        save(name, done, optimizer, best_path)
+                if rank == 0:
+                    with open(log, "a") as file:
+                        file.write(json.dumps(line) + "\n")
+                number = datasets.anywhere(noted[0] if noted else 0)
+                due = done % args.save_every == 0 if args.save_every else time.monotonic() - saved > 600
+                if number or due and done < iterations:
+                    save(name, done, optimizer)
+                    saved = time.monotonic()
+                if number:
+                    bar.close()
+                    print(f"stopped and saved after iteration {iteration} of the {name} stage; this resumes it:")
+                    print(f"{launcher(processes)} train.py --resume --out {shlex.quote(args.out)}", flush=True)
+                    raise SystemExit(128 + number)
+            del batches
+            if left_out:
+                print(f"{name}: left out {left_out} steps that overflowed in fp16")
+            stage, first = order[order.index(name) + 1], 0
+            save(stage, first)
+
+    # Evaluate.
+    print(f"wrote {path}, and beside it log.jsonl and curves.png")
+    if validation:
+        results = validate(net, os.path.join(args.out, "pictures"))
+        if args.eval_every and headline(results) > best:
+            save("done", 0, to=best_path)
+        print(evaluate.table(results, untrained=validate(build()) if args.data == "toy" else None))
+        if rank == 0:
+            datasets.write_json(results, metrics_path)
+        print(f"wrote {metrics_path}, and pictures/ beside it")
+    print(f"next: python evaluate.py {shlex.quote(path)} --photo YOUR.jpg")
+
+
+# ---------------------------------------------------------------- what the loop is made of
+def parameter_groups(net: nn.Module) -> list[dict]:
+    """The trainable parameters; no weight decay on biases and norms (as released)."""
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    decayed, spared = ([p for p in parameters if (p.ndim > 1) == decays] for decays in (True, False))
+    return [{"params": decayed, "weight_decay": 1e-4}, {"params": spared, "weight_decay": 0.0}]
+
+
+def plan_stages(args, sizes: dict[str, dict], processes: int) -> dict[str, tuple[dict, int, int]]:
+    """Stage -> (training images of its sources, iterations, images per process and batch); by default 5 iterations per
+    training image at 16 images a step, the paper's 100k for ADE20K's 20k images, then 5 passes over DTD (ours)."""
+    textures = {name: images for name, images in sizes.items() if name == "dtd"}
+    others = {name: images for name, images in sizes.items() if name != "dtd"}
+    step = args.batch_size * args.accumulate * processes
+    iters = math.ceil(5 * 16 * sum(map(len, others.values())) / step) if args.iters is None else args.iters
+    passes = math.ceil(5 * sum(map(len, textures.values())) / (step * TEXTURE_IMAGES))
+    passes = passes if args.texture_iters is None else args.texture_iters
+    main, texture = (others, iters, args.batch_size), (textures, passes, args.batch_size * TEXTURE_IMAGES)
+    return {name: stage for name, stage in (("main", main), ("texture", texture)) if stage[0] and stage[1]}
+
+
+def open_data(args, checkpoint: dict | None) -> tuple[dict[str, Source], dict, dict[str, list[str]], dict[str, str]]:
+    """(sources, vocabulary, validation images, fingerprints of the images). UserError if those of a resumed run changed."""
+    (indexes, minima), levels = datasets.open_indexes(args), args.levels or LEVELS
+    indexes = {name: index for name, index in indexes.items() if set(datasets.SOURCE_LEVELS[name]) & set(levels)}
+    fingerprints = {name: datasets.hash_of(index.images) for name, index in indexes.items()}
+    if checkpoint:
+        vocabulary, split = checkpoint["vocabulary"], checkpoint["split"]
+        if fingerprints != checkpoint["arguments"].get("fingerprints"):
+            raise UserError(f"{args.out}: the images have changed since this run began; start over with another --out")
     else:
-        print(f"wrote {checkpoint_path}, with log.jsonl and curves.png beside it")
-        print("no metrics, for there are no validation images")
-    print(f"next: python evaluate.py {checkpoint_path} --photo YOUR.jpg")
+        vocabulary, path = datasets.build_vocabulary(indexes, minima, levels), balance_split.split_path(args)
+        if without := [name for name in indexes if not set(datasets.SOURCE_LEVELS[name]) & set(vocabulary)]:
+            raise UserError(f"{without[0]}: no class is large enough to be kept; lower the --min- options")
+        choose = lambda index: balance_split.validation_images(index, vocabulary, args.split, path)
+        split = {name: choose(index) for name, index in indexes.items()}
+    cache = datasets.cache_folder(args), max(args.sizes), args.max_size
+    return {n: Source(index, vocabulary, None, *cache) for n, index in indexes.items()}, vocabulary, split, fingerprints
 
 
-def plan_stages(args: argparse.Namespace, sizes: dict[str, dict], ranks: int) -> dict[str, tuple[dict, int, int]]:
-    """Stage -> (its sources, iterations, images per process and batch); fills in --iters and --texture-iters."""
-    textures = {source: images for source, images in sizes.items() if source == "dtd"}
-    others = {source: images for source, images in sizes.items() if source != "dtd"}
-    step = args.batch_size * args.accumulate * ranks
-    if args.iters is None:  # 5 per training image at 16 images a step: the paper's 100k for ADE20K's 20k
-        args.iters = math.ceil(5 * 16 * sum(map(len, others.values())) / step)
-    if args.texture_iters is None:
-        args.texture_iters = math.ceil(5 * sum(map(len, textures.values())) / (step * TEXTURE_IMAGES))
-    if (drawn := step * max(args.iters, args.texture_iters)) > 10**8:
-        raise UserError(f"--iters, --batch-size, --accumulate: {drawn:,} images in all, more than the 10^8 of a plan")
-    return {
-        "main": (others, args.iters if others else 0, args.batch_size),
-        "texture": (textures, args.texture_iters if textures else 0, args.batch_size * TEXTURE_IMAGES),
-    }
-
-
-def read_checkpoint(path: str) -> dict:
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no checkpoint to go on from; start without --resume")
+# ---------------------------------------------------------------- the weights to start from
+def read_start(weights: str) -> tuple[dict, dict, dict] | None:
+    """(UPerNet's arguments, vocabulary, state dict) of the file that --weights names: one of our checkpoints, one of
+    mmsegmentation's, or a backbone's state dict, which has neither of the first two. None for imagenet and none."""
+    if weights in ("imagenet", "none"):
+        return None
     try:
-        checkpoint = read_tensors(path)
-        keys = "model network vocabulary optimizer scaler stage iteration random split arguments".split()
-        if missing := [key for key in keys if key not in checkpoint]:
-            raise UserError(f"{path}: not a checkpoint of train.py (no {missing[0]} in it)")
-        from_checkpoint(checkpoint, path)
+        content = upernet.read_file(weights)
+        if "model" in content or "decode_head.conv_seg.weight" in content.get("state_dict", content):
+            net, vocabulary = (upernet.load if "model" in content else upernet.load_mmseg)(weights)
+            return net.network, vocabulary, net.state_dict()
     except ValueError as e:
-        raise UserError(str(e)) from None
-    check_run(checkpoint, path)
-    iteration, optimizer, random = (checkpoint[key] for key in ("iteration", "optimizer", "random"))
-    usual_state = torch.get_rng_state()
-    for key, fits in (
-        ("stage", checkpoint["stage"] in ("main", "texture", "done")),
-        ("iteration", isinstance(iteration, int) and iteration >= 0),
-        ("optimizer", isinstance(optimizer, dict) and (not iteration or {"state", "param_groups"} <= optimizer.keys())),
-        ("scaler", isinstance(checkpoint["scaler"], dict)),
-        ("random", isinstance(random, Tensor) and random.dtype == torch.uint8 and random.shape == usual_state.shape),
-    ):
-        if not fits:
-            raise UserError(f"{path}: its {key} is not what train.py writes")
-    for key, usual in DEFAULTS.items():
-        if usual is not None and type(checkpoint["arguments"].get(key)) is not type(usual):
-            raise UserError(f"{path}: its argument {key} is missing, or not what train.py writes")
-    return checkpoint
+        raise UserError(f"--weights {e}; it takes imagenet, none, or a file") from None
+    return {}, {}, {f"backbone.{key}": value for key, value in content.items() if not str(key).startswith("fc.")}
+
+
+def load_start(net: UPerNet, vocabulary: dict, weights: str, start: tuple | None) -> None:
+    """Loads what fits into `net`, classifiers class by class, by name, and says what starts over."""
+    if weights == "imagenet":
+        try:
+            resnet.load_imagenet(net.backbone)
+        except (OSError, RuntimeError, ValueError) as e:
+            raise UserError(f"--weights imagenet: not available ({e}); give --weights none, or a file") from None
+    if start is None:
+        return
+    _, their_vocabulary, state = start
+    ours, state = net.state_dict(), {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    loaded = {key: state[key] for key, value in ours.items() if key in state and state[key].shape == value.shape}
+    notes = []
+    for level in net.heads:
+        names, theirs = (evaluate.class_names(v).get(level, []) for v in (vocabulary, their_vocabulary))
+        kept = [(i, theirs.index(name)) for i, name in enumerate(names) if name in theirs]
+        for key in (f"heads.{level}.classifier.weight", f"heads.{level}.classifier.bias"):
+            loaded.pop(key, None)
+            if kept and state[key].shape[1:] == ours[key].shape[1:]:
+                rows, their_rows = zip(*kept)
+                loaded[key] = ours[key].index_copy(0, torch.tensor(rows), state[key][list(their_rows)].to(ours[key]))
+        notes += [f"{len(kept)} of {len(names)} {level} classes kept by name"] if theirs else []
+    if not any(key.endswith("weight") for key in loaded):
+        raise UserError(f"--weights {weights}: nothing in it fits this network (first key: {next(iter(state), None)})")
+    net.load_state_dict(loaded, strict=False)
+    module = lambda key: ".".join(key.split(".")[:2]) if key.startswith(("heads", "backbone.")) else key.split(".")[0]
+    for keys, others, note in ((ours, loaded, "start over"), (state, ours, "left out")):
+        if names := list(dict.fromkeys(module(key) for key in keys if key not in others)):
+            notes.append(", ".join(names[:6] + [".."] * (len(names) > 6)) + f" {note}")
+    datasets.say(f"{weights}: {len(loaded)} of {len(ours)} tensors loaded; " + "; ".join(notes))
+
+
+# ---------------------------------------------------------------- progress, signals, resuming
+def headline(metrics: dict) -> float:
+    """What makes a network the best: the mean IoU of objects, else the first metric there is."""
+    of_level = metrics.get("object") or next(iter(metrics.values()), {})
+    value = of_level.get("mean_iou", next(iter(of_level.values()), None))
+    return -1.0 if value is None else value
 
 
 def cut_log(path: str, lines: int) -> list[dict]:
-    """Keeps, and returns, the first `lines` lines: those of the iterations that the checkpoint has seen."""
-    if not os.path.exists(path):
-        return []
+    """Keeps the first `lines` lines, those of the iterations that the checkpoint has seen, and returns them."""
+    kept = Path(path).read_text(errors="replace").splitlines()[:lines] if os.path.exists(path) else []
     try:
-        with open(path, "r+") as log:
-            kept = list(itertools.takewhile(bool, (log.readline() for _ in range(lines))))
-            seen = [json.loads(line) for line in kept]
-            if not all(isinstance(line, dict) and {"stage", "iteration", "lr", "loss"} <= line.keys() for line in seen):
-                raise ValueError("a line without stage, iteration, lr or loss")
-            log.truncate(log.tell())
-        return seen
-    except (ValueError, OSError) as e:
-        raise UserError(f"{path}: not a log of train.py any more ({e}); move it away, or begin anew") from None
+        content = [json.loads(line) for line in kept]
+    except ValueError as e:
+        raise UserError(f"{path}: not a log of train.py's ({e}); move it away to resume without it") from None
+    if os.path.exists(path):
+        datasets.write_file(path, lambda name: Path(name).write_text("".join(line + "\n" for line in kept)))
+    if len(kept) < lines:
+        print(f"{path}: {lines - len(kept)} earlier iterations are missing from the log")
+    return content
 
 
-def known_failure(error: Exception) -> str | None:
-    """What to say of an error that comes from outside of this program; None for any other."""
-    said = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", said):
-        smaller = "a lower --batch-size (--accumulate makes up for it)"
-        return f"out of memory; go on with --resume and {smaller}, or begin anew with lower --sizes or --channels"
-    if "DataLoader worker" in said:
-        what_next = "go on with --resume, with fewer --workers if memory is short"
-        return f"a process that reads images ended ({said[:80]}); {what_next}"
-    if dist.is_initialized() and re.search("onnection|peer|NCCL|gloo", said):
-        return f"process {dist.get_rank()} lost touch with the others; go on with --resume"
-    return None
+def draw_curves(log: str, lengths: dict[str, int], out: str, bins: int = 160) -> None:
+    """curves.png: each level's loss and the learning rate over the run, means of `bins` stretches of the log."""
+    total, offset = max(1, sum(lengths.values())), {"main": 0, "texture": lengths.get("main", 0)}
+    sums: dict[str, np.ndarray] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a failed plot must not stop training
+        with open(log) as file:
+            for line in map(json.loads, file):
+                k = min(bins - 1, (offset[line["stage"]] + line["iteration"]) * bins // total)
+                for name, value in {**line["loss"], "learning rate": line["lr"]}.items():
+                    sums.setdefault(name, np.zeros((bins, 2)))[k] += value or 0, value is not None
+        panels = []
+        for name in (name for name in (*LEVELS, "learning rate") if name in sums):
+            xs = sums[name][:, 1].nonzero()[0]
+            ys = sums[name][xs, 0] / sums[name][xs, 1]
+            title = name if name == "learning rate" else f"{name}, loss"
+            points = {"#2255cc": ((xs + 0.5) * total / bins, ys)}
+            panels.append(evaluate.plot(title, points, float(ys.max()) or 1.0, total, "iterations"))
+        if panels:
+            evaluate.save_picture(evaluate.sheet_of([panels[:3], panels[3:]]), os.path.join(out, "curves.png"))
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """Notes SIGTERM and Ctrl-C in a list instead of acting on them. One that comes two seconds later has its usual effect:
+    a signal to a group may come twice."""
+    noted, times = [], []
+
+    def note(number: int, _) -> None:
+        noted.append(number)
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(_) -> None:
+    """For the processes that read images: a signal to the group is the main process's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def launcher(processes: int) -> str:
+    """How this process was started: python, or torchrun on one or several machines."""
+    nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+    where = f" --nnodes={nodes} --node_rank=RANK --master_addr={os.environ.get('MASTER_ADDR')}" if nodes != "1" else ""
+    return f"torchrun{where} --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if processes > 1 else "python"
+
+
+def torchrun_group() -> list:
+    """What identifies this torchrun, also after it starts a failed group again."""
+    group = [os.environ.get("TORCHELASTIC_RUN_ID")]
+    return group if group != ["none"] else group + [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")]
+
+
+def settle(parser: datasets.Parser, given) -> tuple:
+    """(all options, the checkpoint to resume or None, what `read_start` found). UserError for options that do not fit."""
+    data = given.data or "toy"
+    names = [name for name in datasets.SOURCE_LEVELS if name in datasets.named_sources(data)]
+    out = given.out or os.path.join("runs", data if data == "toy" else "+".join(names))
+    path = os.path.join(out, "ckpt.pt")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.exists(path)
+    if given.resume or restarted:
+        try:
+            net, checkpoint = upernet.read_checkpoint(path)
+            checkpoint["model"], stored = net.state_dict(), checkpoint["arguments"]
+            checkpoint["random"].cpu(), checkpoint["optimizer"], checkpoint["scaler"], checkpoint["split"].keys()
+            ["main", "texture", "done"].index(checkpoint["stage"])
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{path}: no checkpoint of a run to resume ({e}); start without --resume") from None
+        if given.resume or stored.get("group") == torchrun_group():  # torchrun started its own run again
+            for key, value in vars(given).items():
+                if value is not None and not parser.options[key].resume and stored.get(key) != value:
+                    option = f"--{parser.options[key].name}"
+                    raise UserError(f"{option}: --resume keeps {stored.get(key)}, as {out} has; leave {option} out")
+            args = parser.complete(given, stored | {"out": out})
+            return args, checkpoint, (checkpoint["network"], {}, {})
+    if os.path.exists(path):
+        raise UserError(f"{out}: holds a run already; --resume resumes it, --out names another folder")
+    start = read_start(parser.complete(given).weights)
+    network = start[0] if start else {}
+    stored = {key: network[key] for key in ("backbone", "channels", "stem", "output_stride", "fpn") if key in network}
+    stored |= {f"no_{key}": not network[key] for key in ("ppm", "fusion", "head_conv") if key in network}
+    args = parser.complete(given, stored | {"out": out})
+    if "part" in (args.levels or ()) and "object" not in args.levels:
+        raise UserError("--levels: part needs object")
+    without = [name for name in names if args.levels and not set(datasets.SOURCE_LEVELS[name]) & set(args.levels)]
+    if without and (args.data != "toy" or len(without) == len(names)):
+        raise UserError(f"--levels {','.join(args.levels)}: {without[0]} has none of them; leave it out of --data")
+    if args.max_size < min(args.sizes):
+        raise UserError(f"--max-size: at least the smallest of --sizes, {min(args.sizes)}")
+    if args.batch_size == 1 and (datasets.padded(min(args.sizes)) < 64 or network.get("pool") == "pspnet"):
+        raise UserError("--batch-size 1: batch norm needs --sizes above 32, and two images with pspnet's pooling")
+    return args, None, start
 
 
 # ---------------------------------------------------------------- the command
-
-
 def sizes_of(text: str) -> list[int]:
-    sizes = [positive(size.strip()) for size in text.split(",")]
-    if min(sizes) < 32:
-        raise argparse.ArgumentTypeError(f"{text!r}: short sides of at least 32 pixels are needed")
-    return sizes
+    return [int(size) for size in text.split(",")]
 
 
-def rate(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-
-
-def all_options() -> Parser:
-    """The command's options; each is None if it is not given."""
-
-    def usual(key: str) -> str:
-        text = lambda value: ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        return f"({text(DEFAULTS[key])}; toy {text(TOY[key])})" if key in TOY else f"({text(DEFAULTS[key])})"
-
-    parser = Parser("Trains UPerNet. Defaults are the paper's; for the toy, the default data, those after 'toy'.")
-    add_data_options(parser)
-    group = parser.add_argument_group("network")
-    depths = f"resnet18, resnet34, resnet50, resnet101 {usual('backbone')}"
-    group.add_argument("--backbone", metavar="NAME", help=depths)
-    group.add_argument(
-        "--channels", type=positive, metavar="N", help=f"width of all after the backbone {usual('channels')}"
-    )
-    group.add_argument("--stem", choices=("7x7", "deep"), help=f"the backbone's first layers {usual('stem')}")
-    stride = f"stride of the backbone's last stage {usual('output_stride')}"
-    group.add_argument("--output-stride", type=int, choices=(8, 16, 32), help=stride)
-    group.add_argument("--no-ppm", action="store_true", help="without the Pyramid Pooling Module")
-    finest = f"finest level of the feature pyramid, 0 for none {usual('fpn')}"
-    group.add_argument("--fpn", type=int, choices=(0, 2, 3, 4), help=finest)
-    group.add_argument("--no-fusion", action="store_true", help="objects and parts on the finest level alone")
-    start = f"imagenet, none, a backbone's state dict, or a checkpoint {usual('weights')}"
-    group.add_argument("--weights", metavar="START", help=start)
-    group = parser.add_argument_group("training")
-    official = f"validation images: <root>/split.json, or the sources' own {usual('split')}"
-    group.add_argument("--split", choices=("balanced", "official"), help=official)
-    passes = f"(5 an image at 16 a step; toy {TOY['iters']})"
-    group.add_argument("--iters", type=natural, metavar="N", help=f"main stage; 0 skips it {passes}")
-    passes = f"(5 passes over DTD; toy {TOY['texture_iters']})"
-    group.add_argument("--texture-iters", type=natural, metavar="N", help=f"texture stage; 0 skips it {passes}")
-    group.add_argument("--batch-size", type=positive, metavar="N", help=f"images per process {usual('batch_size')}")
-    batches = f"batches of the drawn source per step {usual('accumulate')}"
-    group.add_argument("--accumulate", type=positive, metavar="N", help=batches)
-    group.add_argument("--lr", type=rate, metavar="RATE", help=f"learning rate at the start {usual('lr')}")
-    group.add_argument("--sizes", type=sizes_of, metavar="LIST", help=f"short sides to draw from {usual('sizes')}")
-    group.add_argument("--max-size", type=positive, metavar="N", help=f"longest side {usual('max_size')}")
-    group.add_argument(
-        "--seed", type=natural, metavar="N", help=f"of weights, batches and augmentation {usual('seed')}"
-    )
-    group = parser.add_argument_group("run and machine")
-    group.add_argument("--out", metavar="DIR", help="folder for checkpoint, log, metrics, pictures (runs/<data>)")
-    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    between = f"iterations between checkpoints {usual('save_every')}"
-    group.add_argument("--save-every", type=positive, metavar="N", help=between)
-    group.add_argument("--eval-every", type=natural, metavar="N", help="iterations between validations (0: at the end)")
-    group.add_argument("--workers", type=natural, metavar="N", help="processes that read images (one per core)")
-    add_device_options(group)
-
-    parser.set_defaults(**{action.dest: None for action in parser._actions if action.dest != "help"})
-    return parser
-
-
-def complete(args: argparse.Namespace) -> dict | None:
-    """Fills in what is not given: from the checkpoint with --resume, else from TOY or DEFAULTS. Returns the checkpoint.
-
-    Raises UserError for options that will not do.
-    """
-    given = {key for key, value in vars(args).items() if value is not None}
-    data = args.data or DEFAULTS["data"]
-    out = args.out or os.path.join(
-        "runs", data if data == "toy" else "+".join(s for s in SOURCE_LEVELS if s in chosen_sources(data))
-    )
-    path, checkpoint, stored = os.path.join(out, "ckpt.pt"), None, {}
-    group = [os.environ.get("TORCHELASTIC_RUN_ID")]
-    if group == ["none"]:  # torchrun was given no rendezvous, but an address, which stays when it starts the group again
-        group += [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")]
-    # torchrun starts a group again that failed: it goes on with what it has begun itself, if it came that far.
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        checkpoint = read_checkpoint(path) if os.path.exists(path) else None
-        args.resume = checkpoint is not None and (args.resume or checkpoint["arguments"].get("group") == group)
-    if args.resume:
-        checkpoint = checkpoint or read_checkpoint(path)
-        stored = checkpoint["arguments"]
-        for key in sorted(given - FREE):
-            if stored.get(key) != getattr(args, key):
-                option = "--" + key.replace("_", "-")
-                kept = f"{out} was begun with {stored.get(key)}, and a run that goes on keeps it"
-                raise UserError(f"{option}: {kept}; leave {option} out")
-    elif os.path.exists(path):
-        raise UserError(f"{out}: holds a run already; go on with it by --resume, or choose another folder with --out")
-    args.group = group
-    args.fingerprints = stored.get("fingerprints", {})  # of the images that the run was begun with
-    usual = {**DEFAULTS, **(TOY if data == "toy" else {}), **stored, "out": out}
-    for key, value in vars(args).items():
-        if value is None:
-            setattr(args, key, usual.get(key))
-    if args.weights not in ("imagenet", "none") and not args.resume and not os.path.exists(args.weights):
-        raise UserError(f"--weights {args.weights}: no such file; it takes imagenet, none, or a file")
-    if args.max_size < min(args.sizes):
-        raise UserError(f"--max-size: at least the smallest of --sizes, {min(args.sizes)}")
-    if args.batch_size == 1 and padded(min(args.sizes)) < 64:
-        raise UserError("--sizes: batch norm needs at least 33 pixels where --batch-size is 1")
-    return checkpoint
+OPTIONS = datasets.DATA_OPTIONS + [
+    Option("backbone", ("resnet50", "resnet18", "resnet34", "resnet101"), "resnet50", "the backbone", "resnet18"),
+    Option("channels", int, 512, "width of everything after the backbone", 48),
+    Option("stem", ("7x7", "deep", "v1c"), "7x7", "the backbone's first layers"),
+    Option("output-stride", (32, 16, 8), 32, "stride of the backbone's last stage"),
+    Option("no-ppm", bool, False, "without the Pyramid Pooling Module"),
+    Option("fpn", (2, 3, 4, 0), 2, "finest level of the feature pyramid, 0 for none"),
+    Option("no-fusion", bool, False, "objects and parts on the finest level alone"),
+    Option("no-head-conv", bool, False, "no 3x3 convolution before the classifiers (small data may want it)"),
+    Option("weights", str, "imagenet", "imagenet, none, or a file: ours, mmsegmentation's", "none"),
+    Option("levels", evaluate.levels_of, None, f"comma list of {','.join(LEVELS)} (all)"),
+    # Sizes, rates and lengths: section 3.1's and the released code's.
+    Option("split", ("balanced", "official"), "balanced", "validation images: <root>/split.json, or the sources' own"),
+    Option("iters", int, None, "main stage; 0 skips it (5 an image at 16 a step)", 1700, least=0),
+    Option("texture-iters", int, None, "texture stage; 0 skips it (5 passes over DTD)", 500, least=0),
+    Option("batch-size", int, 2, "images per process", 4, resume=True),
+    Option("accumulate", int, 1, "batches of the same source per step", resume=True),
+    Option("lr", float, 0.02, "learning rate at the start", 0.04, least=1e-12),
+    Option("sizes", sizes_of, [300, 375, 450, 525, 600], "short sides to choose from", [76, 80, 84], least=32),
+    Option("max-size", int, 1200, "longest side", 160),
+    Option("seed", int, 304, "of weights, batches and augmentation", least=0),
+    Option("out", str, None, "folder for checkpoint, log, metrics, pictures (runs/<data>)", resume=True),
+    Option("resume", bool, False, "resume the run in --out", resume=True),
+    Option("save-every", int, None, "iterations between checkpoints (ten minutes)", 400, resume=True),
+    Option("eval-every", int, 0, "iterations between validations; 0: at the end only", resume=True, least=0),
+    Option("workers", int, None, "processes that read images (one a core, at most 8)", resume=True, least=0),
+    Option("amp", ("auto", "bf16", "fp16", "off"), "auto", "mixed precision, on CUDA by default", resume=True),
+]
+OPTIONS += datasets.DEVICE_OPTIONS
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = all_options()
-    args = parser.parse_args(argv)
-    try:
-        run(args, complete(args))
-    except UserError as e:
-        parser.error(str(e))
-    except TrainingFailed as e:
-        parser.exit(2, f"{parser.prog}: {e}\n")
-    except (RuntimeError, MemoryError) as e:
-        if (reason := known_failure(e)) is None:
-            raise
-        parser.exit(2, f"{parser.prog}: {reason}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted\n")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    description = "Trains UPerNet. Defaults are the paper's; of the toy, the default data, after 'toy'."
+    parser = datasets.Parser(description, OPTIONS)
+    parser.run(train, parser, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
