@@ -2,9 +2,8 @@
 
     python balance_split.py --data ade20k,os,dtd     # writes data/split.json
 
-Images are picked at random; then, again and again, one image of each side is picked, and the two are swapped if that
-brings the classes' shares nearer to 10%: if the mean of their distances from it gets smaller (our measure of "nearer";
-each source is split for itself)."""
+From a random split, one image of each side is picked again and again, and the two are swapped if that brings the classes'
+shares nearer to 10%: if the mean of their distances gets smaller (our measure; each source is split by itself)."""
 
 import json, math, os
 from pathlib import Path
@@ -18,9 +17,7 @@ from datasets import Index, Option, UserError
 SWAPS = 1_000_000  # some seconds: a swap's cost does not depend on the number of images
 
 
-def balance(
-    counts: torch.Tensor, fraction: float = 0.1, swaps: int = SWAPS, seed: int = 0, chance: float = 0.5
-) -> torch.Tensor:
+def balance(counts: torch.Tensor, fraction=0.1, swaps=SWAPS, seed=0, chance=0.5) -> torch.Tensor:
     """Which images validate: bool (images,), exactly round(fraction * images) of them True.
     counts: coalesced sparse COO tensor (images, classes) of pixels. `swaps` pairs of images are tried. `chance` is that
     of taking a swap of average size that makes it worse, at the start; it falls to 0 (simulated annealing, a choice of
@@ -81,9 +78,8 @@ def deviation(shares: np.ndarray, validation: np.ndarray, fraction: float) -> fl
 def pixel_table(index: Index, vocabulary: dict) -> torch.Tensor:
     """What a split is balanced in: sparse (images, classes) of pixels, all levels of the source side by side.
     Our choice: scenes and textures, which have no pixels, count one for each image."""
-    known = lambda level, name: (
-        name[1] in vocabulary["part"].get(name[0], ()) if level == "part" else name in vocabulary[level]
-    )
+    part_of = lambda name: name[1] in vocabulary["part"].get(name[0], ())
+    known = lambda level, name: part_of(name) if level == "part" else name in vocabulary[level]
     tables = {level: table for level, table in datasets.class_pixels(index).items() if level in vocabulary}
     columns = [images for level, table in tables.items() for name, images in table.items() if known(level, name)]
     rows = [image for images in columns for image in images], [k for k, images in enumerate(columns) for _ in images]
@@ -103,9 +99,8 @@ def validation_images(index: Index, vocabulary: dict, how: str | None, path: str
     missing = source not in split["sources"]
     if how == "official" and source != "os" or how is None and missing:
         if how is None:
-            datasets.say(
-                f"{source}: not in {path}; taking {'all images' if source == 'os' else 'its validation folder'}"
-            )
+            taken = "all images" if source == "os" else "its validation folder"
+            datasets.say(f"{source}: not in {path}; taking {taken}")
         return sorted(i for i, side in zip(index.images, index.official) if side == "validation" or source == "os")
     if missing and not make:
         raise UserError(f"{path}: no split of {source}; python balance_split.py --data {source} makes one")
@@ -155,16 +150,12 @@ def read_split(path: str) -> dict:
 def split(args) -> None:
     import evaluate  # which imports this file
 
-    if args.fraction >= 1:
-        raise UserError(f"--fraction {args.fraction}: a number between 0 and 1")
     indexes, minima = datasets.open_indexes(args)
     vocabulary = datasets.build_vocabulary(indexes, minima)
-    path, panels = split_path(args), []
-    content = read_split(path)
-    if others := sorted(set(content["sources"]) - set(indexes)):
-        if content["fraction"] != args.fraction:
-            advice = f"--fraction {args.fraction} needs them in --data too"
-            raise UserError(f"{path}: splits {', '.join(others)} at {content['fraction']}; {advice}")
+    content, panels = read_split(path := split_path(args)), []
+    others = sorted(set(content["sources"]) - set(indexes))
+    if others and content["fraction"] != args.fraction:
+        raise UserError(f"{path}: splits {', '.join(others)} at {content['fraction']}; name them in --data for another")
     content["fraction"] = args.fraction
     for name, index in indexes.items():
         entry, shares = split_source(index, vocabulary, args.fraction, args.swaps)
@@ -183,7 +174,7 @@ def split(args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     options = [
-        Option("fraction", float, 0.1, "share of the images that validate", least=1e-6),
+        Option("fraction", float, 0.1, "share of the images that validate", least=1e-6, below=1),
         Option("swaps", int, None, f"pairs of images to try ({SWAPS}, or 1000 an image)", least=0),
         Option("plot", str, None, "write a picture of the classes' shares, at random and balanced"),
     ]

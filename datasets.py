@@ -2,14 +2,11 @@
 
     python datasets.py --data ade20k,os,dtd --root data   # scans: what is there, and what is broken
 
-`scan` opens every file of a source once and keeps what it found, an `Index`, in the cache. `build_vocabulary` makes the
-class names of each level from the indexes, by the paper's rules. A `Source` is an index read with a vocabulary: photos
-and labels. `training_batch` and `evaluation_image` are plain functions of a number, behind one Dataset."""
+`scan` opens every file of a source once and keeps what it found, an `Index`. `build_vocabulary` makes the class names of
+each level from the indexes. A `Source` is an index read with a vocabulary: photos and labels, for batches."""
 
 import argparse, colorsys, contextlib, csv, datetime, hashlib, json, math, multiprocessing, os, re, shutil, sys, warnings
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -38,11 +35,9 @@ LAYOUTS = {  # source, what only its folder has, pattern of its images' paths, t
 }
 FOLDERS = ("images", "annotations", "photos", "photos-labels", "labels")  # what else is in a folder is not data
 TABLES = ("objectInfo150.txt", "classes.txt", "label-substance-colors.csv", "sceneCategories.txt")
-NO_SCENE = ("", "misc", "unknown", "none", "~not labeled")
 
 
-@dataclass
-class Index:
+class Index(NamedTuple):
     """What one scan of a source found. Class numbers are the source's own."""
 
     source: str  # ade20k, os, dtd
@@ -81,13 +76,11 @@ def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
     Of each image `image`, a path in the folder, `official` (see `Index`), `tag` where the scene or texture is outside
     of its own files, and the layout's label files; parts only where they exist."""
     walks = [walk for top in FOLDERS for walk in os.walk(os.path.join(folder, top), followlinks=True)]
-    paths = [os.path.join(base, name) for base, _, names in walks for name in names if name[0] != "."]
+    paths = [path for base, _, names in walks for name in names if os.path.isfile(path := os.path.join(base, name))]
     paths += [path for name in TABLES if os.path.exists(path := os.path.join(folder, name))]
-    stats = {os.path.relpath(path, folder).replace(os.sep, "/"): os.stat(path) for path in paths}
+    stats = {name: os.stat(p) for p in paths if "/." not in (name := os.path.relpath(p, folder).replace(os.sep, "/"))}
     content = sorted((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items())
-
-    _, _, pattern, templates = LAYOUTS[layout]
-    files = []
+    (_, _, pattern, templates), files = LAYOUTS[layout], []
     for path in sorted(stats):
         if match := re.fullmatch(pattern, path, re.IGNORECASE):
             entry = {"image": path, "official": (match.groupdict().get("official") or "").lower()}
@@ -134,7 +127,7 @@ def label_numbers(path: str, layout: str, photo_size: tuple[int, int] | None = N
         channels = np.asarray(picture.convert("RGB")).astype(np.int32)
     if layout == "sceneparsing" and (channels != channels[..., :1]).any():
         raise ValueError("a mask in colours; write its class numbers as a picture of one channel")
-    # ADE20K encodes numbers in red and green; OpenSurfaces' red is the substance.
+    # OpenSurfaces' red is the substance.
     return channels[..., 0] // 10 * 256 + channels[..., 1] if layout == "ade2021" else channels[..., 0]
 
 
@@ -173,8 +166,7 @@ def scan(root: str, source: str, cache: str, allow_broken: bool = False) -> Inde
         index = Index(**stored | {"folder": folder}) if stored["fingerprint"] == fingerprint else None
     if index is None:
         index = Index(source, layout, folder, fingerprint, *scan_files(source, layout, folder, files))
-        write_file(path, lambda name: torch.save(vars(index), name), "choose another folder with --cache")
-
+        write_file(path, lambda name: torch.save(index._asdict(), name), "choose another folder with --cache")
     if index.broken:
         found = f"{source}: {len(index.broken)} of {len(files)} images set aside, the first: {index.broken[0][1]}"
         if not index.images or len(index.broken) > 0.05 * len(files) and not allow_broken:
@@ -213,7 +205,7 @@ def scan_files(source: str, layout: str, folder: str, files: list[dict]) -> tupl
 def scan_image(task: tuple[str, str, dict]) -> dict:
     """Opens every file of one image: `size`, `tag`, `pixels` per class number, `names`; or why it is `broken`."""
     layout, folder, files = task
-    current = files["image"]
+    current, maps = files["image"], {}
     try:
         with Image.open(os.path.join(folder, current)) as photo:
             width, height = photo.size
@@ -225,26 +217,23 @@ def scan_image(task: tuple[str, str, dict]) -> dict:
             annotation = json.loads("\n".join(read_lines(folder, current)))["annotation"]
             found["tag"] = ([""] + [name for name in annotation["scene"] if name])[-1].strip().lower()
             found["names"] = {int(o["name_ndx"]): str(o["name"]) for o in annotation["object"]}
-        photo_size = None if layout == "os" else (width, height)
-        if "labels" in files:
-            current = files["labels"]
-            numbers = label_numbers(os.path.join(folder, current), layout, photo_size)
+        for kind in files.keys() & {"labels", "parts"}:
+            current = files[kind]
+            photo_size = None if layout == "os" else (width, height)
+            maps[kind] = numbers = label_numbers(os.path.join(folder, current), layout, photo_size).astype(np.int64)
             if not 0 <= numbers.min() <= numbers.max() < 2**16:
                 raise ValueError("class numbers beyond 65535")
-            counts = np.bincount(numbers.ravel())
+        if "labels" in maps:
+            counts = np.bincount(maps["labels"].ravel())
             found["pixels"] = [(int(n), 0, int(counts[n])) for n in np.flatnonzero(counts) if n > 0]
-        if "parts" in files:
-            current = files["parts"]
-            parts = label_numbers(os.path.join(folder, current), layout, photo_size)
-            both = (parts > 0) & (numbers > 0)
-            pairs, counts = np.unique(numbers[both].astype(np.int64) << 16 | parts[both], return_counts=True)
+        if "parts" in maps:
+            both = (maps["parts"] > 0) & (maps["labels"] > 0)
+            pairs, counts = np.unique(maps["labels"][both] << 16 | maps["parts"][both], return_counts=True)
             found["pixels"] += [(int(p >> 16), int(p & 0xFFFF), int(c)) for p, c in zip(pairs, counts)]
-        return found | {"tag": "" if found["tag"] in NO_SCENE else found["tag"]}
+        return found | {"tag": "" if found["tag"] in ("misc", "unknown", "none", "~not labeled") else found["tag"]}
     except Exception as e:  # whatever a decoder makes of a damaged file
-        reason = (
-            "missing" if type(e) is FileNotFoundError else str(e) if type(e) is ValueError else f"unreadable, {e!r}"
-        )
-        return {"broken": f"{current}: {' '.join(reason.split())}"}
+        reason = f"unreadable, {e!r}" if type(e) is not ValueError else str(e)
+        return {"broken": f"{current}: {'missing' if type(e) is FileNotFoundError else ' '.join(reason.split())}"}
 
 
 def class_table(layout: str, folder: str, numbers: list[int]) -> dict[int, str]:
@@ -253,7 +242,7 @@ def class_table(layout: str, folder: str, numbers: list[int]) -> dict[int, str]:
     tables = TABLES[2:3] if layout == "os" else TABLES[:2]
     path = next((path for name in tables if os.path.exists(path := os.path.join(folder, name))), None)
     if layout == "sceneparsing" and path is None:
-        return {n: f"class {n}" for n in range(1, max({*numbers} - {255}, default=0) + 1)}
+        return {n: f"class {n}" for n in range(1, max({*numbers} - {255, 65535}, default=0) + 1)}
     try:
         lines = read_lines(path or os.path.join(folder, tables[0]))
         table = dict(enumerate(lines, start=1))  # classes.txt
@@ -431,8 +420,7 @@ def padded(size: int) -> int:
 
 
 def centres(cells: int, stride: int, n: int, full: int) -> np.ndarray:
-    """Where the centres of `cells` cells of `stride` out of n pixels lie in a map of `full` cells: labels are sampled
-    there (our choice), because the network's cells are there."""
+    """Where the centres of `cells` cells of `stride` out of n pixels lie in a map of `full`: labels there, our choice."""
     return (2 * np.arange(cells) + 1) * stride * full // (2 * n)
 
 
@@ -458,7 +446,7 @@ def plan_batches(sizes: dict[str, dict[int, tuple[int, int]]], iterations: int, 
 
 
 def training_batch(
-    k: int, sources: list[Source], plan: np.ndarray, sizes: list[int], longest: int, seed: int, share=(1, 0, 1)
+    k: int, sources: list, plan: np.ndarray, sizes: list, longest: int, seed: int, share=(1, 0, 1)
 ) -> dict:
     """The k-th batch of a stage for one process: a function of plan and seed alone, so that neither the number of
     workers nor a pause changes it.
@@ -564,9 +552,8 @@ TOY_THINGS = {
     "bed": [("headboard", "Wood", "any", -0.85, 0, -0.64, 1), (None, "Fabric/Cloth", "any2", -0.64, 0.08, 0.85, 0.52), ("pillow", "Fabric/Cloth", "any3", "o", -0.64, 0.44, -0.16, 0.76)],
     "sofa": [("back", "Fabric/Cloth", "any", -0.9, 0.4, 0.9, 1), ("arm", "Fabric/Cloth", "any2", -1.04, 0.08, -0.76, 0.7), ("arm", "Fabric/Cloth", "any2", 0.76, 0.08, 1.04, 0.7), ("seat", "Fabric/Cloth", "any", -0.76, 0.12, 0.76, 0.48)],
 }  # fmt: skip
-# Each kind of scene: ADE20K's path to it; what is behind, and what is on the ground from a share of its depth onwards (name,
-# substances, colours); its things: at least, at most, where their feet are (share of the ground's depth, 1 is nearest), how
-# tall they are (share of the picture's short side).
+# Each kind of scene: ADE20K's path to it; what is behind and, from a share of the ground's depth on, in front (name, substances,
+# colours); its things: at least, at most, where their feet are (share of that depth), height (share of the short side).
 TOY_SCENES = {
     "street": ("outdoor urban street", {None: ("sky", "Sky", "blue|dusk|grey"), 0: ("road", "Stone|Brick", "grey|brown|dull")},
                [("building", 1, 3, (0, 0.06), (0.5, 0.7)), ("tree", 0, 2, (0.03, 0.15), (0.5, 0.65)), ("car", 1, 2, (0.4, 0.9), (0.28, 0.4)), ("person", 0, 1, (0.6, 0.95), (0.6, 0.8))]),
@@ -578,8 +565,8 @@ TOY_SCENES = {
                     [("lamp", 0, 2, (0.32, 0.4), (0.6, 0.75)), ("sofa", 1, 1, (0.5, 0.75), (0.45, 0.6)), ("person", 0, 1, (0.7, 0.95), (0.6, 0.8))]),
 }  # fmt: skip
 TOY_SYNONYMS = {"car": "car, auto", "building": "building, edifice", "person": "person, individual"}
-TOY_PARTS = dict.fromkeys(part for strokes in TOY_THINGS.values() for part, *_ in strokes if part)
-TOY_NAMES = ["sky", "road", "sea", "sand", "wall", "floor", *TOY_THINGS, *TOY_PARTS]
+TOY_NAMES = ["sky", "road", "sea", "sand", "wall", "floor", *TOY_THINGS]
+TOY_NAMES += dict.fromkeys(part for strokes in TOY_THINGS.values() for part, *_ in strokes if part)
 TOY_NUMBERS = {name: 61 * k for k, name in enumerate(TOY_NAMES, start=1)}  # beyond 255: they take both colour channels
 # The relief of each substance (OpenSurfaces' names) and of each texture (DTD's), in [0, 1]: what tells it from others whatever
 # its colour. x and y are pixels, u and v periods at an angle of the picture's own, noise(rows, columns) smooth at that scale.
@@ -619,7 +606,7 @@ def relief(kind: str, height: int, width: int, rng: np.random.Generator) -> np.n
     seeds = rng.uniform(-5, 5, (120, 2, 1, 1)) if kind in ("bubbly", "cracked") else None
     cells = lambda: np.partition(np.hypot(u - seeds[:, 0], v - seeds[:, 1]), (0, 1), axis=0)[:2]  # nearest, second
     noise = lambda rows, columns: smooth_noise(rng, height, width, rows, columns)
-    surface = SimpleNamespace(x=x + rng.uniform(0, 20), y=y + rng.uniform(0, 20), u=u, v=v, cells=cells, noise=noise)
+    surface = argparse.Namespace(x=x + rng.uniform(0, 20), y=y + rng.uniform(0, 20), u=u, v=v, cells=cells, noise=noise)
     return TOY_RELIEFS[kind](surface).astype(np.float32)[..., None]
 
 
@@ -672,13 +659,11 @@ def toy_scene(stream: int, k: int) -> tuple[str, Image.Image, np.ndarray]:
 
 
 def make_toy(folder: str, scenes: int = 400, photos: int = 320, textures: int = 100) -> None:
-    """Writes the toy's ade20k/, os/ and dtd/ under `folder`, always the same files, `textures` images of each kind.
-    Does nothing if the folder exists; it appears complete or not at all. Raises OSError if it cannot be written."""
+    """Writes the toy's ade20k/, os/ and dtd/ under `folder` if it does not exist, always the same files, or none."""
     if os.path.isdir(folder):
         return
     say(f"generating the toy data in {folder}")
     temporary = Path(f"{folder}.{os.getpid()}.tmp")
-
     save = lambda picture, path: picture.save(make_parent(temporary / path), quality=92)
     coded = lambda red, green: Image.fromarray(np.stack([red, green, 0 * red], axis=-1).astype(np.uint8))
     try:
@@ -699,20 +684,18 @@ def make_toy(folder: str, scenes: int = 400, photos: int = 320, textures: int = 
             save(picture, f"os/photos/{k}.jpg")
             larger = n.shape[1] * 3 // 2, n.shape[0] * 3 // 2  # not the photo's size, as released
             save(coded(n, 0 * n).resize(larger, Image.Resampling.NEAREST), f"os/photos-labels/{k}.png")
-        rows = [f"{100 + k},{name},{k}" for k, name in enumerate(TOY_SUBSTANCES, start=1)]
-        (temporary / "os/label-substance-colors.csv").write_text(
-            "\n".join(["substance_id,substance_name,red_color", *rows])
-        )
+        rows = ["substance_id,substance_name,red_color"] + [
+            f"{k},{name},{k}" for k, name in enumerate(TOY_SUBSTANCES, 1)
+        ]
+        (temporary / "os/label-substance-colors.csv").write_text("\n".join(rows))
         for k in range(textures * len(TOY_TEXTURES)):
             rng, kind = np.random.default_rng((SEED, 2, k)), TOY_TEXTURES[k % len(TOY_TEXTURES)]
             values = rng.permutation([rng.uniform(0.1, 0.4), rng.uniform(0.7, 1)])
             tints = [255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.1, 0.8), v)) for v in values]
             share = relief(kind, *rng.integers(84, 113, 2), rng)
             picture = Image.fromarray((tints[0] * (1 - share) + tints[1] * share).astype(np.uint8))
-            save(
-                picture.filter(ImageFilter.GaussianBlur(0.6)),
-                f"dtd/images/{kind}/{kind}_{k // len(TOY_TEXTURES):04d}.jpg",
-            )
+            path = f"dtd/images/{kind}/{kind}_{k // len(TOY_TEXTURES):04d}.jpg"
+            save(picture.filter(ImageFilter.GaussianBlur(0.6)), path)
         for name, first, step in (("train1", 0, 2), ("val1", 1, 4), ("test1", 3, 4)):
             listed = [f"{kind}/{kind}_{n:04d}.jpg\n" for kind in TOY_TEXTURES for n in range(first, textures, step)]
             make_parent(temporary / f"dtd/labels/{name}.txt").write_text("".join(listed))
@@ -741,15 +724,8 @@ def say(message: str, file=None) -> None:
         print(message, file=file, flush=True)
 
 
-def progress(items, name: str, first: int, total: int) -> tqdm:
-    """A bar on a terminal; elsewhere a line every half minute."""
-    bar = dict(file=sys.stdout, mininterval=0.1 if sys.stdout.isatty() else 30, smoothing=0.05)
-    return tqdm(items, name, total, initial=first, disable=not is_main_process() or not total, **bar)
-
-
 def write_file(path: str, write, advice: str = "") -> None:
-    """Atomic write: `write(name)` fills a temporary file, which then replaces `path`.
-    Raises UserError with the path and the advice if it cannot be written."""
+    """Atomic write: `write(name)` fills a temporary file, which then replaces `path`. UserError if it cannot be written."""
     temporary = os.path.join(os.path.dirname(path), f".{os.getpid()}.{os.path.basename(path)}")
     try:
         make_parent(Path(path))
@@ -777,6 +753,7 @@ class Option(NamedTuple):
     toy: object = None  # the default with --data toy, where it is another
     resume: bool = False  # whether --resume may change it
     least: float = 1  # of a number, or of the numbers of a list
+    below: float = 1e9
 
 
 DATA_OPTIONS = [
@@ -821,10 +798,8 @@ class Parser(argparse.ArgumentParser):
         known |= {key: value for key, value in vars(given).items() if value is not None}
         for key, value in vars(given).items():
             numbers = [n for n in (value if isinstance(value, list) else [value]) if type(n) in (int, float)]
-            if numbers and not self.options[key].least <= min(numbers) <= max(numbers) <= 10**9:
-                raise UserError(
-                    f"--{self.options[key].name}: a number from {self.options[key].least:g} on, not {value}"
-                )
+            if numbers and not (o := self.options[key]).least <= min(numbers) <= max(numbers) < o.below:
+                raise UserError(f"--{o.name} {value}: from {o.least:g} on, and below {o.below:g}")
         toy = known.get("data", self.options["data"].default) == "toy"
         defaults = {key: o.toy if toy and o.toy is not None else o.default for key, o in self.options.items()}
         return argparse.Namespace(**defaults | known)
@@ -939,10 +914,9 @@ def from_main_process(function):
 
 def anywhere(number: int) -> int:
     """The largest of the processes' numbers, without waiting for a GPU."""
-    if not dist.is_initialized():
-        return number
     largest = torch.tensor(number)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    if dist.is_initialized():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
 
 
@@ -968,9 +942,8 @@ def report(args: argparse.Namespace) -> None:
             if index.layout == "sceneparsing" and level == "object" and len(names) <= 40:
                 for k, name in zip(sorted(index.names), names):
                     advice = "" if name in pixels else ": none; if numbers start at 0, add 1 to every class first"
-                    print(
-                        f"    {k:3d} {name:30s}{pixels.get(name, 0):14,} pixels in {len(classes.get(name, ()))} images{advice}"
-                    )
+                    n = len(classes.get(name, ()))
+                    print(f"    {k:3d} {name:30s}{pixels.get(name, 0):14,} pixels in {n} images{advice}")
         for _, reason in index.broken:
             print(f"  set aside  {reason}")
 

@@ -29,9 +29,8 @@ SHOWN = 12  # images of each source in pictures
 class Metrics:
     """Section 2.2's metrics, from confusion matrices (truth, prediction) that are counted image by image.
     Object, material: pixel accuracy and mean IoU over labelled pixels. Part: within the true object's region, for the
-    objects of an image that have an annotated part, with background as a class (mIoU-bg), averaged over an object's
-    parts first, then over objects. Scene, texture: top-1. A class without a labelled pixel has no IoU and is in no mean.
-    """
+    objects of an image that have an annotated part, background as a class (mIoU-bg), averaged over an object's parts
+    first, then over objects. Scene, texture: top-1. A class without a labelled pixel is in no mean."""
 
     def __init__(self, vocabulary: dict):
         self.vocabulary = vocabulary
@@ -148,13 +147,10 @@ def class_names(vocabulary: dict) -> dict[str, list[str]]:
 
 
 # ---------------------------------------------------------------- evaluation
-def evaluate(
-    net: UPerNet, vocabulary: dict, sources: dict, images: list, levels=None, amp=None, pictures: str | None = None
-) -> dict:
+def evaluate(net: UPerNet, vocabulary: dict, sources: dict, images: list, levels=None, amp=None, pictures=None) -> dict:
     """The metrics of `net` on the (source, image number)s, in the format of `evaluate.py --json`.
     Images are resized to `net.test_size`, predictions evaluated at the label maps' own size. In the folder `pictures`, if
-    given, up to SHOWN images of each source are drawn, truth beside prediction. Several processes share the images, and
-    each returns the metrics of all. Leaves the network in eval mode."""
+    given, up to SHOWN images of each source are shown, truth beside prediction. Processes share the images."""
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device, metrics = next(net.eval().parameters()).device, Metrics(vocabulary)
     levels = [level for level in (levels or LEVELS) if level in vocabulary]
@@ -224,8 +220,7 @@ def table(results: dict, amp: torch.dtype | None = None, untrained: dict | None 
 def parse(net: UPerNet, photo, levels: list[str] | None = None, amp: torch.dtype | None = None) -> dict:
     """All that the network sees in a photo, a PIL image or a uint8 array (H, W, 3), as numpy arrays of the photo's size.
     object, material, texture_map: (H, W) class indices; part: (H, W) channels of the part logits within the predicted
-    object, -1 for none; scene, texture: (K,) probabilities. The photo is resized and padded to `net.test_size`, as in
-    training. Raises ValueError for any other array."""
+    object, -1 for none; scene, texture: (K,) probabilities. Resized and padded to `net.test_size`, as in training."""
     if not isinstance(photo, Image.Image):
         photo = np.asarray(photo)
         if photo.dtype != np.uint8 or photo.shape[2:] != (3,):
@@ -393,8 +388,7 @@ def tag_panel(title: str, photo: Image.Image | None, scores: dict[str, np.ndarra
 
 
 def comparison(photo: Image.Image, maps: dict, logits: dict, labels: dict, vocabulary: dict) -> Image.Image:
-    """One validation image: the truth in the upper row, the prediction in the lower (in the same row without scores).
-    Of each level (H, W) maps of classes in `maps` and `labels` (part: of channels), or logits (K,) and an index."""
+    """One validation image: the truth in the upper row, the prediction in the lower (in the same row without scores)."""
     photo, names = photo.resize((PANEL, max(1, round(photo.height * PANEL / photo.width)))), class_names(vocabulary)
     scores = {level: logits[level].softmax(dim=0).cpu().numpy() for level in ("scene", "texture") if level in logits}
     known = [f"{level}: {names[level][int(labels[level])]}" for level in scores if labels[level] >= 0]

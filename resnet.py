@@ -8,6 +8,7 @@
 State-dict keys are torchvision's; with `stem="deep"` those of the authors' own encoder."""
 
 from torch import Tensor, nn
+from torch.nn.functional import relu
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # residual blocks in C2..C5
 # Widths of the stem's convolutions: the paper's and torchvision's, the authors' release, mmsegmentation's ResNet-v1c.
@@ -36,14 +37,13 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = conv3x3(width, width, 1, dilations[1])
         self.bn2 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample(in_channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
+        y = relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
         y += x if self.downsample is None else self.downsample(x)
-        return self.relu(y)
+        return relu(y, inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -59,15 +59,14 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample(in_channels, 4 * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
+        y = relu(self.bn1(self.conv1(x)), inplace=True)
+        y = relu(self.bn2(self.conv2(y)), inplace=True)
         y = self.bn3(self.conv3(y))
         y += x if self.downsample is None else self.downsample(x)
-        return self.relu(y)
+        return relu(y, inplace=True)
 
 
 class ResNet(nn.Module):
@@ -86,16 +85,13 @@ class ResNet(nn.Module):
         self.depth, self.stem = depth, stem
         block = BasicBlock if depth < 50 else Bottleneck
         self.channels = [width * block.expansion for width in (64, 128, 256, 512)]
-
         kernel, in_channels = 7 if stem == "7x7" else 3, 3
         for k, width in enumerate(STEMS[stem], start=1):
             conv = nn.Conv2d(in_channels, width, kernel, 2 if k == 1 else 1, padding=kernel // 2, bias=False)
             self.add_module(f"conv{k}", conv)
             self.add_module(f"bn{k}", nn.BatchNorm2d(width))
             in_channels = width
-        self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-
         total_stride, dilation = 4, 1  # so far; dilation replaces the strides beyond output_stride
         for stage, blocks in enumerate(BLOCKS[depth]):
             stride, previous = (1 if stage == 0 else 2), dilation
@@ -106,7 +102,6 @@ class ResNet(nn.Module):
             in_channels = self.channels[stage]
             layers += [block(in_channels, 64 * 2**stage, 1, (dilation, dilation)) for _ in range(blocks - 1)]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
-
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -114,7 +109,7 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor, last: int = 5) -> list[Tensor]:
         """Normalised images (N, 3, H, W) -> [C2, .., C<last>], each (N, channels, H / stride, W / stride)."""
         for k in range(1, len(STEMS[self.stem]) + 1):
-            x = self.relu(getattr(self, f"bn{k}")(getattr(self, f"conv{k}")(x)))
+            x = relu(getattr(self, f"bn{k}")(getattr(self, f"conv{k}")(x)), inplace=True)
         x = self.maxpool(x)  # (N, 64 or 128, H/4, W/4)
         stages = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4)[: last - 1]:
@@ -124,8 +119,7 @@ class ResNet(nn.Module):
 
 
 def load_imagenet(net: ResNet) -> None:
-    """Loads torchvision's ImageNet weights (IMAGENET1K_V1) into `net`, in place; torchvision downloads and caches them.
-    Raises ValueError for a stem that torchvision does not have, and OSError when the download fails."""
+    """Loads torchvision's ImageNet weights (IMAGENET1K_V1). ValueError for a stem without them, OSError if offline."""
     from torchvision.models import get_model_weights
 
     if net.stem != "7x7":

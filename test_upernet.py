@@ -308,11 +308,13 @@ class TestNetwork(unittest.TestCase):
                 self.assertTrue((module.weight == 1).all() and torch.allclose(module.bias, torch.tensor(1e-4)), name)
 
 
-@mock.patch.dict("resnet.BLOCKS", {18: (1, 1, 1, 1)})  # the same network, quicker to trace
 class TestElsewhere(unittest.TestCase):  # the network in somebody else's hands
     def setUp(self):
         torch.manual_seed(0)
-        self.net, self.images = UPerNet(CLASSES, "resnet18", channels=16).eval(), torch.rand(1, 3, 64, 96)
+        with mock.patch.dict("resnet.BLOCKS", {18: (1, 1, 1, 1)}):  # quicker to trace
+            pools = {"prroi": CLASSES, "adaptive": {"object": 7}, "pspnet": {"object": 7}}
+            self.nets = [UPerNet(classes, "resnet18", 16, pool=pool).eval() for pool, classes in pools.items()]
+        self.net, self.images = self.nets[0], torch.rand(1, 3, 64, 96)
 
     def assert_same(self, ours: dict, others: dict, tolerance=1e-5):
         self.assertEqual(ours.keys(), others.keys())
@@ -334,8 +336,7 @@ class TestElsewhere(unittest.TestCase):  # the network in somebody else's hands
     def test_export_with_free_height_and_width(self):
         free = getattr(torch.export.Dim, "AUTO", None)  # without it, at one size
         options = {"dynamic_shapes": {"images": {2: free, 3: free}}} if free else {}
-        for pool in ("prroi", "adaptive", "pspnet"):
-            net = UPerNet(CLASSES if pool == "prroi" else {"object": 7}, "resnet18", channels=8, pool=pool).eval()
+        for net in self.nets:
             exported = torch.export.export(net, (self.images,), **options).module()
             for size in ((64, 96), (128, 64), (75, 107), (33, 161))[: 4 if free else 1]:
                 images = torch.rand(1, 3, *size)
@@ -348,19 +349,17 @@ class TestElsewhere(unittest.TestCase):  # the network in somebody else's hands
             logits = network(self.images)
             sum(v.sum() for v in logits.values()).backward()
             results.append((logits, {name: p.grad.clone() for name, p in self.net.named_parameters()}))
-        (found, gradients), (expected, expected_gradients) = results
-        self.assert_same(expected, found)
-        self.assert_same(expected_gradients, gradients, 1e-3)
+        for found, exact, tolerance in zip(*results, (1e-5, 1e-3)):
+            self.assert_same(exact, found, tolerance)
 
     def test_compile_makes_few_graphs_of_many_sizes(self):
         graphs = []
         torch._dynamo.reset()
         compiled = torch.compile(self.net, backend=lambda graph, _: graphs.append(graph) or graph.forward)
         sizes = ((64, 96), (96, 64), (64, 64), (128, 96), (96, 160), (75, 107), (33, 161))
-        for size, levels in itertools.product(sizes, (["object"], ["scene"], ["material"])):
+        for size, levels in itertools.product(sizes, (["object"], ["scene"], ["texture"])):
             images = torch.rand(2, 3, *size)
             self.assert_same(self.net(images, levels), compiled(images, levels))
-        print("GRAPHS", len(graphs))
         self.assertTrue(1 <= len(graphs) <= 8, len(graphs))
 
     def test_within_another_module_copied_and_in_bfloat16(self):
@@ -550,7 +549,8 @@ def released_files(release: str, seed: int, meta: dict = {}, **network) -> tuple
         of_file = encoder if key.startswith("backbone.") else decoder
         ours[key] = of_file[name] = stand_in(name, tuple(state[key].shape), seed)
         if name.endswith(".running_mean") and release != "mmseg":  # their synchronised batch norm's own sums
-            of_file |= {name.replace("running_mean", own): ours[key] for own in ("_tmp_running_var", "_running_iter")}
+            sums = ("_tmp_running_mean", "_tmp_running_var", "_running_iter")
+            of_file |= {name.replace("running_mean", own): ours[key] for own in sums}
     files = {"encoder.pth": encoder, "decoder.pth": decoder}
     if release == "mmseg":
         auxiliary = {"auxiliary_head.conv_seg.bias": torch.ones(150), "auxiliary_head.convs.0.bn.weight": torch.ones(9)}
@@ -646,13 +646,12 @@ class TestRelease(unittest.TestCase):
         cls.tables = class_tables(new_folder("joint_dataset"))
         cls.files = {name: released_files(name, seed) for name, seed in (("paper", 7), ("ade20k", 13), ("mmseg", 17))}
         cls.paper, cls.ade20k, mmseg = (paths for paths, _ in cls.files.values())
-        cls.networks = {"paper": upernet.load_release(*cls.paper, cls.tables), "mmseg": upernet.load_mmseg(*mmseg)}
-        cls.networks["ade20k"] = upernet.load_release(*cls.ade20k, cls.table)
+        authors = (upernet.load_release(*cls.paper, cls.tables), upernet.load_release(*cls.ade20k, cls.table))
+        cls.networks = dict(zip(cls.files, (*authors, upernet.load_mmseg(*mmseg, names))))
 
     def test_recorded_answers(self):
         for release, seed in (("paper", 7), ("ade20k", 13), ("mmseg", 17)):
             net, bgr = self.networks[release][0], np.random.RandomState(seed).uniform(0, 255, (1, 3, 96, 128))
-            self.assertFalse(net.training)
             with torch.inference_mode():
                 logits = net(torch.from_numpy(bgr.astype(np.float32)[:, ::-1] / 255))
             self.assertEqual({f"{release} {level}" for level in logits}, {k for k in ANSWERS if k.startswith(release)})
@@ -819,13 +818,9 @@ class TestMmseg(unittest.TestCase):  # files of mmsegmentation's; what its netwo
 
 
 # ---------------------------------------------------------------- metrics
-CONCEPTS = {
-    "scene": ["kitchen", "street"],
-    "object": ["wall", "car", "pot", "person"],
-    "part": {"car": ["background", "wheel", "door"], "person": ["background", "head"]},
-    "material": ["wood", "brick", "metal", "glass", "stone"],
-    "texture": ["dotted", "banded", "grid"],
-}
+CONCEPTS = {"scene": ["kitchen", "street"], "object": ["wall", "car", "pot", "person"]}
+CONCEPTS |= {"part": {"car": ["background", "wheel", "door"], "person": ["background", "head"]}}
+CONCEPTS |= {"material": ["wood", "brick", "metal", "glass", "stone"], "texture": ["dotted", "banded", "grid"]}
 
 
 def plain_iou(pairs: list[tuple[int, int]], k: int) -> float | None:
@@ -866,8 +861,8 @@ class TestMetrics(unittest.TestCase):
             metrics.add_parts(logits, objects, parts, slices, (16, 20))
         results, everything = metrics.results()["part"], counted[1] + counted[3]
         self.assertAlmostEqual(results["pixel_accuracy"], sum(t == p for t, p in everything) / len(everything))
-        iou = {"car": [plain_iou(counted[1], k) for k in range(3)]}
-        iou["person"] = [plain_iou(counted[3], k) for k in range(2)]
+        objects = (("car", 1, 3), ("person", 3, 2))
+        iou = {name: [plain_iou(counted[index], k) for k in range(n)] for name, index, n in objects}
         self.assertEqual({name: list(of_parts.values()) for name, of_parts in results["iou"].items()}, iou)
         self.assertAlmostEqual(results["mean_iou_bg"], np.mean([np.mean(of_parts) for of_parts in iou.values()]))
 
@@ -876,15 +871,14 @@ class TestMetrics(unittest.TestCase):
         metrics.add("material", none, none - 1)
         metrics.add("texture", torch.tensor(0), torch.tensor(-1))
         metrics.add_parts(torch.zeros(5, 2, 2), none + 1, none, {1: slice(0, 3)}, (4, 4))
-        for predicted, truth in ((0, 0), (1, 0), (1, -1), (1, 1)):
-            metrics.add("scene", torch.tensor(predicted), torch.tensor(truth))
+        metrics.add("scene", torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, -1, 1]))
         results, iou = json.loads(json.dumps(metrics.results(), allow_nan=False)), dict.fromkeys(CONCEPTS["material"])
         self.assertEqual(results["material"], {"pixel_accuracy": None, "mean_iou": None, "iou": iou})
-        self.assertEqual(results["part"]["mean_iou_bg"], None)
-        self.assertEqual((results["texture"], results["scene"]), ({"top1": None, "n": 0}, {"top1": 2 / 3, "n": 3}))
-        self.assertIn("-", evaluate.table(metrics.results()))
+        self.assertEqual((results["part"]["mean_iou_bg"], results["texture"]), (None, {"top1": None, "n": 0}))
+        self.assertEqual(results["scene"], {"top1": 2 / 3, "n": 3})
 
-    def test_class_map_is_the_argmax_of_the_upsampled_logits_without_the_padding(self):
+    def test_class_map_is_the_argmax_of_the_upsampled_logits(self):
+        """Without padding exactly, with ties to the lowest index, however many classes are possible."""
         torch.manual_seed(0)
         for filled, size in (((64, 96), (100, 150)), ((50, 70), (333, 421)), ((45, 90), (20, 31))):  # of 64 x 96
             logits = torch.randn(7, 16, 24, dtype=torch.float64)
@@ -893,10 +887,6 @@ class TestMetrics(unittest.TestCase):
             plain = F.interpolate(bordered, scale_factor=scale, mode="bilinear", recompute_scale_factor=False)
             plain = plain[0, :, : size[0], : size[1]].argmax(dim=0)
             self.assertTrue(torch.equal(evaluate.class_map(logits, filled, size), plain))
-
-    def test_class_map_is_exactly_pytorchs_where_nothing_is_padded(self):
-        """Ties go to the lowest index, however many classes are possible, and values are rounded as PyTorch's."""
-        torch.manual_seed(0)
         rough, (coarse,), x = torch.randn(40, 24, 32), 4 * torch.randn(1, 40, 4, 5), torch.randn(1, 30, 40)
         smooth = F.interpolate(coarse[None], (24, 32), mode="bicubic")[0]  # most classes are nowhere the best
         equal = smooth[::2].repeat_interleave(2, dim=0)  # every class twice
@@ -914,6 +904,44 @@ class TestMetrics(unittest.TestCase):
                 self.assertTrue(torch.equal(evaluate.class_map(logits, filled, size), plain))
         many[3, 5, 5] = math.nan
         self.assertEqual(evaluate.class_map(many, (120, 160), (450, 600)).shape, (450, 600))
+
+    def test_relations_against_a_plain_count_and_in_the_words_of_table_4(self):
+        relations = evaluate.Relations(CONCEPTS, upernet.LEVELS)
+        rng, zeros = np.random.default_rng(0), np.zeros((6, 8), int)
+        rare = {"scene": np.array([0.9, 0.1]), "part": zeros - 1, "material": zeros, "texture_map": zeros}
+        photos = [{**rare, "object": zeros + 2 * (k < 2)} for k in range(8)]  # two kitchens with a pot
+        for k in range(7):
+            seen = {"scene": np.array([0.0, 1.0]) if k == 2 else rng.random(2), "part": rng.choice([-1, 1, 2], (6, 8))}
+            seen |= {"object": zeros if k == 2 else rng.integers(0, 2 + (k == 0), (6, 8))}
+            photos.append(seen | {"material": rng.integers(0, 5, (6, 8)), "texture_map": rng.integers(0, 2, (6, 8))})
+        for seen in photos:
+            relations.add(seen)
+        found = relations.results()
+        for k, scene in enumerate(CONCEPTS["scene"]):
+            maps = [seen["object"] for seen in photos if seen["scene"].argmax() == k]
+            shares = {name: np.mean([(m == i).any() for m in maps]) for i, name in enumerate(CONCEPTS["object"])}
+            self.assertTrue(k == 1 or 0.1 < shares["pot"] < 0.3)  # less than three of ten kitchens do not count
+            self.assertEqual(found["scene-object"][scene], {name: v for name, v in shares.items() if v >= 0.3})
+        kinds = [("object", "material", 1, "car"), ("part", "material", 2, "car: door")]
+        for first, second, index, name in [*kinds, ("material", "texture_map", 4, "stone")]:
+            pairs = [seen[second][at] for seen in photos for at in np.ndindex(6, 8) if seen[first][at] == index]
+            level = second.removesuffix("_map")
+            shares = {name: pairs.count(k) / len(pairs) for k, name in enumerate(CONCEPTS[level])}
+            best = sorted((n for n in shares if shares[n] >= 0.1), key=lambda n: -shares[n])[:3]
+            self.assertEqual(list(found[f"{first}-{level}"][name]), best)
+            for n in best:
+                self.assertAlmostEqual(found[f"{first}-{level}"][name][n], shares[n] / sum(shares[n] for n in best))
+        relations = evaluate.Relations(CONCEPTS, upernet.LEVELS)
+        material, path = np.repeat([0] * 13 + [1] * 7, 5).reshape(10, 10), os.path.join(
+            new_folder("relations"), "r.json"
+        )
+        seen = {"scene": np.array([1.0, 0.0]), "object": material * 0 + 2, "part": material * 0 - 1}
+        relations.add(seen | {"material": material, "texture_map": material * 0})
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            relations.report(path)
+        lines = ["kitchen is composed of pot", "pot is made of wood (65%) and brick (35%)", "wood is dotted (100%)"]
+        self.assertLessEqual(set(lines), set(out.getvalue().splitlines()))
+        self.assertEqual(read_json(path)["object-material"], {"pot": {"wood": 0.65, "brick": 0.35}})
 
 
 # ---------------------------------------------------------------- data
@@ -960,17 +988,15 @@ class TestVocabulary(unittest.TestCase):
             objects = np.full((40, 40), 300)
             objects[:10] = 9 if k < 2 else 0
             objects[10:20] = 7 if k % 2 else 8  # two and three images each: five of the merged class
-            objects[39, 39] = 10
+            objects[39, 39] = 10  # five pixels of dot; sky is in two images
             ade.add(objects, names, scene, encoding="latin-1" if k == 1 else "utf-8")
         index = ade.index()
         self.assertEqual(index.tags, ["street", "street", "", "", "attic"])
         vocabulary = datasets.build_vocabulary({"ade20k": index}, least(images=4, pixels=100, scenes=2))
-        # sky is in two images, dot has five pixels
         self.assertEqual(vocabulary, {"scene": ["street"], "object": ["wall", "voiture à cheval"]})
-        source = Source(index, vocabulary)
-        self.assertEqual([source.labels(i)["scene"] for i in range(5)], [0, 0, -1, -1, -1])
-        levels = datasets.build_vocabulary({"ade20k": index}, least(), levels=("scene",))
-        self.assertEqual(levels, {"scene": ["attic", "street"]})
+        self.assertEqual([Source(index, vocabulary).labels(i)["scene"] for i in range(5)], [0, 0, -1, -1, -1])
+        scenes = datasets.build_vocabulary({"ade20k": index}, least(), levels=("scene",))
+        self.assertEqual(scenes, {"scene": ["attic", "street"]})
 
     def test_first_synonym_plural_and_sides(self):
         names = ["Building, edifice", "buildings", "bus", "box", "boxes", "berry", "berries", "glasses"]
@@ -982,8 +1008,7 @@ class TestVocabulary(unittest.TestCase):
     def test_parts_are_kept_per_object_on_the_first_level(self):
         ade, names = Ade(), {5: "car", 6: "house", 20: "left wheel", 21: "right wheel", 22: "door", 23: "knob"}
         for k in range(3):
-            objects, parts = np.full((40, 40), 5), np.zeros((40, 40), int)
-            objects[20:] = 6
+            objects, parts = np.repeat([5, 6], 20)[:, None].repeat(40, axis=1), np.zeros((40, 40), int)
             parts[0, :5], parts[1, :5], parts[25, :5], parts[26, :5] = 20, 21, 22, 24
             parts[5, :5] = 22 if k == 0 else 0  # a car's door in a single image
             stem = ade.add(objects, {**names, 24: "background"}, ["street"], parts)
@@ -1007,8 +1032,8 @@ class TestVocabulary(unittest.TestCase):
         materials = datasets.build_vocabulary({"os": index}, least(images=2))["material"]
         self.assertEqual(materials, sorted(set(expected) - {""}))
         labels = Source(index, {"material": materials}).labels(0)["material"]
-        self.assertEqual([materials[v] if v >= 0 else "" for v in labels[3, 2::5]], expected)
-        self.assertEqual(labels.shape, (60, 65))
+        names = [materials[v] if v >= 0 else "" for v in labels[3, 2::5]]
+        self.assertEqual((names, labels.shape), (expected, (60, 65)))
 
 
 class TestScan(unittest.TestCase):
@@ -1016,10 +1041,9 @@ class TestScan(unittest.TestCase):
         """Asserts that the images of these broken files are set aside, and others are kept. Returns the reasons."""
         argv = ("--data", source, "--root", root)
         self.assertIn("--allow-broken", refusal(self, datasets.main, *argv))
-        index, err = scanned(root, source, allow_broken=True)
+        index, _ = scanned(root, source, allow_broken=True)
         reasons = [reason for _, reason in index.broken]
         self.assertEqual((index.images, len(reasons)), (kept, len(paths)), reasons)
-        self.assertRegex(err, rf"\b{len(paths)} of {len(paths) + len(kept)}\b")
         status, out, err = command(datasets.main, *argv, "--allow-broken")
         self.assertEqual(status, 0, err)
         for path in paths:
@@ -1071,17 +1095,15 @@ class TestScan(unittest.TestCase):
             ade.add(objects, {5: "car", 6: "wheel"}, ["street"], parts)
             index, err = scanned(ade.root)
             self.assertEqual(index.pixels.tolist(), [[0, number, 0, 20 * 40], [0, number, part, 10 * 40]])
-            unknown = [n for n in (number, part) if n not in (5, 6)]
-            with self.subTest(unknown=unknown):
-                self.assertEqual([int(n) for n in re.findall(r"\b(?:99|798)\b", err)], unknown)
+            with self.subTest(number=number, part=part):
+                self.assertEqual(re.findall(r"\b(?:99|798)\b", err), [str(n) for n in (number, part) if n > 6])
 
     def test_a_change_is_noticed_a_damaged_index_rebuilt_and_else_nothing_read_again(self):
         ade = Ade()
         stem = ade.add(np.full((40, 40), 5), {5: "wall"}, ["street"])
-        whole, path = vars(ade.index()), Path(ade.root, ".cache", "ade20k.index.pt")
-        half = path.read_bytes()[: path.stat().st_size // 2]
+        whole, path = ade.index()._asdict(), Path(ade.root, ".cache", "ade20k.index.pt")
         without = {key: value for key, value in whole.items() if key != "pixels"}
-        for damaged in (b"", half, b"no index", {**whole, "objects": 0}, without, {}, [whole]):
+        for damaged in (b"", path.read_bytes()[:999], b"no index", {**whole, "objects": 0}, without, {}, [whole]):
             path.write_bytes(damaged) if isinstance(damaged, bytes) else torch.save(damaged, path)
             self.assertEqual(ade.index().pixels.tolist(), [[0, 5, 0, 1600]])
         with mock.patch("datasets.scan_image", side_effect=AssertionError("read again")):
@@ -1099,32 +1121,29 @@ class TestOwnData(unittest.TestCase):
         index, _ = scanned(root)
         return Source(index, datasets.build_vocabulary({"ade20k": index}, least())).labels(i)["object"]
 
-    def test_is_found_with_the_names_of_its_table(self):
+    def test_is_found_with_the_names_of_its_table_and_refused_if_two(self):
         """Every class of the table, whatever the thresholds, those of one name apart; scenes and sides of the files."""
         names = ["wall   ", "building, edifice  ", "screen, door screen", "screen, silver screen"]
         info = "".join(["Idx\tRatio\tName\n", *(f"{k}\t0.5\t{name}\n" for k, name in enumerate(names, start=1))])
         sea, scenes = "sea\n land \nice\n", "0 street\n1 misc\n2 street\n"
-        cases = [({}, ["class 1", "class 2"], [""] * 3), ({"classes": sea}, ["sea", "land", "ice"], [""] * 3)]
         tables = {"classes": sea, "objectInfo150": info, "sceneCategories": scenes}
-        cases += [(tables, ["wall", "building", mock.ANY, mock.ANY], ["street", "", "street"])]
-        for place, (tables, names, tags) in itertools.product(("", "ade20k", "ade20k/mine"), cases):
+        cases = [({}, ["class 1", "class 2"]), ({"classes": sea}, ["sea", "land", "ice"])]
+        cases += [(tables, ["wall", "building", mock.ANY, mock.ANY])]
+        for place, (tables, names) in itertools.product(("", "ade20k", "ade20k/mine"), cases):
             with self.subTest(place=place, names=names):
                 root = new_folder("own")
                 top = own_data(os.path.join(root, place), [self.MASK] * 3, **tables)
                 for name in ("images/{}/2.jpg", "annotations/{}/2.png"):
                     os.renames(*(os.path.join(top, name.format(side)) for side in ("training", "validation")))
                 index, err = scanned(root)
+                tags = ["street", "", "street"] if "sceneCategories" in tables else [""] * 3
                 self.assertEqual((index.tags, index.official, err), (tags, ["training"] * 2 + ["validation"], ""))
                 vocabulary = datasets.build_vocabulary({"ade20k": index}, least(50, 10**6, scenes=2))
                 self.assertEqual(vocabulary, {"object": names} | ({"scene": ["street"]} if any(tags) else {}))
-                self.assertEqual(len(set(vocabulary["object"])), len(names))
-                self.assertTrue(os.path.samefile(index.folder, top))
+                self.assertTrue(os.path.samefile(index.folder, top) and len(set(vocabulary["object"])) == len(names))
                 self.assertTrue((self.labels(root, 2) == self.MASK - 1).all())
-
-    def test_two_data_sets_are_refused(self):
-        root = new_folder("two")
-        tops = [own_data(os.path.join(root, "ade20k", name), [self.MASK]) for name in "ab"]
-        line = refusal(self, datasets.main, "--data", "ade20k", "--root", root)
+        tops = [own_data(os.path.join(root, "ade20k", name), [self.MASK]) for name in ("mine", "yours")]
+        line = refusal(self, datasets.main, "--data", "ade20k", "--root", root)  # two data sets
         self.assertTrue(all(top in line for top in tops), line)
 
     def test_255_is_unlabelled_unless_the_table_names_it(self):
@@ -1192,11 +1211,6 @@ class TestToy(unittest.TestCase):
         cls.indexes, minima = datasets.open_indexes(parser.complete(parser.parse_args(["--root", cls.root])))
         cls.vocabulary = datasets.build_vocabulary(cls.indexes, minima)
 
-    def test_has_what_it_promises(self):
-        for level, n in {"scene": 4, "object": 10, "part": 4, "material": 6, "texture": 8}.items():
-            self.assertGreaterEqual(len(self.vocabulary[level]), n)
-        self.assertEqual([index.broken for index in self.indexes.values()], [[], [], []])
-
     def test_colour_alone_does_not_solve_it(self):
         """Nearest mean colour, of pixels for objects and materials, of images for the rest; a tenth is for testing."""
         bounds = {"object": ("ade20k", 0.3), "material": ("os", 0.3), "scene": ("ade20k", 0.5), "texture": ("dtd", 0.4)}
@@ -1217,15 +1231,17 @@ class TestToy(unittest.TestCase):
                 else:
                     nearest = ((colours[:, None] - total / pixels[:, None]) ** 2).sum(axis=2).argmin(axis=1)
                     confusion += np.bincount(labels * n + nearest, minlength=n * n).reshape(n, n)
-            self.assertTrue(confusion.sum() and pixels.all())
             score, right = confusion.trace() / confusion.sum(), confusion.diagonal()
             if level in ("object", "material"):
                 iou = right / np.maximum(confusion.sum(axis=0) + confusion.sum(axis=1) - right, 1)
                 score = iou[confusion.sum(axis=1) > 0].mean()
             with self.subTest(level=level):
-                self.assertTrue(0 < score < bound, score)
+                self.assertTrue(pixels.all() and 0 < score < bound, score)
 
-    def test_is_always_the_same_and_appears_complete_or_not_at_all(self):
+    def test_has_what_it_promises_always_the_same_complete_or_not_at_all(self):
+        for level, n in {"scene": 4, "object": 10, "part": 4, "material": 6, "texture": 8}.items():
+            self.assertGreaterEqual(len(self.vocabulary[level]), n)
+        self.assertEqual([index.broken for index in self.indexes.values()], [[], [], []])
         (path,) = Path(self.root, "toy", "ade20k").rglob("ADE_*_00000007_seg.png")
         with Image.open(path) as picture:
             red, green, _ = np.asarray(picture).astype(int).transpose(2, 0, 1)
@@ -1268,14 +1284,12 @@ class TestBatches(unittest.TestCase):
         self.assertTrue((plan == datasets.plan_batches(sizes, 4000, 2, seed=0)).all())
         self.assertFalse((plan == datasets.plan_batches(sizes, 4000, 2, seed=1)).all())
 
-    def test_workers_change_nothing(self):
+    def test_workers_processes_and_accumulation_change_nothing(self):
         load = lambda n: torch.utils.data.DataLoader(range(3), None, collate_fn=self.batch, num_workers=n)
         for one, other in zip(load(0), load(2), strict=True):
             self.assertEqual(one.keys(), other.keys())
             for key, value in one.items():
                 self.assertTrue(np.array_equal(value, other[key]), key)
-
-    def test_processes_and_accumulation_share_the_same_images_and_flips(self):
         whole = self.batch()
         by_process = [self.batch(share=(1, rank, 2)) for rank in range(2)]
         for shares in (by_process, [self.batch(k, share=(2, 0, 1)) for k in range(2)]):
@@ -1309,8 +1323,7 @@ class TestBatches(unittest.TestCase):
         self.assertEqual((tuple(squares["images"].shape), squares["texture"].dtype), ((4, 3, 64, 64), torch.int16))
         self.assertEqual(set(photos), {"source", "files", "images", "material"})
         for batch, level in ((scenes, "object"), (photos, "material")):
-            self.assertEqual(batch["images"].dtype, torch.uint8)
-            self.assertFalse(any(n % 32 for n in batch["images"].shape[2:]))
+            self.assertTrue(batch["images"].dtype == torch.uint8 and not any(n % 32 for n in batch["images"].shape[2:]))
             padding = (batch["images"] == torch.tensor(datasets.MEAN_COLOUR).view(3, 1, 1)).all(dim=1)[:, 2::4, 2::4]
             padding = padding.flip(1, 2).cummin(1).values.cummin(2).values.flip(1, 2)  # that colour, and all beyond too
             self.assertTrue(padding.any() and (batch[level][padding] == -1).all())
@@ -1329,8 +1342,8 @@ class TestBatches(unittest.TestCase):
         for k, (height, width) in enumerate(((64, 93), (96, 64), (64, 64), (64, 100))):
             batch = self.batch(sources=[source], plan=np.array([[0, k]]), sizes=[64])
             image, quarter = batch["images"][0, 0, 2::4, 2::4].numpy() / 50, batch["object"][0].numpy() + 1
-            inside = np.zeros_like(quarter, bool)
-            inside[: len(range(2, height, 4)), : len(range(2, width, 4))] = True
+            rows, columns = (4 * np.arange(n) + 2 for n in quarter.shape)
+            inside = np.outer(rows < height, columns < width)
             self.assertTrue(((quarter > 0) == inside).all())
             agree = np.abs(image - quarter)[inside] < 0.3
             self.assertGreater(agree.mean(), 0.8 if k < 2 else 0.999)  # all but cells on an edge between two blocks
@@ -1477,52 +1490,11 @@ class TestSplit(unittest.TestCase):
         self.assertEqual((chosen("ade20k", "balanced", False), chosen("os", "balanced")), (scenes, surfaces))
         indexes["ade20k"].images[0] = "images/ADE/training/other.jpg"
         self.assertRaisesRegex(UserError, "split.json.*ade20k", chosen, "ade20k", "balanced")
+        write(path, '{"sources": {}}')
+        self.assertEqual(chosen("os", "balanced"), surfaces)  # a tenth, in a file that names no fraction
         for content in ("{", "[]", '{"sources": {"os": 3}}', '{"sources": {"os": {}}}'):
             write(path, content)
-            with self.subTest(content=content):
-                self.assertRaisesRegex(UserError, "split.json", chosen, "os", "balanced")
-
-
-class TestRelations(unittest.TestCase):
-    def test_against_a_plain_count(self):
-        relations = evaluate.Relations(CONCEPTS, upernet.LEVELS)
-        rng, zeros = np.random.default_rng(0), np.zeros((6, 8), int)
-        rare = {"scene": np.array([0.9, 0.1]), "part": zeros - 1, "material": zeros, "texture_map": zeros}
-        photos = [{**rare, "object": zeros + 2 * (k < 2)} for k in range(8)]  # two kitchens with a pot
-        for k in range(7):
-            seen = {"scene": np.array([0.0, 1.0]) if k == 2 else rng.random(2), "part": rng.choice([-1, 1, 2], (6, 8))}
-            seen |= {"object": zeros if k == 2 else rng.integers(0, 2 + (k == 0), (6, 8))}
-            photos.append(seen | {"material": rng.integers(0, 5, (6, 8)), "texture_map": rng.integers(0, 2, (6, 8))})
-        for seen in photos:
-            relations.add(seen)
-        found = relations.results()
-        for k, scene in enumerate(CONCEPTS["scene"]):
-            maps = [seen["object"] for seen in photos if seen["scene"].argmax() == k]
-            shares = {name: np.mean([(m == i).any() for m in maps]) for i, name in enumerate(CONCEPTS["object"])}
-            self.assertTrue(k == 1 or 0.1 < shares["pot"] < 0.3)  # less than three of ten kitchens do not count
-            self.assertEqual(found["scene-object"][scene], {name: v for name, v in shares.items() if v >= 0.3})
-        kinds = [("object", "material", 1, "car"), ("part", "material", 2, "car: door")]
-        for first, second, index, name in [*kinds, ("material", "texture_map", 4, "stone")]:
-            pairs = [seen[second][at] for seen in photos for at in np.ndindex(6, 8) if seen[first][at] == index]
-            level = second.removesuffix("_map")
-            shares = {name: pairs.count(k) / len(pairs) for k, name in enumerate(CONCEPTS[level])}
-            best = sorted((n for n in shares if shares[n] >= 0.1), key=lambda n: -shares[n])[:3]
-            self.assertEqual(list(found[f"{first}-{level}"][name]), best)
-            for n in best:
-                self.assertAlmostEqual(found[f"{first}-{level}"][name][n], shares[n] / sum(shares[n] for n in best))
-
-    def test_report_has_the_words_of_table_4(self):
-        relations = evaluate.Relations(CONCEPTS, upernet.LEVELS)
-        material, path = np.repeat([0] * 13 + [1] * 7, 5).reshape(10, 10), os.path.join(
-            new_folder("relations"), "r.json"
-        )
-        seen = {"scene": np.array([1.0, 0.0]), "object": material * 0 + 2, "part": material * 0 - 1}
-        relations.add(seen | {"material": material, "texture_map": material * 0})
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            relations.report(path)
-        lines = ["kitchen is composed of pot", "pot is made of wood (65%) and brick (35%)", "wood is dotted (100%)"]
-        self.assertLessEqual(set(lines), set(out.getvalue().splitlines()))
-        self.assertEqual(read_json(path)["object-material"], {"pot": {"wood": 0.65, "brick": 0.35}})
+            self.assertRaisesRegex(UserError, "split.json", chosen, "os", "balanced")
 
 
 COMPARED = """
@@ -1537,18 +1509,16 @@ def compared(model, *rest):
     print("alike" if both[0] == both[1] else "apart")
     return loss
 train.update = compared
-if "quick" in os.environ:
-    train.evaluate.evaluate = lambda *a, **k: {}
+if "quick" in os.environ: train.evaluate.evaluate = lambda *a, **k: {}
 train.main(sys.argv[1:])
 """
 GRADIENTS = """
 import datetime, os, sys, time, torch, torch.distributed as dist, datasets, upernet
-datasets.PATIENCE, rank = datetime.timedelta(seconds=4), int(os.environ["RANK"])
+datasets.PATIENCE, rank = datetime.timedelta(seconds=3), int(os.environ["RANK"])
 open(f"{sys.argv[1]}/{rank}", "w").close()
-while not os.path.exists(f"{sys.argv[1]}/{1 - rank}"):  # both are ready to join
-    time.sleep(0.01)
-datasets.join_processes()
-torch.manual_seed(0)
+while not os.path.exists(f"{sys.argv[1]}/{1 - rank}"):
+    time.sleep(0.01)  # until both are ready to join
+datasets.join_processes(); torch.manual_seed(0)
 net = upernet.UPerNet({"scene": 5, "object": 7, "material": 3}, "resnet18", channels=8).eval()
 images, scenes, objects = torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 3]), torch.randint(7, (4, 16, 16))
 def gradient(model, part):
@@ -1569,16 +1539,23 @@ except dist.DistError:
 """
 
 
-def checkpoint_of(out: str, name: str = "ckpt.pt") -> dict:
-    return torch.load(os.path.join(out, name), weights_only=True)
+def checkpoint_of(out: str) -> dict:
+    return torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
 
 
 def log_lines(out: str) -> int:
-    path = Path(out, "log.jsonl")
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    return path.read_bytes().count(b"\n") if (path := Path(out, "log.jsonl")).exists() else 0
 
 
 class Case(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.place, cls.options = new_folder(cls.__name__), ("--root", toy_root(), *SMALL)
+
+    @classmethod
+    def at(cls, *names: str) -> str:
+        return os.path.join(cls.place, *names)
+
     def train(self, *argv, out=None, validates=False) -> str:
         """The folder of a run, without a validation unless `validates`; `said` is what it printed."""
         out, quick = out or new_folder("out"), mock.patch("train.evaluate.evaluate", return_value={})
@@ -1601,25 +1578,18 @@ class Case(unittest.TestCase):
             with self.subTest(script=main.__module__, argv=argv):
                 status, _, err = command(main, *argv)
                 self.assertEqual((status, err.count("\n")), (2, 1), err)
-                for name in names.split():
-                    self.assertIn(name, err)
+                self.assertEqual([name for name in names.split() if name not in err], [], err)
 
     def assert_same_run(self, one: str, other: str):
         """Two runs that ended with the same weights, optimizer, vocabulary and log, bit for bit."""
         self.assertEqual(*([line | {"seconds": 0} for line in read_log(out)] for out in (one, other)))
         ours, theirs = map(checkpoint_of, (one, other))
-        self.assertEqual(ours["model"].keys(), theirs["model"].keys())
-        for key, value in ours["model"].items():
-            self.assertTrue(torch.equal(value, theirs["model"][key]), key)
+        torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=0)
         for key in ("vocabulary", "stage", "iteration", "split", "network", "optimizer"):
             self.assertEqual(ours[key], theirs[key])
 
 
 class TestTraining(Case):
-    @classmethod
-    def setUpClass(cls):
-        cls.options = ("--root", toy_root(), *SMALL)
-
     def test_a_run_writes_what_it_promises(self):
         out = new_folder("run")
         write(os.path.join(out, "log.jsonl"), "a line that an older run left\n")
@@ -1635,8 +1605,8 @@ class TestTraining(Case):
         for line in log:
             self.assertEqual(set(line), {"stage", "iteration", "source", "lr", "loss", "seconds"})
             self.assertEqual(set(line["loss"]), levels[line["source"]])
-        for k, left in ((3, 3 / 6), (7, 1 / 2)):  # the texture stage has a policy of its own
-            self.assertAlmostEqual(log[k]["lr"], 0.04 * left**0.9)
+        rates = [0.04 * left**0.9 for left in (3 / 6, 1 / 2)]  # the texture stage has a policy of its own
+        np.testing.assert_allclose([log[3]["lr"], log[7]["lr"]], rates)
         keys = "model network vocabulary optimizer scaler stage iteration random split arguments"
         self.assertEqual((set(content), content["stage"]), (set(keys.split()), "done"))
         net, vocabulary = upernet.load(os.path.join(out, "ckpt.pt"))
@@ -1649,7 +1619,7 @@ class TestTraining(Case):
         best = max(of_run["object"]["mean_iou"] for of_run in (*filter(None, validated), metrics))
         self.assertEqual((list(read_json(again)), read_json(again)["object"]["mean_iou"]), (["object"], best))
         self.train("--resume", out=out)
-        for words in ("finished", "--weights", "--out"):
+        for words in ("--weights", "--out"):
             self.assertIn(words, self.said)
 
     def test_sigterm_and_ctrl_c_end_the_iteration_and_save(self):
@@ -1680,37 +1650,32 @@ class TestTraining(Case):
             argv = [*self.options, "--iters", 20, "--texture-iters", 12, "--workers", workers]
             argv, stopped, rng = [*argv, "--save-every", save_every], new_folder("stopped"), np.random.default_rng(0)
             whole, kills = self.train(*argv), [(signal.SIGKILL, -9)] * (8 if LONG else 1)
-            for number, status in (*kills, (signal.SIGTERM, 143), (None, 0)):
+            for number, status in (*kills, (signal.SIGTERM, 143)):
                 run, lines = [os.path.join(HERE, "train.py"), *map(str, argv), "--out", stopped], log_lines(stopped)
                 argv, run = ["--resume"], subprocess.Popen([sys.executable, *run], **kwargs)
-                while number and run.poll() is None and log_lines(stopped) <= lines:  # until it is under way
+                while run.poll() is None and log_lines(stopped) <= lines:  # until it is under way
                     time.sleep(0.02)
                 time.sleep(rng.uniform(0, 0.3) if number == signal.SIGKILL else 0)
-                if number:
-                    os.killpg(run.pid, number)
+                os.killpg(run.pid, number)
                 self.assertEqual((run.communicate()[1], run.returncode), (b"", status))
-                if number == signal.SIGTERM:
-                    content = checkpoint_of(stopped)
-                    done = content["iteration"] + 20 * (content["stage"] == "texture")
-                    self.assertEqual((done, done > lines), (log_lines(stopped), True))
+            content = checkpoint_of(stopped)
+            done = content["iteration"] + 20 * (content["stage"] == "texture")
+            self.assertEqual((done, done > lines), (log_lines(stopped), True))
+            self.train("--resume", out=stopped)
             self.assert_same_run(whole, stopped)
 
     def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(self):
         out = self.killed(2, *self.options, "--iters", 4, "--texture-iters", 0, "--save-every", 1)
-        good, before = Path(out, "ckpt.pt").read_bytes(), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        try:
-            self.refused(train.main, ("ckpt.pt --out", "--resume", "--out", out))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            signal.signal(signal.SIGXFSZ, before)
+        good, (soft, hard) = Path(out, "ckpt.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.addCleanup(signal.signal, signal.SIGXFSZ, signal.signal(signal.SIGXFSZ, signal.SIG_IGN))
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, hard))
+        self.refused(train.main, ("ckpt.pt --out", "--resume", "--out", out))
         self.assertEqual(Path(out, "ckpt.pt").read_bytes(), good)
         self.assertEqual([name for name in os.listdir(out) if name.startswith(".")], [])
 
     def test_failures_from_outside_are_told_in_one_line(self):
-        memory, worker = RuntimeError("CUDA out of memory. Tried to"), RuntimeError(
-            "DataLoader worker (pid 7) is killed"
-        )
+        memory, worker = RuntimeError("CUDA out of memory. Tried"), RuntimeError("DataLoader worker (pid 7) is killed")
         for error, option in ((MemoryError(), "--batch-size"), (memory, "--batch-size"), (worker, "--workers")):
             argv, out = (*self.options, "--batch-size", 4, "--iters", 2, "--texture-iters", 0), new_folder("failing")
             with mock.patch("train.losses", side_effect=error):
@@ -1729,18 +1694,20 @@ class TestTraining(Case):
         def recorded(net, slices, batches, optimizer, *rest):
             result = update(net, slices, batches, optimizer, *rest)
             values = {name: value.clone() for name, value in net.state_dict().items()}
-            for name, p in net.named_parameters():
-                momentum = optimizer.state.get(p, {}).get("momentum_buffer")
-                values |= {} if momentum is None else {f"{name} momentum": momentum.clone()}
+            names = {p: name for name, p in net.named_parameters()}
+            values |= {f"{names[p]} momentum": of_p["momentum_buffer"].clone() for p, of_p in optimizer.state.items()}
             states.append(values)
             return result
 
         for amp, steps in (("off", None), ("bf16", None), ("fp16", None), ("off", 3), ("off", 7)):
-            states, out = [], new_folder("paths")
-            argv = (*self.options, "--iters", 6, "--texture-iters", 2, "--save-every", 1, "--amp", amp)
+            states, out, argv = (
+                [],
+                new_folder("paths"),
+                (*self.options, "--iters", 6, "--texture-iters", 2, "--amp", amp),
+            )
             with self.subTest(amp=amp, killed_after=steps), mock.patch("train.update", recorded):
                 if steps is not None:
-                    self.killed(steps, *argv, out=out)
+                    self.killed(steps, *argv, "--save-every", 1, out=out)
                 self.train(*(argv if steps is None else ["--resume"]), out=out)
                 sources = [line["source"] for line in read_log(out)]
                 self.assertEqual((set(sources), len(states)), (set(paths), 8))
@@ -1762,30 +1729,26 @@ class TestTraining(Case):
         loss = train.update(net, net.part_slices, batches, optimizer, scaler, torch.device("cpu"), None)
         return loss, {name: before[name] - p.detach() for name, p in net.named_parameters()}
 
-    def a_batch(self, seed=0) -> dict:
+    def a_batch(self, seed: int) -> dict:
         rng = torch.Generator().manual_seed(seed)
         random = lambda high, *size: torch.randint(0, high, size, generator=rng)
         batch = {"source": "ade20k", "files": [], "images": random(255, 2, 3, 64, 64).to(torch.uint8)}
         return batch | {"scene": random(5, 2), "object": random(7, 2, 16, 16), "part": random(2, 2, 16, 16)}
 
-    def test_losses_are_weighted_as_released(self):
-        loss, steps = self.one_step([self.a_batch()])
-        torch.manual_seed(0)
-        net, batch = UPerNet(CLASSES, "resnet18", channels=8).eval(), self.a_batch()
-        each = upernet.losses(net(batch["images"] / 255, ["scene", "object", "part"]), batch, net.part_slices)
-        self.assertEqual({level: value.item() for level, value in each.items()}, loss)
-        (0.25 * each["scene"] + 1.0 * each["object"] + 0.5 * each["part"]).backward()
-        for name, p in net.named_parameters():
-            expected = torch.zeros_like(p) if p.grad is None else p.grad
-            torch.testing.assert_close(steps[name], expected, rtol=1e-3, atol=1e-6, msg=name)
-
-    def test_accumulated_batches_are_averaged(self):
+    def test_losses_are_weighted_as_released_and_accumulated_batches_averaged(self):
         one, other = self.a_batch(1), self.a_batch(2)
         (loss_1, step_1), (loss_2, step_2), (loss, step) = map(self.one_step, ([one], [other], [one, other]))
         for level, value in loss.items():
             self.assertAlmostEqual(value, (loss_1[level] + loss_2[level]) / 2, places=5)
-        for name, way in step.items():
-            torch.testing.assert_close(way, (step_1[name] + step_2[name]) / 2, rtol=1e-3, atol=1e-6, msg=name)
+        torch.manual_seed(0)
+        net = UPerNet(CLASSES, "resnet18", channels=8).eval()
+        each = upernet.losses(net(one["images"] / 255, ["scene", "object", "part"]), one, net.part_slices)
+        self.assertEqual({level: value.item() for level, value in each.items()}, loss_1)
+        (0.25 * each["scene"] + 1.0 * each["object"] + 0.5 * each["part"]).backward()
+        for name, p in net.named_parameters():
+            gradient = torch.zeros_like(p) if p.grad is None else p.grad
+            for way, expected in ((step_1[name], gradient), (step[name], (step_1[name] + step_2[name]) / 2)):
+                torch.testing.assert_close(way, expected, rtol=1e-3, atol=1e-6, msg=name)
 
     def test_a_loss_that_is_not_finite(self):
         """Ends the run before the step; with fp16 the step is left out, and twenty in a row end it."""
@@ -1802,9 +1765,8 @@ class TestTraining(Case):
         with mock.patch("train.update", recorded):
             out = self.train(*self.options, "--amp", "fp16", "--texture-iters", 0, "--iters", 4)
         self.assertEqual(steps, [(False, 1), (True, 0.5), (True, 0.5), (False, 1)])
-        self.assertEqual(checkpoint_of(out)["scaler"]["scale"], 2.0**14)  # from PyTorch's 2**16
         for line in Path(out, "log.jsonl").read_text().splitlines():
-            json.loads(line, parse_constant=self.fail)
+            json.loads(line, parse_constant=self.fail)  # strictly: without Infinity
         for amp, lines in (("fp16", 19), ("off", 0)):
             with mock.patch("train.losses", times(math.inf)):
                 argv = (*self.options, "--amp", amp, "--iters", 30, "--out", out := new_folder(amp))
@@ -1824,7 +1786,7 @@ class TestTraining(Case):
         self.refused(train.main, (out, "--resume", "--data", "os", "--root", root, "--out", out))
 
     def test_levels_builds_and_trains_only_these_heads(self):
-        for levels in (["object"], ["object", "part"], ["material"]):
+        for levels in (["object"], ["object", "part"], ["material"], ["texture"]):
             with self.subTest(levels=levels):
                 argv = (*self.options, "--levels", ",".join(levels), "--iters", 2, "--texture-iters", 1)
                 out = self.train(*argv, validates=True)
@@ -1832,7 +1794,8 @@ class TestTraining(Case):
                 heads = {key.split(".")[1] for key in content["model"] if key.startswith("heads.")}
                 for of_run in (heads, {v for line in log for v in line["loss"]}, content["vocabulary"], metrics):
                     self.assertEqual(set(of_run), set(levels))
-                self.assertEqual([line["source"] for line in log], ["os" if "material" in levels else "ade20k"] * 2)
+                source = {"material": "os", "texture": "dtd"}.get(levels[0], "ade20k")
+                self.assertEqual([line["source"] for line in log], [source] * (1 if source == "dtd" else 2))
 
     def own(self, *names: str) -> tuple:
         """Options for a folder of images with these classes, each of its colour."""
@@ -1847,52 +1810,39 @@ class TestTraining(Case):
 
     def test_ones_own_data_as_in_the_readme(self):
         """A folder of pictures and class numbers with a table of its own, learnt well beyond chance."""
-        network = ("--weights", "none", "--backbone", "resnet18", "--channels", 16)
-        names = ["leaf", "soil", "stone"]
-        out = self.train(*self.own(*names), *network, "--batch-size", 4, "--iters", 50, validates=True)
+        names, argv = ["leaf", "soil", "stone"], ("--weights", "none", "--backbone", "resnet18", "--channels", 16)
+        out = self.train(*self.own(*names), *argv, "--batch-size", 2, "--iters", 40, validates=True)
         metrics = read_json(out, "metrics.json")
         self.assertEqual(list(metrics["object"]["iou"]), names)
         self.assertGreater(metrics["object"]["mean_iou"], 0.5)
 
     def test_weights_of_our_checkpoint_bring_network_and_classifiers_by_name(self):
         network = ("--backbone", "resnet18", "--channels", 8, "--stem", "deep", "--no-head-conv", "--weights", "none")
-        names, key = [f"thing {k}" for k in range(11)], "heads.object.classifier.weight"
+        names = [f"thing {k}" for k in range(11)]
         path = os.path.join(self.train(*self.own(*names), *network, "--seed", 1, "--iters", 0), "ckpt.pt")
         begin = lambda own, *argv: checkpoint_of(self.train(*own, *argv, "--iters", 0))
         theirs, own = torch.load(path), self.own("thing 7", "new", "thing 2", "thing 10")
-        fresh, ours, wider = (
-            begin(own, *argv) for argv in (network, ("--weights", path), ("--weights", path, "--channels", 16))
-        )
+        fresh, ours = begin(own, *network), begin(own, "--weights", path)
         self.assertEqual(ours["network"], {**theirs["network"], "classes": {"object": 4}})
         for name, value in ours["model"].items():
             expected = theirs["model"][name]
             if ".classifier." in name:
                 expected = torch.stack([expected[7], fresh["model"][name][1], expected[2], expected[10]])
             self.assertTrue(torch.equal(value, expected), name)
+        wider = begin(own, "--weights", path, "--channels", 16)
         self.assertEqual(wider["network"], {**ours["network"], "channels": 16})
-        for name, value in wider["model"].items():
-            self.assertTrue(not name.startswith("backbone.") or torch.equal(value, theirs["model"][name]), name)
-        others = begin(self.own("a", "b"), "--weights", path)["model"][key]  # no name in common: nothing is kept
-        self.assertFalse((others[:, None] == theirs["model"][key]).flatten(2).all(dim=2).any())
+        backbones = [{k: v for k, v in c["model"].items() if k.startswith("backbone.")} for c in (wider, theirs)]
+        torch.testing.assert_close(*backbones, rtol=0, atol=0)
+        others = begin(self.own("a", "b"), "--weights", path)["model"]  # no name in common: nothing is kept
+        ours, theirs = (state["heads.object.classifier.weight"].flatten(1) for state in (others, theirs["model"]))
+        self.assertTrue((ours[:, None] != theirs).all())
 
     def test_weights_of_mmsegmentation_and_of_a_backbone(self):
-        torch.manual_seed(5)
-        net = UPerNet({"object": 3}, "resnet18", 8, head_conv=False, pool="pspnet", stem="v1c")
-        state, theirs = {k: v for k, v in net.state_dict().items() if k not in ("mean", "std")}, {}
-        stem = lambda found: f"backbone.stem.{3 * int(found[2]) - (3 if found[1] == 'conv' else 2)}."
-        names = {"ppm.last": "bottleneck", "fpn.laterals": "lateral_convs", "fpn.convs": "fpn_convs"}
-        names |= {"fusion.conv": "fpn_bottleneck", "heads.object.classifier": "conv_seg"}
-        for key, value in state.items():
-            key = re.sub(r"^backbone\.(conv|bn)(\d)\.", stem, key)
-            key = re.sub(r"^ppm\.branches\.(\d)", r"decode_head.psp_modules.\1.1", key)
-            for ours, name in names.items():
-                key = key.replace(ours, f"decode_head.{name}")
-            key = re.sub(r"^(decode_head.*)\.0\.weight$", r"\1.conv.weight", key)
-            theirs[re.sub(r"^(decode_head.*)\.1\.(\w+)$", r"\1.bn.\2", key)] = value
-        path, own = os.path.join(new_folder("weights"), "theirs.pth"), self.own("new", "c")
-        torch.save({"meta": {"CLASSES": ["a", "b", "c"]}, "state_dict": theirs}, path)
+        network = {"classes": {"object": 3}, "backbone": "resnet18", "channels": 8}
+        (path,), state = released_files("mmseg", 5, {"CLASSES": ["a", "b", "c"]}, **network)
+        own, theirs = self.own("new", "c"), upernet.load_mmseg(path)[0].network
         ours = checkpoint_of(self.train(*own, "--weights", path, "--iters", 0))
-        self.assertEqual(ours["network"], {**net.network, "classes": {"object": 2}})
+        self.assertEqual(ours["network"], {**theirs, "classes": {"object": 2}})
         for key, value in state.items():
             loaded, expected = (ours["model"][key][1], value[2]) if "classifier" in key else (ours["model"][key], value)
             self.assertTrue(torch.equal(loaded, expected), key)
@@ -1901,9 +1851,10 @@ class TestTraining(Case):
 
         theirs = torchvision.models.resnet18().state_dict()
         torch.save(theirs, path)
-        out = self.train(*own, "--weights", path, "--backbone", "resnet18", "--channels", 8, "--iters", 0)
+        network = ("--backbone", "resnet18", "--channels", 8)
+        ours = checkpoint_of(self.train(*own, "--weights", path, *network, "--iters", 0))["model"]
         for key, value in theirs.items():
-            self.assertTrue("fc." in key or torch.equal(checkpoint_of(out)["model"][f"backbone.{key}"], value), key)
+            self.assertTrue("fc." in key or torch.equal(ours[f"backbone.{key}"], value), key)
 
     def test_no_decay_on_biases_and_norms(self):
         net = UPerNet(CLASSES, "resnet18", channels=8)
@@ -1927,14 +1878,13 @@ class TestProcesses(Case):
 
     @classmethod
     def setUpClass(cls):
-        cls.place, cls.whole = new_folder("processes"), new_folder("whole")
-        cls.options = ("--root", toy_root(), *SMALL, "--save-every", 2, "--texture-iters", 2, "--iters")
-        cls.script = write(os.path.join(cls.place, "compared.py"), COMPARED)
+        super().setUpClass()
+        cls.options, cls.whole = (*cls.options, "--save-every", 2, "--texture-iters", 2, "--iters"), cls.at("whole")
+        cls.script = write(cls.at("compared.py"), COMPARED)
         cls.said = cls.torchrun(cls.script, *cls.options, 8, "--out", cls.whole).communicate()
 
     @classmethod
     def torchrun(cls, script: str, *argv, restarts=0, **environment) -> subprocess.Popen:
-        """Two processes of a script, under way."""
         run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         run += [f"--max-restarts={restarts}", os.path.join(HERE, script), *map(str, argv)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": HERE, **environment}
@@ -1949,28 +1899,24 @@ class TestProcesses(Case):
         checkpoint, shared, alone = (os.path.join(self.whole, n) for n in ("ckpt.pt", "shared.json", "alone.json"))
         said, err = self.torchrun("evaluate.py", checkpoint, "--json", shared).communicate()
         self.assertEqual(said.count("mIoU-bg"), 1, err)
-        threads = torch.get_num_threads()
+        self.addCleanup(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
-        try:
-            self.assertEqual(command(evaluate.main, checkpoint, "--json", alone)[0], 0)
-        finally:
-            torch.set_num_threads(threads)
+        self.assertEqual(command(evaluate.main, checkpoint, "--json", alone)[0], 0)
         for path in (shared, os.path.join(self.whole, "metrics.json")):
             self.assertEqual(read_json(path), read_json(alone))
 
     def test_a_killed_process_ends_the_group_and_torchrun_resumes_it(self):
-        restarted = new_folder("restarted")
-        run = self.torchrun(self.script, *self.options, 8, "--out", restarted, restarts=1, kills="1", quick="1")
+        argv, restarted = (*self.options, 8, "--out"), new_folder("restarted")
+        run = self.torchrun(self.script, *argv, restarted, restarts=1, kills="1", quick="1")
         _, err = run.communicate()
         self.assertEqual(run.returncode, 0, err)
         self.assert_same_run(self.whole, restarted)
         with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1", TORCHELASTIC_RUN_ID="another group"):
-            self.refused(train.main, ("--resume --out", *self.options, 8, "--out", restarted))
+            self.refused(train.main, ("--resume --out", *argv, restarted))
 
     def test_a_group_that_was_killed_or_stopped_is_resumed_by_hand(self):
         """After a kill by as many processes; after a signal to the whole group by a single one."""
-        out = new_folder("stopped")
-        run = self.torchrun(self.script, *self.options, 40, "--out", out, kills="1", quick="1")
+        run = self.torchrun(self.script, *self.options, 30, "--out", out := self.at("stopped"), kills="1", quick="1")
         _, err = run.communicate()
         self.assertEqual((run.returncode, checkpoint_of(out)["iteration"]), (1, 4), err)
         self.assertRegex(err, "exitcode +: -9 ")  # torchrun's own report of the process that was killed
@@ -1983,11 +1929,11 @@ class TestProcesses(Case):
         self.assertEqual((checkpoint_of(out)["stage"], checkpoint_of(out)["iteration"]), ("main", log_lines(out)))
         self.assertGreater(log_lines(out), 4)
         self.train("--resume", out=out)
-        self.assertEqual((log_lines(out), checkpoint_of(out)["stage"]), (42, "done"))
+        self.assertEqual((log_lines(out), checkpoint_of(out)["stage"]), (32, "done"))
 
     def test_two_processes_of_two_have_the_gradient_of_one_of_four(self):
         """With batch norm in eval mode and every pixel labelled. They wait for each other as long as PATIENCE says."""
-        script = write(os.path.join(self.place, "gradients.py"), GRADIENTS)
+        script = write(self.at("gradients.py"), GRADIENTS)
         _, err = self.torchrun(script, new_folder("ready")).communicate()
         self.assertEqual((err.count("agreed"), err.count("gave up")), (2, 2), err)
 
@@ -1995,8 +1941,8 @@ class TestProcesses(Case):
 class TestPhotos(Case):
     @classmethod
     def setUpClass(cls):
-        out = cls().train("--root", toy_root(), *SMALL, "--iters", 1, "--texture-iters", 1)
-        cls.checkpoint = os.path.join(out, "ckpt.pt")
+        super().setUpClass()
+        cls.checkpoint = os.path.join(cls().train(*cls.options, "--iters", 1, "--texture-iters", 1), "ckpt.pt")
         cls.noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 80, 3), dtype=np.uint8))
 
     def test_any_mode(self):
@@ -2008,10 +1954,7 @@ class TestPhotos(Case):
         photos |= {"float.tiff": (Image.fromarray(ramp), {}), "really-a-png.jpg": (noise, {"format": "PNG"})}
         photos |= {f"{w}.png": (noise.resize((w, h)), {}) for w, h in ((1, 1), (5000, 2), (2, 5000))}
         photos |= {"moving.gif": (noise, {"save_all": True, "append_images": [noise.rotate(90)]})}
-        photos |= {
-            "turned.jpg": (noise, {"exif": rotated}),
-            "marred.jpg": (noise, {"exif": b"Exif\0\0" + b"\xff" * 20}),
-        }
+        photos |= {"turned.jpg": (noise, {"exif": rotated}), "marred.jpg": (noise, {"exif": b"Exif\0\0" + b"\xff" * 9})}
         for name, (picture, options) in photos.items():
             picture.save(os.path.join(place, name), **options)
         argv = ("--photo", *(os.path.join(place, name) for name in photos), "--pictures", place)
@@ -2022,8 +1965,7 @@ class TestPhotos(Case):
                 size = picture.size if name == "turned.jpg" else picture.size[::-1]
                 for level in ("object", "part", "material", "texture_map"):
                     self.assertEqual(maps[level].shape, size, name)
-                self.assertEqual(maps["scene"].shape, maps["scene_names"].shape)
-                self.assertAlmostEqual(float(maps["scene"].sum()), 1, places=4)
+                np.testing.assert_allclose(maps["scene"].sum(), 1, 1e-4)
                 self.assertLess(maps["part"].max(), len(maps["part_names"]))
                 self.assertEqual((sheet.mode, max(sheet.size) < 6400), ("RGB", True))
 
@@ -2106,13 +2048,9 @@ class TestMistakes(Case):
 
     @classmethod
     def setUpClass(cls):
-        cls.place, cls.options = new_folder("mistakes"), ("--root", toy_root(), *SMALL)
-        cls.run_folder = cls().train(*cls.options, "--iters", 1, "--texture-iters", 1)
-        cls.checkpoint, cls.new = os.path.join(cls.run_folder, "ckpt.pt"), (*cls.options, "--out", cls.at("new"))
-
-    @classmethod
-    def at(cls, *names: str) -> str:
-        return os.path.join(cls.place, *names)
+        super().setUpClass()
+        cls.begun = cls().train(*cls.options, "--iters", 1, "--texture-iters", 1)
+        cls.checkpoint, cls.new = os.path.join(cls.begun, "ckpt.pt"), (*cls.options, "--out", cls.at("new"))
 
     def test_options(self):
         wrong = "--data ade  --backbone vgg16  --weights nothing.pth  --lr -1  --lr nan  --batch-size 0  --iters -3"
@@ -2120,86 +2058,56 @@ class TestMistakes(Case):
         wrong += "  --device meta  --colour red  --levels colour  --levels part  --levels scene,part  --levels object,"
         for option, value in map(str.split, wrong.split("  ")):
             self.refused(train.main, (option.strip("-"), *self.new, option, value))
-        self.refused(
-            train.main,
-            ("ckpt.pt", *self.new, "--resume"),
-            ("--min-", *self.new, "--min-images", 100000),
-            ("--resume --out", *self.options, "--out", self.run_folder),
-            ("--lr", *self.options[:2], "--out", self.run_folder, "--resume", "--lr", 5),
-            ("--levels", "--out", self.at("new"), "--data", "ade20k,os", "--levels", "material"),
-        )
+        cases = [("ckpt.pt", *self.new, "--resume"), ("--min-", *self.new, "--min-images", 100000)]
+        cases += [("--resume --out", *self.options, "--out", self.begun)]
+        cases += [("--lr", "--out", self.begun, "--resume", "--lr", 5)]
+        cases += [("--levels", "--out", self.at("new"), "--data", "ade20k,os", "--levels", "material")]
+        self.refused(train.main, *cases)
         with mock.patch("resnet.load_imagenet", side_effect=OSError("no route to host")):
             self.refused(train.main, ("--weights none", *self.new, "--weights", "imagenet"))
         self.assertFalse(os.path.exists(self.at("new")))
         ckpt, missing, released = self.checkpoint, self.at("nowhere"), ("--release", self.at("a"), self.at("b"))
-        self.refused(
-            evaluate.main,
-            ("--release",),
-            ("--release", ckpt, *released),
-            ("--labels", *released),
-            (missing, missing),
-            (self.place, self.place),
-            ("--levels", ckpt, "--levels", "colour"),
-            ("--size", ckpt, "--size", "1e3"),
-            (missing, ckpt, "--data", "dtd", "--root", missing),
-            (self.place, ckpt, "--levels", "scene", "--json", self.place),
-            ("--photo", ckpt, "--photo", self.at("a", "same.jpg"), self.at("b", "same.jpg")),
-            ("--json", ckpt, "--photo", self.at("x.jpg"), "--json", self.at("m.json")),
-            ("--relations", ckpt, "--relations", self.at("r.json"), "--levels", "scene"),
-        )
+        cases = [("--release",), ("--release", ckpt, *released), ("--labels", *released), (missing, missing)]
+        cases += [(self.place, self.place), ("--size", ckpt, "--size", "1e3"), ("--levels", ckpt, "--levels", "colour")]
+        cases += [(missing, ckpt, "--data", "dtd", "--root", missing)]
+        cases += [("--photo", ckpt, "--photo", self.at("a", "same.jpg"), self.at("b", "same.jpg"))]
+        cases += [("--json", ckpt, "--photo", self.at("x.jpg"), "--json", self.at("m.json"))]
+        ckpt = (ckpt, "--levels", "scene")
+        cases += [(self.place, *ckpt, "--json", self.place), ("--relations", *ckpt, "--relations", self.at("r.json"))]
+        self.refused(evaluate.main, *cases)
         self.refused(balance_split.main, ("--fraction", *self.options[:2], "--fraction", 2))
         self.refused(upernet.main, ("--size", "--size", "large"))
 
     def test_folders(self):
-        """Data that are missing, or not in their layout."""
         table, occupied = "label-substance-colors.csv", write(self.at("occupied"), "a file")
 
-        def surfaces(name: str, text: str | None = None, path: str = f"os/{table}") -> tuple:
+        def surfaces(name: str, text: str | None = None) -> tuple:
             shutil.copytree(os.path.join(toy_root(), "toy", "os"), self.at(name, "os"))
             if text is not None:
-                write(self.at(name, path), text)
+                write(self.at(name, "os", table), text)
             return "--data", "os", "--root", self.at(name)
 
-        bare, moved, ade = surfaces("bare"), surfaces("moved"), ("--data", "ade20k", "--root")
+        bare, fine, ade = surfaces("bare"), surfaces("fine"), ("--data", "ade20k", "--root")
         os.remove(self.at("bare", "os", table))
-        command(balance_split.main, *moved, "--min-images", 5)
-        for kind, ending in (("photos", ".jpg"), ("photos-labels", ".png")):
-            os.rename(self.at("moved", "os", kind, f"1{ending}"), self.at("moved", "os", kind, f"new{ending}"))
         write(self.at("old", "ade20k", "index_ade20k.mat"), "")
         os.makedirs(self.at("empty", "ade20k", "images", "ADE"))
         ones, columns = [np.ones((40, 40))] * 2, "substance_id,red_color,substance_name\n"
-        self.refused(
-            datasets.main,
-            ("ade20k", *ade, self.at("bare")),
-            ("dtd", "--data", "os,dtd", "--root", self.at("moved")),
-            ("occupied", *ade, occupied),
-            ("ADE20K_2021_17_01", *ade, self.at("old")),
-            ("images/ADE", *ade, self.at("empty")),
-            (table, *bare),
-            (table, *surfaces("columns", "a,b\n1,2\n")),
-            (table, *surfaces("infinite", f"{columns}1,inf,wood\n")),
-            (table, *surfaces("nameless", f"{columns}1,1\n")),
-            ("objectInfo150.txt", *ade, own_data(self.at("words"), ones, objectInfo150="Idx Name\n1 wall\n")),
-            ("objectInfo150.txt", *ade, own_data(self.at("zero"), ones, objectInfo150="Idx\tName\n0\ta\n1\tb\n")),
-            ("--cache", *surfaces("cache"), "--cache", occupied),
-        )
-        lists, entry = (
-            surfaces(n, t, "split.json") for n, t in (("lists", "[]"), ("entry", '{"sources": {"os": {}}}'))
-        )
-        argv = ("--out", self.at("new"), "--min-images", 5)
-        self.refused(train.main, *(("split.json", *data, *argv) for data in (moved, lists, entry)))
+        tables = {"words": "Idx Name\n1 wall\n", "zero": "Idx\tName\n0\tbackground\n1\twall\n"}
+        words, zero = (own_data(self.at(name), ones, objectInfo150=text) for name, text in tables.items())
+        cases = [("ade20k", *ade, bare[3]), ("occupied", *ade, occupied), ("images/ADE", *ade, self.at("empty"))]
+        cases += [("dtd", "--data", "os,dtd", *fine[2:]), ("ADE20K_2021_17_01", *ade, self.at("old"))]
+        cases += [("objectInfo150.txt", *ade, words), ("objectInfo150.txt", *ade, zero), (table, *bare)]
+        cases += [(table, *surfaces("columns", "a,b\n1,2\n")), (table, *surfaces("nameless", f"{columns}1,1\n"))]
+        cases += [(table, *surfaces("infinite", f"{columns}1,inf,wood\n"))]
+        self.refused(datasets.main, *cases, ("--cache", *fine, "--cache", occupied))
 
     def test_checkpoints(self):
         """Files that are no checkpoint of ours, in the three places where one is read. No code in them runs."""
         content, good, weight = Path(self.checkpoint).read_bytes(), torch.load(self.checkpoint), "ppm.last.0.weight"
         model, scenes, ran = good["model"], good["vocabulary"]["scene"], self.at("ran")
         runs_code = type("RunsCode", (), {"__reduce__": lambda self: (os.mkdir, (ran,))})()
-        weights = {
-            "shape": torch.zeros(3),
-            "text": "text",
-            "sparse": model[weight].to_sparse(),
-            "nan": model[weight] * math.nan,
-        }
+        weights = {"shape": torch.zeros(3), "text": "text", "sparse": model[weight].to_sparse()}
+        weights["nan"] = model[weight] * math.nan
         files = {name: {**good, "model": {**model, weight: value}} for name, value in weights.items()}
         network = {"option": {"colour": 3}, "huge": {"channels": 10**9}, "module": {"backbone": "os"}}
         files |= {name: {**good, "network": {**good["network"], **values}} for name, values in network.items()}
@@ -2215,8 +2123,6 @@ class TestMistakes(Case):
             Path(path).write_bytes(value) if isinstance(value, bytes) else torch.save(value, path)
             self.refused(evaluate.main, (path, path, "--levels", "scene"))
             self.refused(train.main, (path, *self.new, "--weights", path), (path, "--resume", "--out", self.at(name)))
-        torch.save({**good, "stage": "first"}, path)
-        self.refused(train.main, (path, "--resume", "--out", self.at(name)))
         self.assertFalse(os.path.exists(ran))
 
     def test_photos(self):
@@ -2234,22 +2140,19 @@ class TestMistakes(Case):
         argv = ("--photo", *map(self.at, names), self.at("good.jpg"), "--pictures", out)
         self.refused(evaluate.main, (" ".join(names), self.checkpoint, *argv))
         self.assertEqual({name.split("_")[0] for name in os.listdir(out)}, {"good"})
-        argv = ("--photo", self.at("good.jpg"), "--pictures", self.at("words.jpg"))
-        self.refused(evaluate.main, ("words.jpg", self.checkpoint, *argv))
 
     def test_as_commands_of_their_own(self):
-        names = ("train.py", "balance_split.py", "datasets.py")
         run = lambda name: [sys.executable, os.path.join(HERE, name), "--data", "ade"]
-        for name, started in [(n, subprocess.Popen(run(n), stderr=subprocess.PIPE, text=True)) for n in names]:
-            _, err = started.communicate()
-            self.assertEqual((started.returncode, err.count("\n")), (2, 1), err)
-            self.assertRegex(err, f"^{name}: --data ade")
+        started = {n: subprocess.Popen(run(n), stderr=subprocess.PIPE) for n in ("balance_split.py", "datasets.py")}
+        for name, process in started.items():
+            self.assertRegex(process.communicate()[1], rf"^{name}: --data ade.*\n$".encode())
+            self.assertEqual(process.returncode, 2)
 
     def test_help_is_short(self):
         for main in (train.main, evaluate.main, balance_split.main, datasets.main, upernet.main):
             with mock.patch.dict(os.environ, COLUMNS="110"):
                 status, said, _ = command(main, "--help")
-            self.assertEqual((status, len(said.splitlines()) <= 40), (0, True), main.__module__)
+            self.assertEqual((status, said.count("\n") <= 40), (0, True), main.__module__)
 
 
 @unittest.skipUnless(os.path.isdir(os.path.join(SHARED, "data")), "the real samples are not here")
@@ -2260,14 +2163,12 @@ class TestRealSamples(Case):
             sample = os.path.join(SHARED, "data", "ade20k_2021_sample", ade, "training")
             shutil.copytree(sample, os.path.join(root, "ade20k", ade, side))
         shutil.copytree(os.path.join(SHARED, "data", "dtd_sample"), os.path.join(root, "dtd"))
-        argv = ["--data", "ade20k,dtd", "--root", root]
-        for option in least():
-            argv += [f"--{option.replace('_', '-')}", 1]
+        argv = ["--data", "ade20k,dtd", "--root", root, "--min-images", 1, "--min-pixels", 1]
+        argv += ["--min-part-images", 1, "--min-scene-images", 1]
         status, said, err = command(datasets.main, *argv)
         self.assertEqual((status, err, "ade20k: 6 images" in said, "10 classes" in said), (0, "", True, True))
-        argv += ["--split", "official", "--backbone", "resnet18", "--channels", 16, "--weights", "none"]
-        argv += ["--sizes", "96,128", "--iters", 12, "--texture-iters", 3, "--workers", 0]
-        out = self.train(*argv, validates=True)
+        argv += ["--split", "official", "--backbone", "resnet18", "--channels", 16, "--weights", "none", "--workers", 0]
+        out = self.train(*argv, "--sizes", "96,128", "--iters", 12, "--texture-iters", 3, validates=True)
         vocabulary, metrics = checkpoint_of(out)["vocabulary"], read_json(out, "metrics.json")
         self.assertEqual((vocabulary["scene"], "car" in vocabulary["object"]), (["street"], True))
         self.assertLessEqual({"wheel", "headlight", "windshield"}, set(vocabulary["part"]["car"]))

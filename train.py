@@ -4,10 +4,10 @@
     python train.py --data ade20k,dtd,os                        # the real data, under ./data
     torchrun --nproc_per_node=8 train.py --data ade20k,dtd,os   # several GPUs
 
-Each iteration draws one source, and updates only what lies on the path to its labels. Textures come last: only the
-texture head, on the frozen network."""
+Each iteration draws one source and updates only the path to its labels. Textures come last: only the texture head, on
+the frozen network."""
 
-import contextlib, functools, json, math, os, shlex, signal, time
+import contextlib, functools, json, math, os, shlex, signal, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,6 @@ from datasets import Option, Source, UserError
 from upernet import LEVELS, LOSS_WEIGHTS, UPerNet, losses
 
 TEXTURE_IMAGES = 8  # for each of --batch-size in the texture stage: they have a fiftieth of the area (our choice)
-OVERFLOWS = 20  # fp16 steps left out in a row that end a run
 
 
 def update(model: nn.Module, part_slices: dict, batches: list[dict], optimizer, scaler, device, amp) -> dict:
@@ -32,9 +31,8 @@ def update(model: nn.Module, part_slices: dict, batches: list[dict], optimizer, 
     that its batch-norm statistics stay, and out of the backward pass, so that its gradients stay None, and SGD leaves
     parameters without a gradient alone, their weight decay and momentum too (in the released code both act). A level
     without a label in this batch is on the path: its gradients are zero, and decay and momentum act.
-
-    Raises FloatingPointError before the step if a loss is not finite in any process; with fp16 such a step is left
-    out by the scaler instead, which then lowers its scale."""
+    Raises FloatingPointError before the step if a loss is not finite in any process; with fp16 the scaler leaves such
+    a step out instead, and lowers its scale."""
     optimizer.zero_grad(set_to_none=True)
     values = []
     for k, batch in enumerate(batches):
@@ -143,18 +141,19 @@ def train(parser: datasets.Parser, given) -> None:
                 optimizer.load_state_dict(checkpoint["optimizer"])
             model = net
             if processes > 1:
-                ids = [device.index] if device.type == "cuda" else None
-                model = DistributedDataParallel(net, ids, find_unused_parameters=len(of_stage) > 1)
-            images = batch_size * args.accumulate * processes
+                model = DistributedDataParallel(net, find_unused_parameters=len(of_stage) > 1)
             settings = {"sizes": args.sizes, "longest": args.max_size, "seed": args.seed}
             settings |= {"sources": [sources[n] for n in of_stage], "share": (args.accumulate, rank, processes)}
-            plan = datasets.plan_batches(of_stage, iterations, images, args.seed)
+            plan = datasets.plan_batches(of_stage, iterations, batch_size * args.accumulate * processes, args.seed)
             batch = functools.partial(datasets.training_batch, plan=plan, **settings)
             numbers, pinned = range(first * args.accumulate, iterations * args.accumulate), device.type == "cuda"
             workers = datasets.default_workers() if args.workers is None else args.workers
             loader = DataLoader(numbers, None, None, None, None, workers, batch, pinned, worker_init_fn=ignore_signals)
             batches, saved, overflows, left_out = iter(loader), time.monotonic(), 0, 0
-            for iteration in (bar := datasets.progress(range(first, iterations), name, first, iterations)):
+            every = 0.1 if sys.stdout.isatty() else 30  # seconds between updates of the bar
+            bar = dict(desc=name, total=iterations, initial=first, disable=rank > 0, file=sys.stdout, mininterval=every)
+            bar = tqdm(range(first, iterations), **bar)
+            for iteration in bar:
                 began = time.perf_counter()
                 if name == "main":
                     net.train()
@@ -169,12 +168,11 @@ def train(parser: datasets.Parser, given) -> None:
                     loss = update(model, net.part_slices, of_step, optimizer, scaler, device, amp)
                     overflows = overflows + 1 if scaler.get_scale() < scale else 0
                     left_out += overflows > 0
-                    if overflows == OVERFLOWS:
-                        raise FloatingPointError(f"{OVERFLOWS} fp16 steps in a row overflowed")
+                    if overflows == 20:
+                        raise FloatingPointError("20 fp16 steps in a row overflowed")
                 except FloatingPointError as e:
                     where = f"the loss is not finite at iteration {iteration} of the {name} stage ({e})"
                     raise UserError(f"{where}; {path} is the last good checkpoint; try a lower --lr") from None
-
                 line = {"stage": name, "iteration": iteration, "source": of_step[0]["source"], "lr": lr}
                 line["loss"] = {level: value if math.isfinite(value) else None for level, value in loss.items()}
                 line["seconds"] = round(time.perf_counter() - began, 4)
@@ -206,7 +204,6 @@ def train(parser: datasets.Parser, given) -> None:
                 print(f"{name}: left out {left_out} steps that overflowed in fp16")
             stage, first = order[order.index(name) + 1], 0
             save(stage, first)
-
     # Evaluate.
     print(f"wrote {path}, and beside it log.jsonl and curves.png")
     if validation:
@@ -344,8 +341,7 @@ def draw_curves(log: str, lengths: dict[str, int], out: str, bins: int = 160) ->
         for name in (name for name in (*LEVELS, "learning rate") if name in sums):
             xs = sums[name][:, 1].nonzero()[0]
             ys = sums[name][xs, 0] / sums[name][xs, 1]
-            title = name if name == "learning rate" else f"{name}, loss"
-            points = {"#2255cc": ((xs + 0.5) * total / bins, ys)}
+            title, points = name if " " in name else f"{name}, loss", {"#2255cc": ((xs + 0.5) * total / bins, ys)}
             panels.append(evaluate.plot(title, points, float(ys.max()) or 1.0, total, "iterations"))
         if panels:
             evaluate.save_picture(evaluate.sheet_of([panels[:3], panels[3:]]), os.path.join(out, "curves.png"))
@@ -353,8 +349,7 @@ def draw_curves(log: str, lengths: dict[str, int], out: str, bins: int = 160) ->
 
 @contextlib.contextmanager
 def noted_signals():
-    """Notes SIGTERM and Ctrl-C in a list instead of acting on them. One that comes two seconds later has its usual effect:
-    a signal to a group may come twice."""
+    """Notes SIGTERM and Ctrl-C in a list; one that comes two seconds later takes effect (to a group they come twice)."""
     noted, times = [], []
 
     def note(number: int, _) -> None:

@@ -219,7 +219,6 @@ class UPerNet(nn.Module):
                 raise ValueError(f"backbone {backbone!r}: resnet18, resnet34, resnet50, resnet101, or a module")
             backbone = ResNet(int(backbone[6:]), stem, output_stride)
         self.backbone = backbone
-
         c2, *_, c5 = backbone.channels
         self.ppm = PPM(c5, channels, pool) if ppm else ConvBNReLU(c5, channels, 1)
         self.fpn = FPN(backbone.channels[fpn - 2 : 3], channels, all_maps=fusion) if fpn else None
@@ -253,12 +252,10 @@ class UPerNet(nn.Module):
         images: (N, 3, H, W), RGB in [0, 1], H and W at least 32. In training mode batch norm needs more than one value
             a channel: a single image must have a side above 32, and `pool="pspnet"` needs two images.
         Returns a dict:
-          scene         (N, classes)
-          object        (N, classes, H/4, W/4)
-          part          (N, sum of part counts, H/4, W/4); softmax within `part_slices[object]`
-          material      (N, classes, H/4, W/4)
-          texture       (N, classes), the mean over texture_map
-          texture_map   (N, classes, H/4, W/4)
+          scene              (N, classes)
+          object, material   (N, classes, H/4, W/4)
+          part               (N, sum of part counts, H/4, W/4); softmax within `part_slices[object]`
+          texture            (N, classes), the mean over texture_map (N, classes, H/4, W/4)
         Raises ValueError for a level that the network does not have, and for images that are not as above."""
         levels = list(self.classes) if levels is None else levels
         if unknown := set(levels) - set(self.classes):
@@ -270,13 +267,11 @@ class UPerNet(nn.Module):
         stages = self.backbone(x, last=2) if ours and only_texture else self.backbone(x)  # C2..
         quarter = stages[0].shape[2:]
         logits = {}
-
         if "texture" in levels:  # section 3.1: on C2, and no gradient into the backbone
             logits["texture_map"] = self.heads["texture"](stages[0].detach())
             logits["texture"] = logits["texture_map"].mean(dim=(2, 3))
         if only_texture:
             return logits
-
         p5 = self.ppm(stages[-1])
         if "scene" in levels:
             logits["scene"] = self.heads["scene"](p5).flatten(1)
@@ -380,7 +375,7 @@ def build(network: dict, state: dict, path: str, device: str = "cpu") -> UPerNet
 def load(path: str, device: str = "cpu") -> tuple[UPerNet, dict]:
     """(network in eval mode, vocabulary) from a checkpoint of train.py.
     The vocabulary maps each level to its class names; for part, object name -> part names, "background" first.
-    Raises ValueError, with the file's name and what is wrong, for anything else."""
+    ValueError, with the file's name and what is wrong, for anything else."""
     net, checkpoint = read_checkpoint(path, device)
     return net, checkpoint["vocabulary"]
 
@@ -391,8 +386,8 @@ def read_checkpoint(path: str, device: str = "cpu") -> tuple[UPerNet, dict]:
     try:
         vocabulary, arguments = checkpoint["vocabulary"], checkpoint.get("arguments", {})
         lists = [v for level, names in vocabulary.items() for v in (names.values() if level == "part" else [names])]
-        known = class_counts(vocabulary) == checkpoint["network"]["classes"]
-        if not known or not all(isinstance(name, str) for names in lists for name in names):
+        text = all(isinstance(name, str) for names in lists for name in names)
+        if not text or class_counts(vocabulary) != checkpoint["network"]["classes"]:
             raise ValueError("its vocabulary does not have the network's classes")
         net = build(checkpoint["network"], checkpoint["model"], path, device)
         checkpoint["split"] = {name: [str(image) for image in v] for name, v in checkpoint.get("split", {}).items()}
