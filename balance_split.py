@@ -2,7 +2,7 @@
 
     python balance_split.py --data ade20k,os,dtd     # writes data/split.json
 
-From a random split, one image of each side is picked again and again, and the two are swapped if that brings the classes'
+From a random split, one image of each side is picked again and again, and the two are swapped if that brings classes'
 shares nearer to 10%: if the mean of their distances gets smaller (our measure; each source is split by itself)."""
 
 import json, math, os

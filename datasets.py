@@ -19,7 +19,7 @@ import upernet
 
 SOURCE_LEVELS = {"ade20k": ("scene", "object", "part"), "os": ("material",), "dtd": ("texture",)}
 MEAN_COLOUR = (124, 116, 104)  # ImageNet's, the colour of padding: zero after the network's normalisation
-TEXTURE_SIZE = 64  # section 3.1: "roughly 64x64"; ours: short side 64, then a square of it
+TEXTURE_SIZE = 64  # section 3: "roughly 64x64"; ours: short side 64, then a square of it
 SEED = 304  # of the toy's files and of every split; --seed is about training
 
 
@@ -462,7 +462,7 @@ def training_batch(
     numbers, samples = numbers[first : first + n], []
     # Section 3.1 draws the short side; ours: one for all images of an iteration, so that little is padded.
     short = int(np.random.default_rng((seed, iteration)).choice(sizes))
-    for place, i in enumerate(numbers, start=first + 1):  # numpy ignores a trailing zero in a seed
+    for place, i in enumerate(numbers, start=first + 1):  # from 1: numpy takes (a, b, 0) for (a, b)
         rng = np.random.default_rng((seed, iteration, place))
         if source.index.source == "dtd":
             picture, size = texture_square(source, i, rng.random()), (TEXTURE_SIZE, TEXTURE_SIZE)

@@ -113,9 +113,7 @@ def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) ->
     possible = (highest < bound).flatten(1).all(dim=1).logical_not().nonzero().flatten()
     best, top = torch.zeros(size, dtype=torch.int64, device=logits.device), logits.new_full(size, -torch.inf)
     for classes in possible.split(8):
-        values = torch.ops.aten.upsample_bilinear2d(logits[None, classes], size, False, *scales)[
-            0
-        ]  # size and scale both
+        values = torch.ops.aten.upsample_bilinear2d(logits[None, classes], size, False, *scales)[0]
         for k, value in zip(classes.tolist(), values):
             best.masked_fill_(value > top, k)
             torch.maximum(top, value, out=top)
@@ -149,8 +147,8 @@ def class_names(vocabulary: dict) -> dict[str, list[str]]:
 # ---------------------------------------------------------------- evaluation
 def evaluate(net: UPerNet, vocabulary: dict, sources: dict, images: list, levels=None, amp=None, pictures=None) -> dict:
     """The metrics of `net` on the (source, image number)s, in the format of `evaluate.py --json`.
-    Images are resized to `net.test_size`, predictions evaluated at the label maps' own size. In the folder `pictures`, if
-    given, up to SHOWN images of each source are shown, truth beside prediction. Processes share the images."""
+    Images are resized to `net.test_size`, predictions evaluated at the label maps' own size. In the folder `pictures`,
+    if given, up to SHOWN images of each source are shown, truth beside prediction. Processes share the images."""
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device, metrics = next(net.eval().parameters()).device, Metrics(vocabulary)
     levels = [level for level in (levels or LEVELS) if level in vocabulary]
@@ -218,7 +216,7 @@ def table(results: dict, amp: torch.dtype | None = None, untrained: dict | None 
 
 # ---------------------------------------------------------------- photos
 def parse(net: UPerNet, photo, levels: list[str] | None = None, amp: torch.dtype | None = None) -> dict:
-    """All that the network sees in a photo, a PIL image or a uint8 array (H, W, 3), as numpy arrays of the photo's size.
+    """All that the network sees in a photo, a PIL image or a uint8 array (H, W, 3), as arrays of the photo's size.
     object, material, texture_map: (H, W) class indices; part: (H, W) channels of the part logits within the predicted
     object, -1 for none; scene, texture: (K,) probabilities. Resized and padded to `net.test_size`, as in training."""
     if not isinstance(photo, Image.Image):
@@ -388,7 +386,7 @@ def tag_panel(title: str, photo: Image.Image | None, scores: dict[str, np.ndarra
 
 
 def comparison(photo: Image.Image, maps: dict, logits: dict, labels: dict, vocabulary: dict) -> Image.Image:
-    """One validation image: the truth in the upper row, the prediction in the lower (in the same row without scores)."""
+    """One validation image: the truth in the upper row, the prediction in the lower (in one row without scores)."""
     photo, names = photo.resize((PANEL, max(1, round(photo.height * PANEL / photo.width)))), class_names(vocabulary)
     scores = {level: logits[level].softmax(dim=0).cpu().numpy() for level in ("scene", "texture") if level in logits}
     known = [f"{level}: {names[level][int(labels[level])]}" for level in scores if labels[level] >= 0]
@@ -467,7 +465,7 @@ def released_names(labels: str | None, index: Index, vocabulary: dict) -> dict[s
 
 
 def images_to_evaluate(sources: dict[str, Source], vocabulary: dict, split: dict | None, args) -> list[tuple[str, int]]:
-    """The (source, image number)s: those that --split names, else the checkpoint's own validation images, `split`; for a
+    """The (source, image number)s: those that --split names, else the checkpoint's validation images, `split`; for a
     released network, without one, see `balance_split.validation_images`. Never makes a split."""
     path, images = balance_split.split_path(args), []
     for name, source in sources.items():

@@ -46,7 +46,7 @@ def update(model: nn.Module, part_slices: dict, batches: list[dict], optimizer, 
             total = sum(LOSS_WEIGHTS[level] * value for level, value in loss.items()) / len(batches)
             scaler.scale(total).backward()
         values.append(torch.stack([value.detach() for value in loss.values()]))
-    means = torch.stack(values).mean(dim=0).tolist()  # the step's only wait for the GPU
+    means = torch.stack(values).mean(dim=0).tolist()  # one transfer for all the losses
     if not scaler.is_enabled() and datasets.anywhere(not all(map(math.isfinite, means))):
         raise FloatingPointError(f"{batches[0]['source']}: {', '.join(f for batch in batches for f in batch['files'])}")
     scaler.step(optimizer)
@@ -62,7 +62,8 @@ def train(parser: datasets.Parser, given) -> None:
     names = "ckpt.pt", "log.jsonl", "best.pt", "metrics.json"
     path, log, best_path, metrics_path = (os.path.join(args.out, name) for name in names)
     if checkpoint and checkpoint["stage"] == "done" and os.path.exists(metrics_path):
-        ways = f"python evaluate.py {shlex.quote(path)} evaluates it, --weights {shlex.quote(path)} --out OTHER --lr RATE trains on"
+        quoted = shlex.quote(path)
+        ways = f"python evaluate.py {quoted} evaluates it, --weights {quoted} --out NEW --lr RATE trains on"
         return print(f"{args.out}: this run is finished; {ways}")
     device = datasets.pick_device(args.device)
     amp = datasets.pick_amp(args.amp, device)
@@ -133,7 +134,7 @@ def train(parser: datasets.Parser, given) -> None:
         for name, (of_stage, iterations, batch_size) in stages.items():
             if stage != name:
                 continue
-            # Section 3.1: textures are learnt last, by their head alone.
+            # Section 3: textures are learned last, and only their head is trained.
             for key, parameter in net.named_parameters():
                 parameter.requires_grad_(key.startswith("heads.texture.") == (name == "texture"))
             optimizer = torch.optim.SGD(parameter_groups(net), lr=args.lr, momentum=0.9)
@@ -148,8 +149,9 @@ def train(parser: datasets.Parser, given) -> None:
             batch = functools.partial(datasets.training_batch, plan=plan, **settings)
             numbers, pinned = range(first * args.accumulate, iterations * args.accumulate), device.type == "cuda"
             workers = datasets.default_workers() if args.workers is None else args.workers
-            loader = DataLoader(numbers, None, None, None, None, workers, batch, pinned, worker_init_fn=ignore_signals)
-            batches, saved, overflows, left_out = iter(loader), time.monotonic(), 0, 0
+            how = dict(num_workers=workers, pin_memory=pinned, worker_init_fn=ignore_signals)
+            batches, saved = iter(DataLoader(numbers, None, collate_fn=batch, **how)), time.monotonic()
+            overflows = left_out = 0  # fp16 steps: in a row, in all
             every = 0.1 if sys.stdout.isatty() else 30  # seconds between updates of the bar
             bar = dict(desc=name, total=iterations, initial=first, disable=rank > 0, file=sys.stdout, mininterval=every)
             bar = tqdm(range(first, iterations), **bar)
@@ -157,7 +159,7 @@ def train(parser: datasets.Parser, given) -> None:
                 began = time.perf_counter()
                 if name == "main":
                     net.train()
-                else:  # frozen: no gradient passes the head's `detach`, and eval mode keeps the batch-norm statistics
+                else:  # frozen: no gradient passes forward's `detach`, and eval mode keeps the batch-norm statistics
                     net.eval()
                     net.heads["texture"].train()
                 lr = args.lr * (1 - iteration / iterations) ** 0.9  # section 3.1: poly; a policy for each stage is ours
@@ -191,7 +193,7 @@ def train(parser: datasets.Parser, given) -> None:
                         file.write(json.dumps(line) + "\n")
                 number = datasets.anywhere(noted[0] if noted else 0)
                 due = done % args.save_every == 0 if args.save_every else time.monotonic() - saved > 600
-                if number or due and done < iterations:
+                if number or (due and done < iterations):
                     save(name, done, optimizer)
                     saved = time.monotonic()
                 if number:
@@ -239,7 +241,7 @@ def plan_stages(args, sizes: dict[str, dict], processes: int) -> dict[str, tuple
 
 
 def open_data(args, checkpoint: dict | None) -> tuple[dict[str, Source], dict, dict[str, list[str]], dict[str, str]]:
-    """(sources, vocabulary, validation images, fingerprints of the images). UserError if those of a resumed run changed."""
+    """(sources, vocabulary, validation images, fingerprints of the images). UserError if a resumed run's changed."""
     (indexes, minima), levels = datasets.open_indexes(args), args.levels or LEVELS
     indexes = {name: index for name, index in indexes.items() if set(datasets.SOURCE_LEVELS[name]) & set(levels)}
     fingerprints = {name: datasets.hash_of(index.images) for name, index in indexes.items()}
@@ -349,7 +351,7 @@ def draw_curves(log: str, lengths: dict[str, int], out: str, bins: int = 160) ->
 
 @contextlib.contextmanager
 def noted_signals():
-    """Notes SIGTERM and Ctrl-C in a list; one that comes two seconds later takes effect (to a group they come twice)."""
+    """Notes SIGTERM and Ctrl-C in a list; one that comes two seconds later takes effect (to groups they come twice)."""
     noted, times = [], []
 
     def note(number: int, _) -> None:
@@ -387,7 +389,7 @@ def torchrun_group() -> list:
 
 
 def settle(parser: datasets.Parser, given) -> tuple:
-    """(all options, the checkpoint to resume or None, what `read_start` found). UserError for options that do not fit."""
+    """(options, the checkpoint to resume or None, what `read_start` found). UserError if options do not fit."""
     data = given.data or "toy"
     names = [name for name in datasets.SOURCE_LEVELS if name in datasets.named_sources(data)]
     out = given.out or os.path.join("runs", data if data == "toy" else "+".join(names))

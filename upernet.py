@@ -63,7 +63,7 @@ def average_weights(bins: int, n: int, device: torch.device) -> Tensor:
 
 # ---------------------------------------------------------------- the network, from C5 upwards
 class PPM(nn.Module):
-    """Pyramid Pooling Module on C5 (PSPNet's, Zhao et al., CVPR 2017): C5 -> P5. Pooling is two small matrix products."""
+    """Pyramid Pooling Module on C5 (PSPNet's, Zhao et al., CVPR 2017): C5 -> P5. Pools by two small matrix products."""
 
     BINS = (1, 2, 3, 6)
 
@@ -267,7 +267,7 @@ class UPerNet(nn.Module):
         stages = self.backbone(x, last=2) if ours and only_texture else self.backbone(x)  # C2..
         quarter = stages[0].shape[2:]
         logits = {}
-        if "texture" in levels:  # section 3.1: on C2, and no gradient into the backbone
+        if "texture" in levels:  # section 3: on C2, and no gradient into the backbone
             logits["texture_map"] = self.heads["texture"](stages[0].detach())
             logits["texture"] = logits["texture_map"].mean(dim=(2, 3))
         if only_texture:
@@ -286,14 +286,14 @@ class UPerNet(nn.Module):
         return logits
 
     def check(self, images: Tensor, only_texture: bool) -> None:
-        """Raises ValueError for images that `forward` does not take; looks at values where that makes no GPU wait."""
+        """Raises ValueError for images that `forward` does not take; looks at values unless that stops a GPU."""
         found, (n, colours, *size) = f"images {tuple(images.shape)} of {images.dtype}", (*images.shape, 0, 0)[:4]
         if images.ndim != 4 or colours != 3 or not images.is_floating_point() or min(size) < 32:
             raise ValueError(f"{found}: not (N, 3, H, W) floats of 32 pixels or more (add a dimension, divide by 255)")
         if self.training and n == 1 and not only_texture and (max(size) <= 32 or self.network["pool"] == "pspnet"):
             if not any(isinstance(m, nn.SyncBatchNorm) for m in self.modules()):
                 raise ValueError(f"{found}: batch norm needs two to train, or above 32 pixels if pool is not pspnet")
-        if not (torch.compiler.is_compiling() or images.is_meta or self.training and images.is_cuda):
+        if not (torch.compiler.is_compiling() or images.is_meta or images.is_cuda and torch.is_grad_enabled()):
             low, high = (value.item() for value in images.detach().aminmax())
             if low < -0.01 or high > 1.01:
                 raise ValueError(f"{found}: values in [{low:.3g}, {high:.3g}], not RGB in [0, 1]")
@@ -357,7 +357,7 @@ def read_file(path: str, device: str = "cpu") -> dict:
 
 
 def build(network: dict, state: dict, path: str, device: str = "cpu") -> UPerNet:
-    """UPerNet(**network) in eval mode with the tensors of `state`; ValueError names the file and the first wrong key."""
+    """UPerNet(**network) in eval mode with the tensors of `state`; ValueError names the file and first wrong key."""
     with torch.device("meta"):  # takes no memory before the file is known to fit
         net = UPerNet(**network)
     wanted, state = net.state_dict(), {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} | state
