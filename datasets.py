@@ -5,7 +5,7 @@
 `scan` opens every file of a source once and keeps what it found, an `Index`. `build_vocabulary` makes the class names of
 each level from the indexes. A `Source` is an index read with a vocabulary: photos and labels, for batches."""
 
-import argparse, colorsys, contextlib, csv, datetime, hashlib, json, math, multiprocessing, os, re, shutil, sys, warnings
+import argparse, colorsys, contextlib, csv, datetime, hashlib, json, math, multiprocessing, os, re, shutil, signal, sys, warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -445,9 +445,7 @@ def plan_batches(sizes: dict[str, dict[int, tuple[int, int]]], iterations: int, 
     return plan
 
 
-def training_batch(
-    k: int, sources: list, plan: np.ndarray, sizes: list, longest: int, seed: int, share=(1, 0, 1)
-) -> dict:
+def training_batch(k, sources: list, plan: np.ndarray, sizes: list, longest: int, seed: int, share=(1, 0, 1)) -> dict:
     """The k-th batch of a stage for one process: a function of plan and seed alone, so that neither the number of
     workers nor a pause changes it.
 
@@ -684,9 +682,8 @@ def make_toy(folder: str, scenes: int = 400, photos: int = 320, textures: int = 
             save(picture, f"os/photos/{k}.jpg")
             larger = n.shape[1] * 3 // 2, n.shape[0] * 3 // 2  # not the photo's size, as released
             save(coded(n, 0 * n).resize(larger, Image.Resampling.NEAREST), f"os/photos-labels/{k}.png")
-        rows = ["substance_id,substance_name,red_color"] + [
-            f"{k},{name},{k}" for k, name in enumerate(TOY_SUBSTANCES, 1)
-        ]
+        rows = ["substance_id,substance_name,red_color"]
+        rows += [f"{k},{name},{k}" for k, name in enumerate(TOY_SUBSTANCES, start=1)]
         (temporary / "os/label-substance-colors.csv").write_text("\n".join(rows))
         for k in range(textures * len(TOY_TEXTURES)):
             rng, kind = np.random.default_rng((SEED, 2, k)), TOY_TEXTURES[k % len(TOY_TEXTURES)]
@@ -812,7 +809,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e))
         except (RuntimeError, MemoryError) as e:
             if isinstance(e, MemoryError) or re.search("out of memory|allocate memory", str(e)):
-                self.error("out of memory; --resume with a lower --batch-size (and a higher --accumulate)")
+                self.error("out of memory; a lower --size, or --resume with a lower --batch-size, higher --accumulate")
             if "DataLoader worker" in str(e):
                 self.error(f"a process that reads images ended ({str(e)[:60]}); --resume, perhaps with fewer --workers")
             raise
@@ -918,6 +915,12 @@ def anywhere(number: int) -> int:
     if dist.is_initialized():
         dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
+
+
+def ignore_signals(_) -> None:
+    """For the processes that read images: a signal to the group is the main process's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def default_workers() -> int:

@@ -160,7 +160,8 @@ def evaluate(net: UPerNet, vocabulary: dict, sources: dict, images: list, levels
     images = images[rank::processes]
     item = functools.partial(datasets.evaluation_image, sources=sources, images=images, test_size=net.test_size)
     workers = datasets.default_workers() if len(images) > 500 else 0
-    loader = DataLoader(range(len(images)), None, collate_fn=item, num_workers=workers)
+    how = dict(num_workers=workers, worker_init_fn=datasets.ignore_signals)
+    loader = DataLoader(range(len(images)), None, collate_fn=item, **how)
     bar = dict(desc="evaluating", unit=" images", disable=None if rank == 0 else True, leave=False)
     for pair, image in zip(images, tqdm(loader, total=len(images), **bar)):
         source, filled = sources[pair[0]], image["size"]
@@ -521,10 +522,10 @@ def run(parser: datasets.Parser, given) -> None:
     datasets.join_processes()
     if bool(given.checkpoint) == bool(given.release):
         raise UserError("name a checkpoint (runs/toy/ckpt.pt, say), or released weights with --release")
-    device, trained, split = datasets.pick_device(given.device or "auto"), {}, None
+    device, trained, split = datasets.pick_device(given.device or "auto"), {"root": "data"}, None
     try:
         if given.checkpoint:
-            net, checkpoint = upernet.read_checkpoint(given.checkpoint, str(device))
+            net, checkpoint = upernet.read_checkpoint(given.checkpoint)
             vocabulary, trained, split = (checkpoint.get(key, {}) for key in ("vocabulary", "arguments", "split"))
         elif len(given.release) == 1:
             net, vocabulary = upernet.load_mmseg(given.release[0])

@@ -4,8 +4,7 @@
     python train.py --data ade20k,dtd,os                        # the real data, under ./data
     torchrun --nproc_per_node=8 train.py --data ade20k,dtd,os   # several GPUs
 
-Each iteration draws one source and updates only the path to its labels. Textures come last: only the texture head, on
-the frozen network."""
+Each iteration draws one source and updates only the path to its labels; textures come last, on the frozen network."""
 
 import contextlib, functools, json, math, os, shlex, signal, sys, time
 from pathlib import Path
@@ -31,10 +30,9 @@ def update(model: nn.Module, part_slices: dict, batches: list[dict], optimizer, 
     that its batch-norm statistics stay, and out of the backward pass, so that its gradients stay None, and SGD leaves
     parameters without a gradient alone, their weight decay and momentum too (in the released code both act). A level
     without a label in this batch is on the path: its gradients are zero, and decay and momentum act.
-    Raises FloatingPointError before the step if a loss is not finite in any process; with fp16 the scaler leaves such
-    a step out instead, and lowers its scale."""
+    FloatingPointError, before the step, for a loss that is not finite in any process; fp16 leaves such a step out."""
     optimizer.zero_grad(set_to_none=True)
-    values = []
+    values, statistics = [], [buffer.clone() for buffer in model.buffers()] if scaler.is_enabled() else []
     for k, batch in enumerate(batches):
         levels = [level for level in LEVELS if level in batch]
         labels = {level: batch[level].to(device, non_blocking=True) for level in levels}
@@ -47,7 +45,10 @@ def update(model: nn.Module, part_slices: dict, batches: list[dict], optimizer, 
             scaler.scale(total).backward()
         values.append(torch.stack([value.detach() for value in loss.values()]))
     means = torch.stack(values).mean(dim=0).tolist()  # one transfer for all the losses
-    if not scaler.is_enabled() and datasets.anywhere(not all(map(math.isfinite, means))):
+    overflow = datasets.anywhere(not all(map(math.isfinite, means)))
+    for buffer, before in zip(model.buffers(), statistics) if overflow else ():
+        buffer.copy_(before)  # with fp16: the scaler keeps the weights, this the batch-norm statistics
+    if overflow and not scaler.is_enabled():
         raise FloatingPointError(f"{batches[0]['source']}: {', '.join(f for batch in batches for f in batch['files'])}")
     scaler.step(optimizer)
     scaler.update()
@@ -59,9 +60,10 @@ def train(parser: datasets.Parser, given) -> None:
     datasets.join_processes()
     processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     args, checkpoint, start = datasets.from_main_process(lambda: settle(parser, given))
-    names = "ckpt.pt", "log.jsonl", "best.pt", "metrics.json"
-    path, log, best_path, metrics_path = (os.path.join(args.out, name) for name in names)
-    if checkpoint and checkpoint["stage"] == "done" and os.path.exists(metrics_path):
+    files = "ckpt.pt", "log.jsonl", "best.pt", "metrics.json"
+    path, log, best_path, metrics_path = (os.path.join(args.out, name) for name in files)
+    measured = datasets.from_main_process(lambda: os.path.exists(metrics_path))
+    if checkpoint and checkpoint["stage"] == "done" and measured:
         quoted = shlex.quote(path)
         ways = f"python evaluate.py {quoted} evaluates it, --weights {quoted} --out NEW --lr RATE trains on"
         return print(f"{args.out}: this run is finished; {ways}")
@@ -92,21 +94,21 @@ def train(parser: datasets.Parser, given) -> None:
         return net.to(device)
 
     net = build()
+    if args.batch_size == 1 and (datasets.padded(min(args.sizes)) < 64 or net.network["pool"] == "pspnet"):
+        raise UserError("--batch-size 1: batch norm needs --sizes above 32, and two images with pspnet's pooling")
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    stage, first, best = order[0], 0, -1.0
-    if checkpoint:
-        stage, first = checkpoint["stage"], checkpoint["iteration"]
+    stage, first = (checkpoint["stage"], checkpoint["iteration"]) if checkpoint else (order[0], 0)
     earlier = sum(stages[name][1] for name in order[: order.index(stage)])
-    lines = cut_log(log, earlier + first) if rank == 0 else []
+    lines = datasets.from_main_process(lambda: cut_log(log, earlier + first))
+    best = max([-1.0, *(headline(line["metrics"]) for line in lines if "metrics" in line)])
     if checkpoint:
-        best = max([best, *(headline(line["metrics"]) for line in lines if "metrics" in line)])
         net.load_state_dict(checkpoint["model"])
         torch.set_rng_state(checkpoint["random"].cpu())
         if scaler.is_enabled() and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         print(f"{args.out}: resumes the {stage} stage at iteration {first}")
-    elif rank == 0:  # DistributedDataParallel gives the other processes these weights
-        load_start(net, vocabulary, args.weights, start)
+    else:  # DistributedDataParallel gives the other processes the main one's weights
+        datasets.from_main_process(lambda: load_start(net, vocabulary, args.weights, start))
     if device.type == "cuda" and processes > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     if args.compile:
@@ -117,15 +119,18 @@ def train(parser: datasets.Parser, given) -> None:
         content |= {"optimizer": optimizer.state_dict() if optimizer else {}, "scaler": scaler.state_dict()}
         content |= {"stage": stage, "iteration": iteration, "random": torch.get_rng_state()}
         folders = {key: os.path.abspath(value) for key in ("root", "cache") if (value := getattr(args, key))}
-        content["arguments"] = {**vars(args), **folders, "fingerprints": fingerprints, "group": torchrun_group()}
+        kept = {"fingerprints": fingerprints, "group": torchrun_group()}
+        length = lambda name: stages[name][1] if name in stages else 0
+        kept |= {"iters": length("main"), "texture_iters": length("texture")}
+        content["arguments"] = {**vars(args), **folders, **kept}
         if rank == 0:
             advice = "(the last one is kept; make room, or choose another folder with --out)"
             datasets.write_file(to, lambda name: torch.save(content, name), advice)
             draw_curves(log, {name: iterations for name, (_, iterations, _) in stages.items()}, args.out)
 
     def validate(network: UPerNet, pictures: str | None = None) -> dict:
-        for buffer in network.buffers() if processes > 1 else ():  # batch-norm statistics differ between processes
-            dist.broadcast(buffer, 0)
+        for value in network.state_dict().values() if processes > 1 else ():  # batch-norm statistics may differ
+            dist.broadcast(value, 0)
         return evaluate.evaluate(network, vocabulary, sources, validation, pictures=pictures)
 
     if not checkpoint:
@@ -140,16 +145,16 @@ def train(parser: datasets.Parser, given) -> None:
             optimizer = torch.optim.SGD(parameter_groups(net), lr=args.lr, momentum=0.9)
             if first:
                 optimizer.load_state_dict(checkpoint["optimizer"])
-            model = net
+            model, unused = net, len(of_stage) > 1 or (name == "main" and "object" not in vocabulary)
             if processes > 1:
-                model = DistributedDataParallel(net, find_unused_parameters=len(of_stage) > 1)
+                model = DistributedDataParallel(net, find_unused_parameters=unused)
             settings = {"sizes": args.sizes, "longest": args.max_size, "seed": args.seed}
             settings |= {"sources": [sources[n] for n in of_stage], "share": (args.accumulate, rank, processes)}
             plan = datasets.plan_batches(of_stage, iterations, batch_size * args.accumulate * processes, args.seed)
             batch = functools.partial(datasets.training_batch, plan=plan, **settings)
             numbers, pinned = range(first * args.accumulate, iterations * args.accumulate), device.type == "cuda"
             workers = datasets.default_workers() if args.workers is None else args.workers
-            how = dict(num_workers=workers, pin_memory=pinned, worker_init_fn=ignore_signals)
+            how = dict(num_workers=workers, pin_memory=pinned, worker_init_fn=datasets.ignore_signals)
             batches, saved = iter(DataLoader(numbers, None, collate_fn=batch, **how)), time.monotonic()
             overflows = left_out = 0  # fp16 steps: in a row, in all
             every = 0.1 if sys.stdout.isatty() else 30  # seconds between updates of the bar
@@ -295,7 +300,7 @@ def load_start(net: UPerNet, vocabulary: dict, weights: str, start: tuple | None
             loaded.pop(key, None)
             if kept and state[key].shape[1:] == ours[key].shape[1:]:
                 rows, their_rows = zip(*kept)
-                loaded[key] = ours[key].index_copy(0, torch.tensor(rows), state[key][list(their_rows)].to(ours[key]))
+                loaded[key] = ours[key].cpu().index_copy(0, torch.tensor(rows), state[key][list(their_rows)].cpu())
         notes += [f"{len(kept)} of {len(names)} {level} classes kept by name"] if theirs else []
     if not any(key.endswith("weight") for key in loaded):
         raise UserError(f"--weights {weights}: nothing in it fits this network (first key: {next(iter(state), None)})")
@@ -369,12 +374,6 @@ def noted_signals():
             signal.signal(number, handler)
 
 
-def ignore_signals(_) -> None:
-    """For the processes that read images: a signal to the group is the main process's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def launcher(processes: int) -> str:
     """How this process was started: python, or torchrun on one or several machines."""
     nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
@@ -424,8 +423,6 @@ def settle(parser: datasets.Parser, given) -> tuple:
         raise UserError(f"--levels {','.join(args.levels)}: {without[0]} has none of them; leave it out of --data")
     if args.max_size < min(args.sizes):
         raise UserError(f"--max-size: at least the smallest of --sizes, {min(args.sizes)}")
-    if args.batch_size == 1 and (datasets.padded(min(args.sizes)) < 64 or network.get("pool") == "pspnet"):
-        raise UserError("--batch-size 1: batch norm needs --sizes above 32, and two images with pspnet's pooling")
     return args, None, start
 
 

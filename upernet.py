@@ -489,8 +489,7 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
 
 def load_mmseg(path: str, names: list[str] | None = None) -> tuple[UPerNet, dict]:
     """(network in eval mode, vocabulary) from one of mmsegmentation's UPerNet checkpoints (ResNet-18, 50 or 101).
-    names: the classes; by default those that the file has, else "class 1", .. ValueError for any other file, and for
-    one trained with aligned corners (its 769x769 configurations)."""
+    names: the classes; by default the file's, else "class 1", .. ValueError for others and for aligned corners."""
     content = read_file(path)
     state, meta = content.get("state_dict", content), content.get("meta", {})
     if "decode_head.fpn_bottleneck.conv.weight" not in state:
