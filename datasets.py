@@ -174,7 +174,7 @@ def scan(root: str, source: str, cache: str, allow_broken: bool = False) -> Inde
         say(found, sys.stderr)
     numbers = set(index.pixels[:, 1:3].unique().tolist()) - {0}  # of classes and of parts
     if layout == "sceneparsing" and not numbers & index.names.keys():
-        advice = "write 1 for the object, 2 for everything else (or more classes), 0 only for unknown"
+        advice = "add 1 to every class first: 1 for the object, 2 for everything else, 0 only for unknown"
         raise UserError(f"{folder}: masks with {sorted(numbers | {0})} alone, where 0 and 255 are unlabelled: {advice}")
     if unknown := sorted(numbers - index.names.keys() - ({255} if layout == "sceneparsing" else set())):
         images = index.pixels[torch.isin(index.pixels[:, 1:3], torch.tensor(unknown)).any(dim=1), 0].unique().numel()
