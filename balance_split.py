@@ -5,7 +5,7 @@
 From a random split, one image of each side is picked again and again, and the two are swapped if that brings classes'
 shares nearer to 10%: if the mean of their distances gets smaller (our measure; each source is split by itself)."""
 
-import json, math, os
+import json, math, os, shlex
 from pathlib import Path
 
 import numpy as np
@@ -102,15 +102,15 @@ def validation_images(index: Index, vocabulary: dict, how: str | None, path: str
             taken = "all images" if source == "os" else "its validation folder"
             datasets.say(f"{source}: not in {path}; taking {taken}")
         return sorted(i for i, side in zip(index.images, index.official) if side == "validation" or source == "os")
+    command = f"python balance_split.py --data {source} --root {shlex.quote(os.path.dirname(path))}"
     if missing and not make:
-        raise UserError(f"{path}: no split of {source}; python balance_split.py --data {source} makes one")
+        raise UserError(f"{path}: no split of {source}; {command} makes one")
     if missing:
         split["sources"][source], _ = split_source(index, vocabulary, split["fraction"])
         datasets.write_json(split, path)
     entry = split["sources"][source]
     if entry["fingerprint"] != datasets.hash_of(index.images):
-        changed = f"its split of {source} is of other images ({entry['images']}, now {len(index.images)})"
-        raise UserError(f"{path}: {changed}; python balance_split.py --data {source} makes a new one")
+        raise UserError(f"{path}: its split of {source} is of other images than are there; {command} makes a new one")
     return sorted(entry["validation"])
 
 

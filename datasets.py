@@ -126,7 +126,7 @@ def label_numbers(path: str, layout: str, photo_size: tuple[int, int] | None = N
             return np.asarray(picture).astype(np.int32)
         channels = np.asarray(picture.convert("RGB")).astype(np.int32)
     if layout == "sceneparsing" and (channels != channels[..., :1]).any():
-        raise ValueError("a mask in colours; write its class numbers as a picture of one channel")
+        raise ValueError("a mask in colours; replace each by its number, counted from 1, in a picture of one channel")
     # OpenSurfaces' red is the substance.
     return channels[..., 0] // 10 * 256 + channels[..., 1] if layout == "ade2021" else channels[..., 0]
 
@@ -936,10 +936,10 @@ def report(args: argparse.Namespace) -> None:
         height, width = index.sizes.double().median(dim=0).values.int().tolist()
         print(f"{source}: {len(index.images)} images in {index.folder} ({index.layout}), median {width} x {height}")
         for level, classes in class_pixels(index).items():
-            pixels = {name: sum(images.values()) for name, images in classes.items()}
-            names = vocabulary.get(level, ())
-            found = f"{len(names)} {'objects' if level == 'part' else 'classes'}, {sum(pixels.values()):,} "
-            found += f"{'images' if level in ('scene', 'texture') else 'pixels'} labelled: {', '.join([*names][:8])}"
+            names, pixels = vocabulary.get(level, ()), {name: sum(images.values()) for name, images in classes.items()}
+            noun = "objects" if level == "part" else "class" if len(names) == 1 else "classes"
+            unit = "images" if level in ("scene", "texture") else "pixels"
+            found = f"{len(names)} {noun}, {sum(pixels.values()):,} {unit} labelled: {', '.join([*names][:8])}"
             none = "no class is large enough: see the --min- options" if classes else "no labels"
             print(f"  {level:9s}{found if names else none}")
             if index.layout == "sceneparsing" and level == "object" and len(names) <= 40:

@@ -345,7 +345,7 @@ def draw_curves(log: str, lengths: dict[str, int], out: str, bins: int = 160) ->
                 for name, value in {**line["loss"], "learning rate": line["lr"]}.items():
                     sums.setdefault(name, np.zeros((bins, 2)))[k] += value or 0, value is not None
         panels = []
-        for name in (name for name in (*LEVELS, "learning rate") if name in sums):
+        for name in (name for name in (*LEVELS, "learning rate") if name in sums and sums[name][:, 1].any()):
             xs = sums[name][:, 1].nonzero()[0]
             ys = sums[name][xs, 0] / sums[name][xs, 1]
             title, points = name if " " in name else f"{name}, loss", {"#2255cc": ((xs + 0.5) * total / bins, ys)}
