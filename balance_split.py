@@ -89,20 +89,22 @@ def pixel_table(index: Index, vocabulary: dict) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------- which images validate
-def validation_images(index: Index, vocabulary: dict, how: str | None, path: str, make: bool = True) -> list[str]:
+def validation_images(index: Index, vocabulary: dict, args, make: bool = True) -> list[str]:
     """The validation images of a source, sorted paths.
-    how: "official", the source's own lists or folders (OpenSurfaces has none and takes the balanced split); "balanced",
-    those of split.json at `path`, where a missing source is split and added with `make`; None, for a network that was
+    args.split: "official", the source's own lists or folders (OpenSurfaces has none and takes the balanced split);
+    "balanced", those of split.json, where a missing source is split and added with `make`; None, for a network that was
     not trained here, balanced if it is there, else official, or all of OpenSurfaces. Raises UserError for a source
     whose images are no longer those that were split, and without `make` for one that was not."""
-    split, source = read_split(path), index.source
+    path, how, source = split_path(args), args.split, index.source
+    split = read_split(path)
     missing = source not in split["sources"]
     if how == "official" and source != "os" or how is None and missing:
         if how is None:
             taken = "all images" if source == "os" else "its validation folder"
             datasets.say(f"{source}: not in {path}; taking {taken}")
         return sorted(i for i, side in zip(index.images, index.official) if side == "validation" or source == "os")
-    command = f"python balance_split.py --data {source} --root {shlex.quote(os.path.dirname(path))}"
+    cache = f" --cache {shlex.quote(args.cache)}" if args.cache else ""
+    command = f"python balance_split.py --data {source} --root {shlex.quote(datasets.data_root(args))}{cache}"
     if missing and not make:
         raise UserError(f"{path}: no split of {source}; {command} makes one")
     if missing:

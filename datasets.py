@@ -315,7 +315,7 @@ def class_pixels(index: Index) -> dict[str, dict]:
     return table
 
 
-def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int], levels: tuple = upernet.LEVELS) -> dict:
+def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int]) -> dict:
     """Level -> class names (part: object -> part names, "background" first), by the rules of section 2.1.
     Objects in at least `min_images` images with at least `min_pixels` pixels, largest first; parts of an object in at
     least `min_part_images` images; scenes in at least `min_scene_images`; materials in at least `min_images`; all
@@ -332,7 +332,7 @@ def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int], levels: 
             elif level in ("object", "part"):
                 kept.sort(key=lambda name: -pixels[name])
                 kept = [name for name in kept if level == "part" or pixels[name] >= minima["min_pixels"]]
-            if level == "object" and level in levels and kept and len(set(kept) & set(pixels)) < 2:
+            if level == "object" and kept and len(set(kept) & set(pixels)) < 2:
                 advice = "write the background as a class of its own (0 is unlabelled: add 1 to every class first)"
                 raise UserError(f"{index.folder}: only one class of objects has pixels; {advice}")
             if level == "part":
@@ -342,7 +342,7 @@ def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int], levels: 
                         parts[name].append(part)
                 kept = {name: names for name, names in parts.items() if len(names) > 1}
             vocabulary[level] = kept
-    return {level: names for level, names in vocabulary.items() if names and level in levels}
+    return {level: names for level, names in vocabulary.items() if names}
 
 
 # ---------------------------------------------------------------- photos and labels
@@ -503,30 +503,6 @@ def texture_square(source: Source, i: int, place: float) -> Image.Image:
     picture = source.photo(i, (width, height)).resize((width, height), Image.Resampling.BILINEAR)
     left, top = round(place * (width - TEXTURE_SIZE)), round(place * (height - TEXTURE_SIZE))
     return picture.crop((left, top, left + TEXTURE_SIZE, top + TEXTURE_SIZE))
-
-
-def network_input(picture: Image.Image, full: tuple[int, int], test_size: tuple) -> tuple[torch.Tensor, tuple]:
-    """(image (1, 3, H, W) uint8, the (height, width) of it that the picture fills), at `UPerNet.test_size`.
-    full: (height, width) of the picture, which may be smaller here."""
-    short, longest, multiple = test_size
-    size = tuple(math.ceil(n / (multiple or 1)) * (multiple or 1) for n in resized(full, short, longest))
-    height, width = (max(32, n) if multiple else padded(n) for n in size)
-    return torch.from_numpy(padded_image(picture, size, height, width))[None], size
-
-
-def evaluation_image(k: int, sources: dict[str, Source], images: list[tuple[str, int]], test_size: tuple) -> dict:
-    """The k-th of the (source, image number)s: `file`, `images` and `size` as from `network_input`, and the labels at their
-    own size as from `Source.labels`, as tensors. DTD's images are squares of TEXTURE_SIZE."""
-    name, i = images[k]
-    source, full = sources[name], tuple(sources[name].index.sizes[i].tolist())
-    if name == "dtd":
-        full, test_size = (TEXTURE_SIZE, TEXTURE_SIZE), (TEXTURE_SIZE, TEXTURE_SIZE, None)
-        picture = texture_square(source, i, 0.5)
-    else:
-        picture = source.photo(i, resized(full, *test_size[:2])[::-1])
-    pixels, size = network_input(picture, full, test_size)
-    labels = {level: torch.as_tensor(value) for level, value in source.labels(i).items()}
-    return {"file": source.index.images[i], "images": pixels, "size": size, **labels}
 
 
 # ---------------------------------------------------------------- the toy: generated pictures in those layouts

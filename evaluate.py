@@ -6,7 +6,7 @@ python evaluate.py ckpt.pt --relations r.json           # section 4.2: which obj
 torchrun --nproc_per_node=8 evaluate.py ckpt.pt         # several GPUs share the images
 python evaluate.py --release FILES --photo a.jpg        # the authors' weights (with --labels), mmsegmentation's"""
 
-import argparse, colorsys, csv, functools, os, re
+import argparse, colorsys, csv, functools, math, os, re
 
 import numpy as np
 import torch
@@ -105,19 +105,30 @@ def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) ->
     `F.interpolate(logits[None], size, mode="bilinear")[0].argmax(dim=0)`, without ever holding all those logits."""
     logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
     scales = [None if 4 * cells == n else 4 * full / n for cells, n, full in zip(logits.shape[1:], filled, size)]
-    # Upsampled values lie between the four around them: a class whose highest of four is everywhere below another
-    # class's lowest (by more than rounding) wins nowhere.
-    corners = F.pad(logits[None], (0, 1, 0, 1), mode="replicate")[0]
-    highest, lowest = (sign * F.max_pool2d(sign * corners, 2, 1) for sign in (1, -1))
+    two_axes, one_axis = torch.ops.aten.upsample_bilinear2d, torch.ops.aten.upsample_linear1d
+    if sum(size) <= 128:  # PyTorch has another way of rounding for them
+        return two_axes(logits[None], size, False, *scales)[0].argmax(dim=0)
+    # An upsampled value lies between the four cells around it. So a class whose highest of the four is everywhere below
+    # another class's lowest (by more than rounding) wins nowhere.
+    lowest = highest = logits
+    for axis, cells in ((1, logits.shape[1]), (2, logits.shape[2])):
+        n = max(1, cells - 1)
+        lowest = torch.minimum(lowest.narrow(axis, 0, n), lowest.narrow(axis, cells - n, n))
+        highest = torch.maximum(highest.narrow(axis, 0, n), highest.narrow(axis, cells - n, n))
     bound = lowest.amax(dim=0) - 1e-5 * logits.abs().amax()
     possible = (highest < bound).flatten(1).all(dim=1).logical_not().nonzero().flatten()
-    best, top = torch.zeros(size, dtype=torch.int64, device=logits.device), logits.new_full(size, -torch.inf)
-    for classes in possible.split(8):
-        values = torch.ops.aten.upsample_bilinear2d(logits[None, classes], size, False, *scales)[0]
-        for k, value in zip(classes.tolist(), values):
-            best.masked_fill_(value > top, k)
-            torch.maximum(top, value, out=top)
-    return best
+    best, value, wins = (logits.new_zeros(size) for _ in range(3))
+    top = logits.new_full(size, -torch.inf)
+    for k in possible.tolist():
+        if logits.is_cpu:  # the same sums, quicker: a row's pixels lie side by side on each axis
+            wide = one_axis(logits[k, None], size[1:], False, scales[1])  # (1, h, width)
+            one_axis.out(wide.mT, size[:1], False, scales[0], out=value.mT[None])
+        else:
+            value = two_axes(logits[None, k, None], size, False, *scales)[0, 0]
+        torch.gt(value, top, out=wins)  # 1.0 or 0.0, quicker than bool
+        torch.maximum(best, wins.mul_(k), out=best)  # k only grows
+        torch.maximum(top, value, out=top)
+    return best.long()
 
 
 def part_map(logits: Tensor, objects: Tensor, part_slices: dict[int, slice], filled: tuple[int, int]) -> Tensor:
@@ -145,6 +156,29 @@ def class_names(vocabulary: dict) -> dict[str, list[str]]:
 
 
 # ---------------------------------------------------------------- evaluation
+def network_input(picture: Image.Image, full: tuple[int, int], test_size: tuple) -> tuple[torch.Tensor, tuple]:
+    """(image (1, 3, H, W) uint8, the (height, width) of it that the picture fills), at `UPerNet.test_size`.
+    full: (height, width) of the picture, which may be smaller here."""
+    short, longest, multiple = test_size
+    size = tuple(math.ceil(n / (multiple or 1)) * (multiple or 1) for n in datasets.resized(full, short, longest))
+    height, width = (max(32, n) if multiple else datasets.padded(n) for n in size)
+    return torch.from_numpy(datasets.padded_image(picture, size, height, width))[None], size
+
+
+def evaluation_image(k: int, sources: dict[str, Source], images: list[tuple[str, int]], test_size: tuple) -> dict:
+    """The k-th of the (source, image number)s: `file`, `images` and `size` as from `network_input`, and the labels
+    at their own size as from `Source.labels`, as tensors. DTD's images are squares of TEXTURE_SIZE."""
+    name, i = images[k]
+    source, full, side = sources[name], tuple(sources[name].index.sizes[i].tolist()), datasets.TEXTURE_SIZE
+    if name == "dtd":
+        full, test_size, picture = (side, side), (side, side, None), datasets.texture_square(source, i, 0.5)
+    else:
+        picture = source.photo(i, datasets.resized(full, *test_size[:2])[::-1])
+    pixels, size = network_input(picture, full, test_size)
+    labels = {level: torch.as_tensor(value) for level, value in source.labels(i).items()}
+    return {"file": source.index.images[i], "images": pixels, "size": size, **labels}
+
+
 def evaluate(net: UPerNet, vocabulary: dict, sources: dict, images: list, levels=None, amp=None, pictures=None) -> dict:
     """The metrics of `net` on the (source, image number)s, in the format of `evaluate.py --json`.
     Images are resized to `net.test_size`, predictions evaluated at the label maps' own size. In the folder `pictures`,
@@ -158,7 +192,7 @@ def evaluate(net: UPerNet, vocabulary: dict, sources: dict, images: list, levels
         of_source = [pair for pair in images if pair[0] == name]
         shown |= set(of_source[:: max(1, len(of_source) // SHOWN)][:SHOWN])
     images = images[rank::processes]
-    item = functools.partial(datasets.evaluation_image, sources=sources, images=images, test_size=net.test_size)
+    item = functools.partial(evaluation_image, sources=sources, images=images, test_size=net.test_size)
     workers = datasets.default_workers() if len(images) > 500 else 0
     how = dict(num_workers=workers, worker_init_fn=datasets.ignore_signals)
     loader = DataLoader(range(len(images)), None, collate_fn=item, **how)
@@ -226,7 +260,7 @@ def parse(net: UPerNet, photo, levels: list[str] | None = None, amp: torch.dtype
             raise ValueError(f"a photo of shape {photo.shape}, {photo.dtype}: not (H, W, 3) uint8")
         photo = Image.fromarray(photo)
     device, full, seen = next(net.parameters()).device, (photo.height, photo.width), {}
-    pixels, filled = datasets.network_input(datasets.rgb(photo), full, net.test_size)
+    pixels, filled = network_input(datasets.rgb(photo), full, net.test_size)
     levels = [level for level in net.classes if levels is None or level in levels]
     with torch.inference_mode(), datasets.autocast(device, amp):
         logits = net(pixels.to(device) / 255, ["object", *levels] if "part" in levels else levels)
@@ -240,15 +274,16 @@ def parse(net: UPerNet, photo, levels: list[str] | None = None, amp: torch.dtype
     return {level: value.cpu().numpy() for level, value in seen.items() if level.removesuffix("_map") in levels}
 
 
-def write_photo(photo: Image.Image, seen: dict[str, np.ndarray], vocabulary: dict, path: str) -> list[str]:
+def write_photo(photo: Image.Image, seen: dict, vocabulary: dict, path: str, numbers: dict = {}) -> list[str]:
     """Writes what `parse` saw: <path>_upernet.png, a picture of all levels; <path>_upernet.npz, the arrays and
-    <level>_names; and of object and material <path>_<level>.png, numbers from 1 as in the data's own table."""
+    <level>_names; and of object and material <path>_<level>.png, masks with each class's number in the data's own
+    table, `numbers[level]`, by default 1..K. The picture's panels have the photo's size, up to 4096 pixels a side."""
     names, written = class_names(vocabulary), [f"{path}_upernet.png", f"{path}_upernet.npz"]
     arrays = {level: value.astype(np.int16 if value.ndim == 2 else np.float32) for level, value in seen.items()}
     arrays |= {f"{level}_names": np.array(of_level) for level, of_level in names.items()}
     datasets.write_file(written[1], lambda name: np.savez_compressed(name, **arrays))
     photo = photo.copy()
-    photo.thumbnail((2048, 2048))
+    photo.thumbnail((4096, 4096))
     panels = [tag_panel("photo", photo, {v: seen[v] for v in ("scene", "texture") if v in seen}, vocabulary)]
     for level in ("object", "part", "material", "texture_map"):
         if level in seen:
@@ -256,8 +291,9 @@ def write_photo(photo: Image.Image, seen: dict[str, np.ndarray], vocabulary: dic
             panels.append(map_panel(f"{named}s", photo, seen[level], names[named]))
         if level in ("object", "material") and level in seen:
             written.append(f"{path}_{level}.png")
-            numbers = (seen[level] + 1).astype(np.uint8 if len(names[level]) < 256 else np.uint16)
-            save_picture(Image.fromarray(numbers), written[-1])
+            table = np.array(numbers.get(level) or range(1, len(names[level]) + 1))
+            mask = table[seen[level]].astype(np.uint8 if table.max() < 256 else np.uint16)
+            save_picture(Image.fromarray(mask), written[-1])
     save_picture(sheet_of([panels[:3], panels[3:]]), written[0])
     return written
 
@@ -468,12 +504,12 @@ def released_names(labels: str | None, index: Index, vocabulary: dict) -> dict[s
 def images_to_evaluate(sources: dict[str, Source], vocabulary: dict, split: dict | None, args) -> list[tuple[str, int]]:
     """The (source, image number)s: those that --split names, else the checkpoint's validation images, `split`; for a
     released network, without one, see `balance_split.validation_images`. Never makes a split."""
-    path, images = balance_split.split_path(args), []
+    images = []
     for name, source in sources.items():
         own = set(source.index.images) if split is None else set(split.get(name, ()))
         chosen = own
         if split is None or args.split:
-            chosen = set(balance_split.validation_images(source.index, vocabulary, args.split, path, make=False))
+            chosen = set(balance_split.validation_images(source.index, vocabulary, args, make=False))
         numbers = [i for i, image in enumerate(source.index.images) if image in chosen]
         if n := len(chosen) - len(numbers):
             datasets.say(f"{name}: {n} of {len(chosen)} validation images are missing")
@@ -493,7 +529,7 @@ def levels_of(text: str) -> list[str]:
     return levels
 
 
-def parse_photos(args, net: UPerNet, vocabulary: dict, amp: torch.dtype | None, relations: Relations | None) -> None:
+def parse_photos(args, net: UPerNet, vocabulary: dict, numbers: dict, amp, relations: Relations | None) -> None:
     """--photo: a picture and the maps of each photo. Raises UserError at the end for those that cannot be read."""
     paths, failed = [], []
     for path in args.photo:
@@ -509,7 +545,8 @@ def parse_photos(args, net: UPerNet, vocabulary: dict, amp: torch.dtype | None, 
             failed.append(str(e))
             continue
         seen = parse(net, photo, args.levels, amp)
-        print("wrote " + ", ".join(write_photo(photo, seen, vocabulary, os.path.join(args.pictures or ".", stem))))
+        path = os.path.join(args.pictures or ".", stem)
+        print("wrote " + ", ".join(write_photo(photo, seen, vocabulary, path, numbers)))
         if relations:
             relations.add(seen)
     if relations:
@@ -550,7 +587,7 @@ def run(parser: datasets.Parser, given) -> None:
     if args.photo and (args.json or dist.is_initialized()):
         raise UserError("--photo: not with --json (photos have no labels), nor with torchrun")
     if args.photo:
-        return parse_photos(args, net, vocabulary, amp, relations)
+        return parse_photos(args, net, vocabulary, trained.get("numbers") or {}, amp, relations)
     if args.data is None:
         raise UserError("--data: name the sources to evaluate on, ade20k,os for one")
     sources = {}

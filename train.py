@@ -116,12 +116,15 @@ def train(parser: datasets.Parser, given) -> None:
 
     def save(stage: str, iteration: int, optimizer=None, to: str = path) -> None:
         content = {"model": net.state_dict(), "network": net.network, "vocabulary": vocabulary, "split": split}
+        if not torch.stack([value.isfinite().all() for value in content["model"].values()]).all():
+            raise UserError(f"the weights are no longer finite; {path} is the last good checkpoint; try a lower --lr")
         content |= {"optimizer": optimizer.state_dict() if optimizer else {}, "scaler": scaler.state_dict()}
         content |= {"stage": stage, "iteration": iteration, "random": torch.get_rng_state()}
         folders = {key: os.path.abspath(value) for key in ("root", "cache") if (value := getattr(args, key))}
         kept = {"fingerprints": fingerprints, "group": torchrun_group()}
+        own = {"object": sorted(s.index.names) for s in sources.values() if s.index.layout == "sceneparsing"}
         length = lambda name: stages[name][1] if name in stages else 0
-        kept |= {"iters": length("main"), "texture_iters": length("texture")}
+        kept |= {"numbers": own, "iters": length("main"), "texture_iters": length("texture")}
         content["arguments"] = {**vars(args), **folders, **kept}
         if rank == 0:
             advice = "(the last one is kept; make room, or choose another folder with --out)"
@@ -255,10 +258,11 @@ def open_data(args, checkpoint: dict | None) -> tuple[dict[str, Source], dict, d
         if fingerprints != checkpoint["arguments"].get("fingerprints"):
             raise UserError(f"{args.out}: the images have changed since this run began; start over with another --out")
     else:
-        vocabulary, path = datasets.build_vocabulary(indexes, minima, levels), balance_split.split_path(args)
+        everything = datasets.build_vocabulary(indexes, minima)  # a split does not depend on --levels
+        vocabulary = {level: names for level, names in everything.items() if level in levels}
         if without := [name for name in indexes if not set(datasets.SOURCE_LEVELS[name]) & set(vocabulary)]:
             raise UserError(f"{without[0]}: no class is large enough to be kept; lower the --min- options")
-        choose = lambda index: balance_split.validation_images(index, vocabulary, args.split, path)
+        choose = lambda index: balance_split.validation_images(index, everything, args)
         split = {name: choose(index) for name, index in indexes.items()}
     cache = datasets.cache_folder(args), max(args.sizes), args.max_size
     return {n: Source(index, vocabulary, None, *cache) for n, index in indexes.items()}, vocabulary, split, fingerprints
