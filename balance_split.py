@@ -18,7 +18,7 @@ SWAPS = 1_000_000  # some seconds: a swap's cost does not depend on the number o
 
 
 def balance(counts: torch.Tensor, fraction=0.1, swaps=SWAPS, seed=0, chance=0.5) -> torch.Tensor:
-    """Which images validate: bool (images,), exactly round(fraction * images) of them True.
+    """The images chosen for validation: bool (images,), exactly round(fraction * images) of them True.
     counts: coalesced sparse COO tensor (images, classes) of pixels. `swaps` pairs of images are tried. `chance` is that
     of taking a swap of average size that makes it worse, at the start; it falls to 0 (simulated annealing, a choice of
     ours, which leaves dead ends; chance 0 is the paper's procedure). The same seed gives the same answer. Raises
@@ -102,7 +102,7 @@ def validation_images(index: Index, vocabulary: dict, args, make: bool = True) -
         if how is None:
             taken = "all images" if source == "os" else "its validation folder"
             datasets.say(f"{source}: not in {path}; taking {taken}")
-        return sorted(i for i, side in zip(index.images, index.official) if side == "validation" or source == "os")
+        return sorted(i for i, side in zip(index.images, index.official) if side == "val" or source == "os")
     cache = f" --cache {shlex.quote(args.cache)}" if args.cache else ""
     command = f"python balance_split.py --data {source} --root {shlex.quote(datasets.data_root(args))}{cache}"
     if missing and not make:

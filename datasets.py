@@ -1,4 +1,4 @@
-"""The sources of Broden+ that UPerNet learns from (section 2.1): ADE20K, OpenSurfaces and DTD, and a toy of them.
+"""Three sources of the paper's Broden+ (section 2.1): ADE20K, OpenSurfaces and DTD; one's own data; and a toy.
 
     python datasets.py --data ade20k,os,dtd --root data   # scans: what is there, and what is broken
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import upernet
@@ -24,8 +25,8 @@ SEED = 304  # of the toy's files and of every split; --seed is about training
 
 
 # ---------------------------------------------------------------- data set layouts
-PICTURE, SIDE = r"\.(?:jpg|jpeg|png)", r"(?P<official>training|validation)"
-ADE2021_FILES = {"labels": r"\1_seg.png", "parts": r"\1_parts_1.png", "json": r"\1.json"}
+PICTURE, SIDE = r"\.(?:jpg|jpeg|png)", r"(?P<official>train|val)(?:ing|idation)?"
+ADE2021_FILES = {"labels": r"\1_seg.png", "parts": r"\1_parts_1.png", "json": r"\1.json"}  # parts of parts: unused
 LAYOUTS = {  # source, what only its folder has, pattern of its images' paths, templates of their label files
     "ade2021": ("ade20k", "images/ADE", rf"(images/ADE/{SIDE}/.+)\.jpg", ADE2021_FILES),
     # ADEChallengeData2016, and anybody's own data:
@@ -46,7 +47,7 @@ class Index(NamedTuple):
     fingerprint: str  # of the names, sizes and times of the source's files
     images: list[str]  # paths relative to the folder
     sizes: torch.Tensor  # (images, 2), height and width
-    official: list[str]  # "training", "validation" or "" for each image
+    official: list[str]  # "train", "val" or "" for each image
     tags: list[str]  # the scene or texture of each image, "" for none
     pixels: torch.Tensor  # (rows, 4): image, class number, part number or 0 for the whole object, pixels
     names: dict[int, str]  # of ADE20K's objects and parts, or OpenSurfaces' substances
@@ -63,7 +64,8 @@ def find_folder(root: str, source: str) -> tuple[str, str]:
     found = [(n, p) for p in places for n, mark in marks.items() if os.path.exists(os.path.join(p, mark))]
     if len(found) == 1:
         return found[0]
-    problem = f"no {' or '.join(tops)} with {' or '.join(marks.values())} in it or one folder down; see --root, --data"
+    where = " or ".join(dict.fromkeys(places[:1] + tops))
+    problem = f"no {' or '.join(marks.values())} in {where}, or one folder down; see --root, --data"
     if found:
         problem = f"two data sets, {found[0][1]} and {found[1][1]}; move one away, or let --root name one"
     elif any(os.path.exists(os.path.join(place, "index_ade20k.mat")) for place in places):
@@ -79,27 +81,26 @@ def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
     paths = [path for base, _, names in walks for name in names if os.path.isfile(path := os.path.join(base, name))]
     paths += [path for name in TABLES if os.path.exists(path := os.path.join(folder, name))]
     stats = {name: os.stat(p) for p in paths if "/." not in (name := os.path.relpath(p, folder).replace(os.sep, "/"))}
-    content = sorted((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items())
-    (_, _, pattern, templates), files = LAYOUTS[layout], []
+    (_, mark, pattern, templates), files = LAYOUTS[layout], []
     for path in sorted(stats):
         if match := re.fullmatch(pattern, path, re.IGNORECASE):
             entry = {"image": path, "official": (match.groupdict().get("official") or "").lower()}
             entry |= {kind: match.expand(template) for kind, template in templates.items()}
             files.append({kind: name for kind, name in entry.items() if kind != "parts" or name in stats})
     if not files:
-        raise UserError(f"{folder}: no images in it, of paths like {pattern}")
+        raise UserError(f"{folder}: has {mark}, but no .jpg or .png photos where layout {layout} has them")
     if layout == "sceneparsing":
         lines = read_lines(folder, "sceneCategories.txt") if "sceneCategories.txt" in stats else []
         scenes = dict(line.lower().split()[:2] for line in lines if len(line.split()) > 1)
         for entry in files:
             entry["tag"] = scenes.get(Path(entry["image"]).stem.lower(), "")
     if layout == "dtd":  # train1 + val1 against test1; an image in no list belongs to neither
-        sides = {"train1": "training", "val1": "training", "test1": "validation"}
+        sides = {"train1": "train", "val1": "train", "test1": "val"}
         official = {line.strip(): side for n, side in sides.items() for line in read_lines(folder, f"labels/{n}.txt")}
         for entry in files:
             _, entry["tag"], name = entry["image"].split("/")
             entry["official"] = official.get(f"{entry['tag']}/{name}", "")
-    return files, hash_of(content)
+    return files, hash_of(sorted((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()))
 
 
 def read_lines(*path: str) -> list[str]:
@@ -109,10 +110,6 @@ def read_lines(*path: str) -> list[str]:
         return content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         return content.decode("latin-1").splitlines()
-
-
-def hash_of(content) -> str:
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 def label_numbers(path: str, layout: str, photo_size: tuple[int, int] | None = None) -> np.ndarray:
@@ -131,15 +128,15 @@ def label_numbers(path: str, layout: str, photo_size: tuple[int, int] | None = N
     return channels[..., 0] // 10 * 256 + channels[..., 1] if layout == "ade2021" else channels[..., 0]
 
 
-def open_photo(path: str, box: tuple[int, int] | None = None, upright: bool = False) -> Image.Image:
-    """A photo of any mode in RGB; with `box`, (width, height), perhaps smaller than it is but not smaller than the box;
-    with `upright` turned as its EXIF data say. Raises UserError with its name if it cannot be read."""
+def open_photo(path: str, box: tuple[int, int] | None = None) -> Image.Image:
+    """A photo of any mode in RGB, turned as its EXIF data say; with `box`, (width, height), perhaps smaller than it is
+    but not smaller than the box. Raises UserError with its name if it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # beyond Pillow's limit on pixels there is an error
             with Image.open(path) as picture:
                 picture.draft("RGB", box or picture.size)  # libjpeg decodes at 1/2, 1/4 or 1/8 for less work
-                return rgb(ImageOps.exif_transpose(picture) if upright else picture)
+                return rgb(ImageOps.exif_transpose(picture))
     except Exception as e:  # whatever a decoder makes of a damaged file
         raise UserError(f"{path}: {getattr(e, 'strerror', None) or f'cannot be read as a picture ({e})'}") from None
 
@@ -174,12 +171,11 @@ def scan(root: str, source: str, cache: str, allow_broken: bool = False) -> Inde
         say(found, sys.stderr)
     numbers = set(index.pixels[:, 1:3].unique().tolist()) - {0}  # of classes and of parts
     if layout == "sceneparsing" and not numbers & index.names.keys():
-        advice = "add 1 to every class first: 1 for the object, 2 for everything else, 0 only for unknown"
-        raise UserError(f"{folder}: masks with {sorted(numbers | {0})} alone, where 0 and 255 are unlabelled: {advice}")
+        advice = "write 1 for the object, 2 for everything else, 0 for unknown; of several classes add 1 to every class first"
+        raise UserError(f"{folder}: masks with {sorted(numbers | {0})} alone, where 0 and 255 are unlabelled; {advice}")
     if unknown := sorted(numbers - index.names.keys() - ({255} if layout == "sceneparsing" else set())):
         images = index.pixels[torch.isin(index.pixels[:, 1:3], torch.tensor(unknown)).any(dim=1), 0].unique().numel()
-        shown = ", ".join(map(str, unknown[:8])) + (", .." if len(unknown) > 8 else "")
-        say(f"{source}: class numbers that no table names, unlabelled in {images} images: {shown}", sys.stderr)
+        say(f"{source}: numbers without a name, unlabelled in {images} images: {str(unknown[:9])[1:-1]}", sys.stderr)
     return index
 
 
@@ -208,7 +204,7 @@ def scan_image(task: tuple[str, str, dict]) -> dict:
     current, maps = files["image"], {}
     try:
         with Image.open(os.path.join(folder, current)) as photo:
-            width, height = photo.size
+            width, height = photo.size[::-1] if photo.getexif().get(0x0112, 1) > 4 else photo.size  # turned by EXIF
             photo.draft("RGB", (1, 1))  # a JPEG is decoded at an eighth, which still notices a truncated one
             photo.load()
         found = {"size": (height, width), "tag": files.get("tag", ""), "pixels": [], "names": {}}
@@ -220,9 +216,7 @@ def scan_image(task: tuple[str, str, dict]) -> dict:
         for kind in files.keys() & {"labels", "parts"}:
             current = files[kind]
             photo_size = None if layout == "os" else (width, height)
-            maps[kind] = numbers = label_numbers(os.path.join(folder, current), layout, photo_size).astype(np.int64)
-            if not 0 <= numbers.min() <= numbers.max() < 2**16:
-                raise ValueError("class numbers beyond 65535")
+            maps[kind] = label_numbers(os.path.join(folder, current), layout, photo_size).astype(np.int64)
         if "labels" in maps:
             counts = np.bincount(maps["labels"].ravel())
             found["pixels"] = [(int(n), 0, int(counts[n])) for n in np.flatnonzero(counts) if n > 0]
@@ -249,7 +243,8 @@ def class_table(layout: str, folder: str, numbers: list[int]) -> dict[int, str]:
         if layout == "os":
             table = {int(row["red_color"]): row["substance_name"] for row in csv.DictReader(lines)}
         elif path.endswith(TABLES[0]):
-            table = {int(row[0]): row[-1] for row in (line.split("\t") for line in lines[1:] if line.strip())}
+            rows = [line.split("\t") for line in lines if line.strip()]
+            table = {int(row[0]): row[-1] for row in rows[not rows[0][0].strip().isdigit() :]}  # without its header
         if min(table) < (layout != "os"):
             raise ValueError("0 is unlabelled: add 1 to every class first")
         return {number: name.strip() for number, name in table.items() if name.strip()}
@@ -273,12 +268,8 @@ def merged_names(names: dict[int, str], part: bool = False) -> dict[int, str]:
     if part:
         first = {number: re.sub(r"\b(left|right) +", "", name) for number, name in first.items()}
     forms, plurals = set(first.values()), ((r"s$", ""), (r"(s|x|z|ch|sh|o)es$", r"\1"), (r"ies$", "y"))
-
-    def singular(name: str) -> str:
-        candidates = [re.sub(plural, end, name) for plural, end in plurals]
-        return next((c for c in candidates if c != name and c in forms), name)
-
-    return {number: singular(name) for number, name in first.items()}
+    singulars = lambda name: (re.sub(plural, end, name) for plural, end in plurals)
+    return {n: next((s for s in singulars(name) if s != name and s in forms), name) for n, name in first.items()}
 
 
 def class_names(index: Index) -> dict[str, dict]:
@@ -333,7 +324,7 @@ def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int]) -> dict:
                 kept.sort(key=lambda name: -pixels[name])
                 kept = [name for name in kept if level == "part" or pixels[name] >= minima["min_pixels"]]
             if level == "object" and kept and len(set(kept) & set(pixels)) < 2:
-                advice = "write the background as a class of its own (0 is unlabelled: add 1 to every class first)"
+                advice = "0 is unlabelled: write the background as a class of its own; add 1 to every class first"
                 raise UserError(f"{index.folder}: only one class of objects has pixels; {advice}")
             if level == "part":
                 parts = {name: ["background"] for name in vocabulary.get("object", ())}
@@ -354,7 +345,8 @@ class Source:
     def __init__(self, index: Index, vocabulary: dict, names: dict | None = None, cache="", short=600, longest=1200):
         names = names or class_names(index)
         self.index, self.short, self.longest = index, short, longest
-        self.levels = [level for level in SOURCE_LEVELS[index.source] if level in vocabulary and names.get(level)]
+        known = lambda v: names.get(v) and (v == "part" or set(names[v].values()) & set(vocabulary[v]))
+        self.levels = [v for v in SOURCE_LEVELS[index.source] if v in vocabulary and known(v)]
         self.tag_level = {"ade20k": "scene", "dtd": "texture", "os": None}[index.source]
         self.map_level = {"ade20k": "object", "dtd": None, "os": "material"}[index.source]
         position = {v: {n: i for i, n in enumerate(vocabulary.get(v, ()))} for v in (self.tag_level, self.map_level)}
@@ -426,11 +418,11 @@ def centres(cells: int, stride: int, n: int, full: int) -> np.ndarray:
 
 # ---------------------------------------------------------------- batches
 def plan_batches(sizes: dict[str, dict[int, tuple[int, int]]], iterations: int, images: int, seed: int) -> np.ndarray:
-    """The source and the images of each iteration: int32 (iterations, 1 + images), a row the source's position in
-    `sizes`, then image numbers. sizes: of each source, image number -> (height, width).
+    """The source and the images of each iteration: int32 (iterations, 1 + images); each row holds the source's
+    position in `sizes`, then the image numbers. sizes: of each source, image number -> (height, width).
 
-    Section 3.1: each iteration draws a source, with probability by its number of images. Ours: its images are then of
-    one orientation, so that little is padded, and none comes again before all of that orientation did."""
+    Section 3.1: each iteration draws a source, with probability by its number of images; its images are of one
+    orientation, to keep padding small. Ours: no image repeats before every image of its orientation was used."""
     rng, plan = np.random.default_rng(seed), np.empty((iterations, 1 + images), np.int32)
     counts = np.array([len(of_source) for of_source in sizes.values()])
     plan[:, 0] = rng.choice(len(counts), iterations, p=counts / counts.sum())
@@ -468,7 +460,7 @@ def training_batch(k, sources: list, plan: np.ndarray, sizes: list, longest: int
             size = resized(source.index.sizes[i].tolist(), short, longest)
             picture = source.photo(i, size[::-1])
         code = source.prepared(i) if source.map_level in source.levels else None
-        if rng.random() < 0.5:  # as released
+        if rng.random() < 0.5:  # in the authors' code, not in the paper
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             code = code if code is None else code[:, ::-1]
         samples.append((picture, size, code))
@@ -656,7 +648,7 @@ def make_toy(folder: str, scenes: int = 400, photos: int = 320, textures: int = 
         for k in range(1, photos + 1):
             _, picture, (*_, n) = toy_scene(1, k)
             save(picture, f"os/photos/{k}.jpg")
-            larger = n.shape[1] * 3 // 2, n.shape[0] * 3 // 2  # not the photo's size, as released
+            larger = n.shape[1] * 3 // 2, n.shape[0] * 3 // 2  # not the photo's size, as in OpenSurfaces
             save(coded(n, 0 * n).resize(larger, Image.Resampling.NEAREST), f"os/photos-labels/{k}.png")
         rows = ["substance_id,substance_name,red_color"]
         rows += [f"{k},{name},{k}" for k, name in enumerate(TOY_SUBSTANCES, start=1)]
@@ -733,10 +725,10 @@ DATA_OPTIONS = [
     Option("data", str, "toy", "toy, or a comma list of ade20k,os,dtd"),
     Option("root", str, "data", "folder of ade20k/, os/, dtd/", resume=True),
     Option("cache", str, None, "where indexes and prepared labels go (<root>/.cache)", resume=True),
-    Option("min-images", int, 50, "keep objects and materials in at least so many images", 20),
-    Option("min-pixels", int, 50000, "keep objects of at least so many pixels", 5000),
-    Option("min-part-images", int, 20, "keep parts in at least so many images"),
-    Option("min-scene-images", int, 10, "keep scenes of at least so many images"),
+    Option("min-images", int, 50, "keep objects and materials in so many images (own data: all)", 20),
+    Option("min-pixels", int, 50000, "keep objects of so many pixels (own data: all)", 5000),
+    Option("min-part-images", int, 20, "keep parts in so many images"),
+    Option("min-scene-images", int, 10, "keep scenes of so many images"),
     Option("allow-broken", bool, False, "go ahead although over one file in twenty is broken", resume=True),
 ]
 DEVICE_OPTIONS = [
@@ -803,6 +795,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n" if is_main_process() else None)
 
 
+hash_of = lambda content: hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 data_root = lambda args: os.path.join(args.root, "toy") if args.data == "toy" else args.root
 cache_folder = lambda args: args.cache or os.path.join(data_root(args), ".cache")
 
@@ -819,12 +812,15 @@ def open_indexes(args: argparse.Namespace) -> tuple[dict[str, Index], dict[str, 
     """The index of every source that the options name, and the vocabulary's minima; makes the toy if it is asked for."""
     names = named_sources(args.data)
     if args.data == "toy":
+        if os.path.isdir(os.path.join(args.root, "annotations")):
+            raise UserError(f"--root {args.root}: holds data of your own; --data ade20k reads them")
         make_toy(data_root(args))
     indexes = {name: scan(data_root(args), name, cache_folder(args), args.allow_broken) for name in names}
     return indexes, {key: value for key, value in vars(args).items() if key.startswith("min_")}
 
 
 # ---------------------------------------------------------------- what the scripts share: device and processes
+autocast = lambda device, amp: torch.autocast(device.type, amp) if amp else contextlib.nullcontext()
 PATIENCE = datetime.timedelta(hours=2)  # how long processes wait for the first one, which scans and splits
 
 
@@ -847,13 +843,11 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("choose cpu, cuda or mps")
         if device.type == "cuda":  # set first, or every process opens a context on GPU 0
             local = int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else device.index or 0
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UserError(f"--device {name}: not available ({str(e).splitlines()[0]})") from None
@@ -864,10 +858,6 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
-
-
-def autocast(device: torch.device, amp: torch.dtype | None):
-    return torch.autocast(device.type, amp) if amp else contextlib.nullcontext()
 
 
 def from_main_process(function):
@@ -899,9 +889,12 @@ def ignore_signals(_) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def default_workers() -> int:
-    """Processes that read images: one a core, 8 at most, the cores shared among this machine's processes."""
-    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+def in_order(function, numbers: range, workers: int | None = None, pinned: bool = False) -> DataLoader:
+    """`function(k)` for each number, computed ahead by `workers` processes: by default one a core, 8 at most, the cores
+    shared among this machine's processes."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    how = dict(num_workers=max(1, min(8, cores)) if workers is None else workers, worker_init_fn=ignore_signals)
+    return DataLoader(numbers, None, collate_fn=function, pin_memory=pinned, **how)
 
 
 # ---------------------------------------------------------------- the command
@@ -910,7 +903,9 @@ def report(args: argparse.Namespace) -> None:
     vocabulary = build_vocabulary(indexes, minima)
     for source, index in indexes.items():
         height, width = index.sizes.double().median(dim=0).values.int().tolist()
-        print(f"{source}: {len(index.images)} images in {index.folder} ({index.layout}), median {width} x {height}")
+        print(
+            f"{source}: {len(index.images)} images in {index.folder} ({index.layout}), median {width} x {height} pixels"
+        )
         for level, classes in class_pixels(index).items():
             names, pixels = vocabulary.get(level, ()), {name: sum(images.values()) for name, images in classes.items()}
             noun = "objects" if level == "part" else "class" if len(names) == 1 else "classes"
@@ -919,10 +914,12 @@ def report(args: argparse.Namespace) -> None:
             none = "no class is large enough: see the --min- options" if classes else "no labels"
             print(f"  {level:9s}{found if names else none}")
             if index.layout == "sceneparsing" and level == "object" and len(names) <= 40:
+                zeros = int(index.sizes.prod(dim=1).sum() - index.pixels[index.pixels[:, 2] == 0, 3].sum())
+                hint = "; if 0 is a class, add 1 to every class first (not to 255)" if zeros else ""
+                print(f"      0 {'(unlabelled)':30s}{zeros:14,} pixels{hint}")
                 for k, name in zip(sorted(index.names), names):
-                    advice = "" if name in pixels else ": none; if numbers start at 0, add 1 to every class first"
                     n = len(classes.get(name, ()))
-                    print(f"    {k:3d} {name:30s}{pixels.get(name, 0):14,} pixels in {n} images{advice}")
+                    print(f"    {k:3d} {name:30s}{pixels.get(name, 0):14,} pixels in {n} images{'' if n else hint}")
         for _, reason in index.broken:
             print(f"  set aside  {reason}")
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
@@ -117,7 +116,7 @@ def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) ->
         highest = torch.maximum(highest.narrow(axis, 0, n), highest.narrow(axis, cells - n, n))
     bound = lowest.amax(dim=0) - 1e-5 * logits.abs().amax()
     possible = (highest < bound).flatten(1).all(dim=1).logical_not().nonzero().flatten()
-    best, value, wins = (logits.new_zeros(size) for _ in range(3))
+    best, value = torch.zeros(size, dtype=torch.int64, device=logits.device), logits.new_empty(size)
     top = logits.new_full(size, -torch.inf)
     for k in possible.tolist():
         if logits.is_cpu:  # the same sums, quicker: a row's pixels lie side by side on each axis
@@ -125,10 +124,9 @@ def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) ->
             one_axis.out(wide.mT, size[:1], False, scales[0], out=value.mT[None])
         else:
             value = two_axes(logits[None, k, None], size, False, *scales)[0, 0]
-        torch.gt(value, top, out=wins)  # 1.0 or 0.0, quicker than bool
-        torch.maximum(best, wins.mul_(k), out=best)  # k only grows
+        best.masked_fill_(value > top, k)
         torch.maximum(top, value, out=top)
-    return best.long()
+    return best
 
 
 def part_map(logits: Tensor, objects: Tensor, part_slices: dict[int, slice], filled: tuple[int, int]) -> Tensor:
@@ -193,9 +191,7 @@ def evaluate(net: UPerNet, vocabulary: dict, sources: dict, images: list, levels
         shown |= set(of_source[:: max(1, len(of_source) // SHOWN)][:SHOWN])
     images = images[rank::processes]
     item = functools.partial(evaluation_image, sources=sources, images=images, test_size=net.test_size)
-    workers = datasets.default_workers() if len(images) > 500 else 0
-    how = dict(num_workers=workers, worker_init_fn=datasets.ignore_signals)
-    loader = DataLoader(range(len(images)), None, collate_fn=item, **how)
+    loader = datasets.in_order(item, range(len(images)), None if len(images) > 500 else 0)
     bar = dict(desc="evaluating", unit=" images", disable=None if rank == 0 else True, leave=False)
     for pair, image in zip(images, tqdm(loader, total=len(images), **bar)):
         source, filled = sources[pair[0]], image["size"]
@@ -244,7 +240,7 @@ def table(results: dict, amp: torch.dtype | None = None, untrained: dict | None 
         rows = [f"  {name[:38]:38s} {percent(v)}" for name, v in ranked]
         rows[10:-10] = [f"  .. {len(rows) - 20} more, in --json"] if len(rows) > 20 else rows[10:-10]
         if absent := len(iou) - len(ranked):
-            rows.append(f"  {absent} more have no labelled pixel in these images, and are in no mean")
+            rows.append(f"  without a labelled pixel in these images, and in no mean: {absent}")
         lines += ["", f"IoU of each {level}, %", *rows] if rows else []
     return "\n".join(lines)
 
@@ -259,7 +255,7 @@ def parse(net: UPerNet, photo, levels: list[str] | None = None, amp: torch.dtype
         if photo.dtype != np.uint8 or photo.shape[2:] != (3,):
             raise ValueError(f"a photo of shape {photo.shape}, {photo.dtype}: not (H, W, 3) uint8")
         photo = Image.fromarray(photo)
-    device, full, seen = next(net.parameters()).device, (photo.height, photo.width), {}
+    device, full, seen = next(net.eval().parameters()).device, (photo.height, photo.width), {}
     pixels, filled = network_input(datasets.rgb(photo), full, net.test_size)
     levels = [level for level in net.classes if levels is None or level in levels]
     with torch.inference_mode(), datasets.autocast(device, amp):
@@ -409,6 +405,7 @@ def map_panel(title: str, photo: Image.Image, classes: np.ndarray, names: list[s
     shown = [(int(numbers[k]), pixels[k] / classes.size) for k in order[:most] if pixels[k] >= 0.001 * classes.size]
     entries = [(class_colour(k), f"{names[k]}  {share:.1%}", None) for k, share in shown]
     entries += [(None, f"and {len(order) - len(shown)} smaller", None)] if len(order) > len(shown) else []
+    entries += [(None, f"none  {none:.1%}", None)] if (none := (classes < 0).mean()) >= 0.001 else []
     return panel(title, overlay(photo, classes), entries or [(None, "nothing", None)])
 
 
@@ -426,8 +423,8 @@ def comparison(photo: Image.Image, maps: dict, logits: dict, labels: dict, vocab
     """One validation image: the truth in the upper row, the prediction in the lower (in one row without scores)."""
     photo, names = photo.resize((PANEL, max(1, round(photo.height * PANEL / photo.width)))), class_names(vocabulary)
     scores = {level: logits[level].softmax(dim=0).cpu().numpy() for level in ("scene", "texture") if level in logits}
-    known = [f"{level}: {names[level][int(labels[level])]}" for level in scores if labels[level] >= 0]
-    above = [tag_panel(", ".join(["truth", *known]), photo, {}, names)]
+    known = [f"true {level}: {names[level][int(labels[level])]}" for level in scores if labels[level] >= 0]
+    above = [tag_panel(", ".join(["photo", *known]), photo, {}, names)]
     below = [tag_panel("prediction", None, scores, names)]
     for level in maps:
         above.append(map_panel(f"{level}s, truth", photo, labels[level].cpu().numpy(), names[level]))
@@ -447,7 +444,7 @@ def sheet_of(rows: list[list[Image.Image]], margin: int = 10) -> Image.Image:
 
 
 def save_picture(picture: Image.Image, path: str) -> None:
-    datasets.write_file(path, lambda name: picture.save(name, "PNG"))
+    datasets.write_file(path, lambda name: picture.save(name, "PNG", compress_level=3))
 
 
 def plot(title: str, series: dict[str, tuple], top: float, right: int, unit: str, marks: list = []) -> Image.Image:
@@ -480,6 +477,8 @@ def released_names(labels: str | None, index: Index, vocabulary: dict) -> dict[s
         wanted = "ADE20K_2021_17_01, not SceneParsing" if tables else "ADEChallengeData2016 (SceneParsing)"
         raise UserError(f"{index.folder}: this network is measured on {wanted}")
     if not tables:
+        if (own := len(index.names)) != (n := len(vocabulary["object"])):
+            raise UserError(f"{index.folder}: has {own} classes; this network is measured on data with its own {n}")
         return {"object": dict(enumerate(vocabulary["object"], start=1))}
     plain = lambda name: re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")
     names: dict[str, dict] = {level: {} for level in datasets.SOURCE_LEVELS[index.source]}
@@ -495,9 +494,10 @@ def released_names(labels: str | None, index: Index, vocabulary: dict) -> dict[s
     if "scene" in names:
         scenes = names["scene"]
         names["scene"] = {tag: scenes.get(plain(tag)) for tag in index.tags if tag}
-        if unknown := sorted(tag for tag, name in names["scene"].items() if name is None):
-            n = sum(tag in unknown for tag in index.tags)
-            datasets.say(f"{index.source}: {n} images of scenes unknown to the network: {', '.join(unknown[:5])}, ..")
+        unknown = [tag for tag in index.tags if tag and names["scene"][tag] is None]
+        datasets.say(
+            f"{index.source}: {len(unknown)} images of scenes that the network lacks: {str(unknown[:5])[1:-1]}"
+        )
     return names
 
 
@@ -534,13 +534,14 @@ def parse_photos(args, net: UPerNet, vocabulary: dict, numbers: dict, amp, relat
     paths, failed = [], []
     for path in args.photo:
         inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
-        paths += [os.path.join(path, f) for f in inside if f.lower().endswith((".jpg", ".jpeg", ".png"))] or [path]
+        photos = [f for f in inside if re.search(r"(?<!_upernet)(?<!_object)(?<!_material)\.(jpe?g|png)$", f, re.I)]
+        paths += [os.path.join(path, f) for f in photos] or [path]
     stems = [os.path.splitext(os.path.basename(path))[0] for path in paths]
     if twice := [stem for stem in stems if stems.count(stem) > 1]:
         raise UserError(f"--photo: several files named {twice[0]} would be written to the same {twice[0]}_upernet.png")
     for path, stem in zip(paths, stems):
         try:
-            photo = datasets.open_photo(path, upright=True)
+            photo = datasets.open_photo(path)
         except UserError as e:
             failed.append(str(e))
             continue
@@ -558,13 +559,13 @@ def parse_photos(args, net: UPerNet, vocabulary: dict, numbers: dict, amp, relat
 def run(parser: datasets.Parser, given) -> None:
     datasets.join_processes()
     if bool(given.checkpoint) == bool(given.release):
-        raise UserError("name a checkpoint (runs/toy/ckpt.pt, say), or released weights with --release")
+        raise UserError("name a checkpoint (runs/toy/ckpt.pt, say) before the options, or give --release")
     device, trained, split = datasets.pick_device(given.device or "auto"), {"root": "data"}, None
     try:
         if given.checkpoint:
             net, checkpoint = upernet.read_checkpoint(given.checkpoint)
             vocabulary, trained, split = (checkpoint.get(key, {}) for key in ("vocabulary", "arguments", "split"))
-        elif len(given.release) == 1:
+        elif len(given.release) == 1 and not given.labels:
             net, vocabulary = upernet.load_mmseg(given.release[0])
         elif given.labels and len(given.release) == 2:
             net, vocabulary = upernet.load_release(*given.release, given.labels)
@@ -596,7 +597,7 @@ def run(parser: datasets.Parser, given) -> None:
         source = Source(index, vocabulary, names)
         sources |= {name: source} if set(source.levels) & set(args.levels or LEVELS) else {}
     if not sources:
-        raise UserError(f"--data {args.data}: has no labels for the levels of this network")
+        raise UserError(f"--data {args.data}: has no labels of the levels or classes of this network")
     images = images_to_evaluate(sources, vocabulary, split, args)
     results = evaluate(net, vocabulary, sources, images, args.levels, amp, args.pictures)
     print(table(results, amp))

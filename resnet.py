@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # residual blocks in C2..C5
-# Widths of the stem's convolutions: the paper's and torchvision's, the authors' release, mmsegmentation's ResNet-v1c.
+# Widths of the stem's convolutions: torchvision's, the authors' release's, mmsegmentation's ResNet-v1c.
 STEMS = {"7x7": (64,), "deep": (64, 64, 128), "v1c": (32, 32, 64)}
 
 
@@ -75,14 +75,12 @@ class ResNet(nn.Module):
     output_stride: 32, or 16 or 8, where the last one or two stages are dilated instead of strided (DilatedNet).
     `channels` are the widths of C2..C5. Raises ValueError for any other argument."""
 
-    stops_early = True  # forward takes `last`
-
     def __init__(self, depth: int = 50, stem: str = "7x7", output_stride: int = 32):
         super().__init__()
         if depth not in BLOCKS or stem not in STEMS or output_stride not in (8, 16, 32):
             known = f"depth is one of {list(BLOCKS)}, stem of {list(STEMS)}, output_stride of [8, 16, 32]"
             raise ValueError(f"ResNet({depth!r}, {stem!r}, {output_stride!r}): {known}")
-        self.depth, self.stem = depth, stem
+        self.depth, self.stem, self.stops_early = depth, stem, True  # forward takes `last`
         block = BasicBlock if depth < 50 else Bottleneck
         self.channels = [width * block.expansion for width in (64, 128, 256, 512)]
         kernel, in_channels = 7 if stem == "7x7" else 3, 3

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import balance_split, datasets, evaluate, resnet, upernet
@@ -25,12 +24,12 @@ TEXTURE_IMAGES = 8  # for each of --batch-size in the texture stage: they have a
 
 
 def update(model: nn.Module, part_slices: dict, batches: list[dict], optimizer, scaler, device, amp) -> dict:
-    """One step on batches of one source, whose gradients are averaged: the loss of each of the source's levels.
+    """Takes one step on batches of one source, averaging their gradients; returns the loss of each of its levels.
     Only the path to these levels moves, and nothing else at all: `levels=` keeps the rest out of the forward pass, so
     that its batch-norm statistics stay, and out of the backward pass, so that its gradients stay None, and SGD leaves
     parameters without a gradient alone, their weight decay and momentum too (in the released code both act). A level
     without a label in this batch is on the path: its gradients are zero, and decay and momentum act.
-    FloatingPointError, before the step, for a loss that is not finite in any process; fp16 leaves such a step out."""
+    Raises FloatingPointError, before the step, if a process's loss is not finite; with fp16 the step is left out."""
     optimizer.zero_grad(set_to_none=True)
     values, statistics = [], [buffer.clone() for buffer in model.buffers()] if scaler.is_enabled() else []
     for k, batch in enumerate(batches):
@@ -46,8 +45,9 @@ def update(model: nn.Module, part_slices: dict, batches: list[dict], optimizer, 
         values.append(torch.stack([value.detach() for value in loss.values()]))
     means = torch.stack(values).mean(dim=0).tolist()  # one transfer for all the losses
     overflow = datasets.anywhere(not all(map(math.isfinite, means)))
-    for buffer, before in zip(model.buffers(), statistics) if overflow else ():
-        buffer.copy_(before)  # with fp16: the scaler keeps the weights, this the batch-norm statistics
+    if overflow:  # with fp16 the scaler keeps the weights, this the batch-norm statistics
+        for buffer, before in zip(model.buffers(), statistics):
+            buffer.copy_(before)
     if overflow and not scaler.is_enabled():
         raise FloatingPointError(f"{batches[0]['source']}: {', '.join(f for batch in batches for f in batch['files'])}")
     scaler.step(optimizer)
@@ -77,8 +77,8 @@ def train(parser: datasets.Parser, given) -> None:
         training[name] = {i: size for i, size in enumerate(sizes) if source.index.images[i] not in validates}
         validation += [(name, i) for i, image in enumerate(source.index.images) if image in validates]
         print(f"{name}: {len(training[name])} images to train on, {len(validates)} to validate on ({args.split} split)")
-        if not training[name]:
-            raise UserError(f"{name}: every image is a validation image, none is left to train on")
+        if not training[name] or args.split == "official" and not validates:
+            raise UserError(f"{name}: none to {'validate' if training[name] else 'train'} on; see --split")
     counts = {v: sum(len(p) - 1 for p in n.values()) if v == "part" else len(n) for v, n in vocabulary.items()}
     print("classes: " + ", ".join(f"{n} {level}" for level, n in counts.items()))
     stages = plan_stages(args, training, processes)
@@ -106,7 +106,7 @@ def train(parser: datasets.Parser, given) -> None:
         torch.set_rng_state(checkpoint["random"].cpu())
         if scaler.is_enabled() and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
-        print(f"{args.out}: resumes the {stage} stage at iteration {first}")
+        print(f"{args.out}: resumes the {stage} stage after {first} iterations")
     else:  # DistributedDataParallel gives the other processes the main one's weights
         datasets.from_main_process(lambda: load_start(net, vocabulary, args.weights, start))
     if device.type == "cuda" and processes > 1:
@@ -121,19 +121,20 @@ def train(parser: datasets.Parser, given) -> None:
         content |= {"optimizer": optimizer.state_dict() if optimizer else {}, "scaler": scaler.state_dict()}
         content |= {"stage": stage, "iteration": iteration, "random": torch.get_rng_state()}
         folders = {key: os.path.abspath(value) for key in ("root", "cache") if (value := getattr(args, key))}
-        kept = {"fingerprints": fingerprints, "group": torchrun_group()}
+        lengths = {name: iterations for name, (_, iterations, _) in stages.items()}
+        kept = {"iters": lengths.get("main", 0), "texture_iters": lengths.get("texture", 0), "group": torchrun_group()}
         own = {"object": sorted(s.index.names) for s in sources.values() if s.index.layout == "sceneparsing"}
-        length = lambda name: stages[name][1] if name in stages else 0
-        kept |= {"numbers": own, "iters": length("main"), "texture_iters": length("texture")}
+        kept |= {"fingerprints": fingerprints, "numbers": own}
         content["arguments"] = {**vars(args), **folders, **kept}
         if rank == 0:
             advice = "(the last one is kept; make room, or choose another folder with --out)"
             datasets.write_file(to, lambda name: torch.save(content, name), advice)
-            draw_curves(log, {name: iterations for name, (_, iterations, _) in stages.items()}, args.out)
+            draw_curves(log, lengths, args.out)
 
     def validate(network: UPerNet, pictures: str | None = None) -> dict:
-        for value in network.state_dict().values() if processes > 1 else ():  # batch-norm statistics may differ
-            dist.broadcast(value, 0)
+        if processes > 1:  # batch-norm statistics may differ
+            for value in network.state_dict().values():
+                dist.broadcast(value, 0)
         return evaluate.evaluate(network, vocabulary, sources, validation, pictures=pictures)
 
     if not checkpoint:
@@ -154,16 +155,13 @@ def train(parser: datasets.Parser, given) -> None:
             settings = {"sizes": args.sizes, "longest": args.max_size, "seed": args.seed}
             settings |= {"sources": [sources[n] for n in of_stage], "share": (args.accumulate, rank, processes)}
             plan = datasets.plan_batches(of_stage, iterations, batch_size * args.accumulate * processes, args.seed)
-            batch = functools.partial(datasets.training_batch, plan=plan, **settings)
+            make_batch = functools.partial(datasets.training_batch, plan=plan, **settings)
             numbers, pinned = range(first * args.accumulate, iterations * args.accumulate), device.type == "cuda"
-            workers = datasets.default_workers() if args.workers is None else args.workers
-            how = dict(num_workers=workers, pin_memory=pinned, worker_init_fn=datasets.ignore_signals)
-            batches, saved = iter(DataLoader(numbers, None, collate_fn=batch, **how)), time.monotonic()
+            batches, saved = iter(datasets.in_order(make_batch, numbers, args.workers, pinned)), time.monotonic()
             overflows = left_out = 0  # fp16 steps: in a row, in all
             every = 0.1 if sys.stdout.isatty() else 30  # seconds between updates of the bar
-            bar = dict(desc=name, total=iterations, initial=first, disable=rank > 0, file=sys.stdout, mininterval=every)
-            bar = tqdm(range(first, iterations), **bar)
-            for iteration in bar:
+            bar = tqdm(desc=name, total=iterations, initial=first, disable=rank > 0, file=sys.stdout, mininterval=every)
+            for iteration in range(first, iterations):
                 began = time.perf_counter()
                 if name == "main":
                     net.train()
@@ -187,11 +185,12 @@ def train(parser: datasets.Parser, given) -> None:
                 line["loss"] = {level: value if math.isfinite(value) else None for level, value in loss.items()}
                 line["seconds"] = round(time.perf_counter() - began, 4)
                 bar.set_postfix_str(", ".join(f"{level} {value:.2f}" for level, value in loss.items()), refresh=False)
+                bar.update()
                 done = iteration + 1
                 last = done == iterations and name == order[-2]
                 if args.eval_every and done % args.eval_every == 0 and not last:
                     metrics = validate(net)
-                    print(evaluate.table(metrics))
+                    print(f"after {done} iterations of the {name} stage:\n{evaluate.table(metrics)}")
                     line["metrics"] = {v: {k: x for k, x in m.items() if k != "iou"} for v, m in metrics.items()}
                     if headline(metrics) > best:
                         best = headline(metrics)
@@ -206,9 +205,10 @@ def train(parser: datasets.Parser, given) -> None:
                     saved = time.monotonic()
                 if number:
                     bar.close()
-                    print(f"stopped and saved after iteration {iteration} of the {name} stage; this resumes it:")
+                    print(f"stopped and saved after {done} iterations of the {name} stage; this resumes it:")
                     print(f"{launcher(processes)} train.py --resume --out {shlex.quote(args.out)}", flush=True)
                     raise SystemExit(128 + number)
+            bar.close()
             del batches
             if left_out:
                 print(f"{name}: left out {left_out} steps that overflowed in fp16")
@@ -278,7 +278,8 @@ def read_start(weights: str) -> tuple[dict, dict, dict] | None:
         content = upernet.read_file(weights)
         if "model" in content or "decode_head.conv_seg.weight" in content.get("state_dict", content):
             net, vocabulary = (upernet.load if "model" in content else upernet.load_mmseg)(weights)
-            return net.network, vocabulary, net.state_dict()
+            sizes = {key: v for key, v in content.get("arguments", {}).items() if key in ("sizes", "max_size")}
+            return net.network | sizes, vocabulary, net.state_dict()
     except ValueError as e:
         raise UserError(f"--weights {e}; it takes imagenet, none, or a file") from None
     return {}, {}, {f"backbone.{key}": value for key, value in content.items() if not str(key).startswith("fc.")}
@@ -302,10 +303,14 @@ def load_start(net: UPerNet, vocabulary: dict, weights: str, start: tuple | None
         kept = [(i, theirs.index(name)) for i, name in enumerate(names) if name in theirs]
         for key in (f"heads.{level}.classifier.weight", f"heads.{level}.classifier.bias"):
             loaded.pop(key, None)
-            if kept and state[key].shape[1:] == ours[key].shape[1:]:
+            kept = kept if kept and state[key].shape[1:] == ours[key].shape[1:] else []
+            if kept:
                 rows, their_rows = zip(*kept)
                 loaded[key] = ours[key].cpu().index_copy(0, torch.tensor(rows), state[key][list(their_rows)].cpu())
-        notes += [f"{len(kept)} of {len(names)} {level} classes kept by name"] if theirs else []
+        new = ", ".join([name for i, name in enumerate(names) if i not in dict(kept)][:9])
+        notes += (
+            [f"{len(kept)} of {len(names)} {level} classes kept by name" + (new and f", not {new}")] if theirs else []
+        )
     if not any(key.endswith("weight") for key in loaded):
         raise UserError(f"--weights {weights}: nothing in it fits this network (first key: {next(iter(state), None)})")
     net.load_state_dict(loaded, strict=False)
@@ -333,8 +338,6 @@ def cut_log(path: str, lines: int) -> list[dict]:
         raise UserError(f"{path}: not a log of train.py's ({e}); move it away to resume without it") from None
     if os.path.exists(path):
         datasets.write_file(path, lambda name: Path(name).write_text("".join(line + "\n" for line in kept)))
-    if len(kept) < lines:
-        print(f"{path}: {lines - len(kept)} earlier iterations are missing from the log")
     return content
 
 
@@ -417,7 +420,8 @@ def settle(parser: datasets.Parser, given) -> tuple:
         raise UserError(f"{out}: holds a run already; --resume resumes it, --out names another folder")
     start = read_start(parser.complete(given).weights)
     network = start[0] if start else {}
-    stored = {key: network[key] for key in ("backbone", "channels", "stem", "output_stride", "fpn") if key in network}
+    kept = ("backbone", "channels", "stem", "output_stride", "fpn", "sizes", "max_size")
+    stored = {key: network[key] for key in kept if key in network}
     stored |= {f"no_{key}": not network[key] for key in ("ppm", "fusion", "head_conv") if key in network}
     args = parser.complete(given, stored | {"out": out})
     if "part" in (args.levels or ()) and "object" not in args.levels:
@@ -467,7 +471,7 @@ OPTIONS += datasets.DEVICE_OPTIONS
 
 
 def main(argv: list[str] | None = None) -> None:
-    description = "Trains UPerNet. Defaults are the paper's; of the toy, the default data, after 'toy'."
+    description = "Trains UPerNet. In brackets the defaults (the paper's, if it has them), after 'toy' the toy's."
     parser = datasets.Parser(description, OPTIONS)
     parser.run(train, parser, parser.parse_args(argv))
 

@@ -1,16 +1,18 @@
 """UPerNet: one network for scene, objects, parts, materials and textures (Xiao et al., ECCV 2018, section 3, figure 4).
 
     from upernet import UPerNet, load
-    net = UPerNet({"scene": 365, "object": 335, "part": {11: 4, 20: 7}, "material": 25, "texture": 47})
+    net = UPerNet({"scene": 365, "object": 335, "part": {11: 4, 20: 7}, "material": 25, "texture": 47})  # class counts
     net(images)["object"]                      # images (N, 3, H, W), RGB in [0, 1] -> logits (N, 335, H/4, W/4)
     net(images, levels=["scene", "material"])  # computes what these two need and no more
     net, vocabulary = load("ckpt.pt")          # or load_release(..), load_mmseg(..): others' released weights
 
     python upernet.py                          # parameters, multiply-adds, milliseconds on this machine
 
-This file and resnet.py work on their own, copied anywhere; with `backbone=` a module, this file alone."""
+This file and resnet.py work on their own, copied anywhere; with `backbone=` a module, this file alone.
+In comments, "released" is what the authors' code does, and "ours" what neither the paper nor that code says."""
 
-import argparse, csv, os, re, time, warnings
+import argparse, csv, functools, re, statistics, time, warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -43,14 +45,11 @@ def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
 def prroi_weights(bins: int, n: int, device: torch.device) -> Tensor:
     """Precise RoI pooling of n samples along one axis (Jiang et al., ECCV 2018), as a matrix (bins, n).
     Bin b is the mean from b*n/bins to (b+1)*n/bins of the curve through the samples at 0..n-1, linear between them and
-    falling to zero one beyond, so that the weights of the last bin sum to less than one."""
-
-    def area_left_of(t: Tensor) -> Tensor:  # under one sample's triangle, of height 1 on [-1, 1]
-        t = t.clamp(-1, 1)
-        return torch.where(t < 0, (t + 1) ** 2 / 2, 1 - (1 - t) ** 2 / 2)
-
+    falling to zero one beyond, so that the weights of the last bin sum to less than one. Each sample's share of the
+    curve is a triangle of height 1 on [-1, 1] around it."""
     edges = torch.arange(bins + 1, device=device) * n / bins
-    area = area_left_of(edges[:, None] - torch.arange(n, device=device))  # (bins + 1, n)
+    t = (edges[:, None] - torch.arange(n, device=device)).clamp(-1, 1)  # (bins + 1, n)
+    area = torch.where(t < 0, (t + 1) ** 2 / 2, 1 - (1 - t) ** 2 / 2)  # of each triangle, left of the edge
     return (area[1:] - area[:-1]) * bins / n
 
 
@@ -88,7 +87,7 @@ class PPM(nn.Module):
 
 class FPN(nn.Module):
     """Feature Pyramid Network's top-down path (Lin et al., CVPR 2017): C<finest>..C4 and P5 -> P<finest>..P5. It hands
-    down the maps before their 3x3 convolution; with `all_maps` false only the finest has one."""
+    down the maps before their 3x3 convolution; with `all_maps=False` only the finest map has one."""
 
     def __init__(self, in_channels: list[int], channels: int, all_maps: bool):
         super().__init__()
@@ -157,18 +156,18 @@ class Fusion(nn.Module):
 
 
 class Head(nn.Module):
-    """A level's own convolutions and its classifier; `pool_first` averages over the map in between (scene)."""
+    """A level's own convolutions and its classifier; with `average` the mean over the map in between (scene)."""
 
-    def __init__(self, in_channels: int, channels: int, classes: int, convs: int, pool_first: bool = False):
+    def __init__(self, in_channels: int, channels: int, classes: int, convs: int, average: bool = False):
         super().__init__()
         widths = [in_channels] + [channels] * convs
         self.conv = nn.Sequential(*(ConvBNReLU(a, b) for a, b in zip(widths, widths[1:])))
-        self.pool_first = pool_first
+        self.average = average
         self.classifier = nn.Conv2d(widths[-1], classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        return self.classifier(x.mean(dim=(2, 3), keepdim=True) if self.pool_first else x)
+        return self.classifier(x.mean(dim=(2, 3), keepdim=True) if self.average else x)
 
 
 class UPerNet(nn.Module):
@@ -230,7 +229,7 @@ class UPerNet(nn.Module):
             n = sum(n.values()) if level == "part" else n
             # Texture: "several" convolutions in the paper, not in the released code; four are our choice.
             width, convs = (c2, 4) if level == "texture" else (channels, int(head_conv))
-            self.heads[level] = Head(width, channels, n, convs, pool_first=level == "scene")
+            self.heads[level] = Head(width, channels, n, convs, average=level == "scene")
         for index, n in self.classes.get("part", {}).items():
             self.part_slices[index] = slice(first, first + n)
             first += n
@@ -253,7 +252,7 @@ class UPerNet(nn.Module):
             a channel: a single image must have a side above 32, and `pool="pspnet"` needs two images.
         Returns a dict:
           scene              (N, classes)
-          object, material   (N, classes, H/4, W/4)
+          object, material   (N, classes, H/4, W/4), rounded up by our backbone
           part               (N, sum of part counts, H/4, W/4); softmax within `part_slices[object]`
           texture            (N, classes), the mean over texture_map (N, classes, H/4, W/4)
         Raises ValueError for a level that the network does not have, and for images that are not as above."""
@@ -286,13 +285,13 @@ class UPerNet(nn.Module):
         return logits
 
     def check(self, images: Tensor, only_texture: bool) -> None:
-        """Raises ValueError for images that `forward` does not take; looks at values unless that stops a GPU."""
+        """Raises ValueError for images that `forward` does not take; looks at values unless a GPU would have to wait."""
         found, (n, colours, *size) = f"images {tuple(images.shape)} of {images.dtype}", (*images.shape, 0, 0)[:4]
         if images.ndim != 4 or colours != 3 or not images.is_floating_point() or min(size) < 32:
-            raise ValueError(f"{found}: not (N, 3, H, W) floats of 32 pixels or more (add a dimension, divide by 255)")
+            raise ValueError(f"{found}: not (N, 3, H, W), one image too; floats in [0, 1]; H and W of 32 or more")
         if self.training and n == 1 and not only_texture and (max(size) <= 32 or self.network["pool"] == "pspnet"):
             if not any(isinstance(m, nn.SyncBatchNorm) for m in self.modules()):
-                raise ValueError(f"{found}: batch norm needs two to train, or above 32 pixels if pool is not pspnet")
+                raise ValueError(f"{found}: batch norm needs two, or above 32 pixels and not pspnet's pool; or eval()")
         if not (torch.compiler.is_compiling() or images.is_meta or images.is_cuda and torch.is_grad_enabled()):
             low, high = (value.item() for value in images.detach().aminmax())
             if low < -0.01 or high > 1.01:
@@ -331,7 +330,7 @@ def part_loss(logits: Tensor, objects: Tensor, parts: Tensor, part_slices: dict[
     An object is valid in an image where at least one of its pixels has a part; there all its pixels count, those
     without a part as background. Per object the mean over its pixels in all such images of the batch (as released)."""
     annotated = parts > 0
-    total = 0 * logits[0, 0, 0, 0].float().nan_to_num(0, 0, 0)  # connects the head to the graph
+    total = 0 * logits[0, 0, 0, 0].float().nan_to_num(0, 0, 0)  # connects the head to the graph, an infinite one too
     for index in sorted(part_slices.keys() & torch.unique(objects[annotated]).tolist()):
         inside = objects == index  # (N, H/4, W/4)
         valid = (inside & annotated).flatten(1).any(dim=1)  # (N,)
@@ -347,10 +346,8 @@ def read_file(path: str, device: str = "cpu") -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return {**torch.load(path, map_location=device, weights_only=True)}
-    except OSError as e:
-        raise ValueError(f"{path}: {e.strerror or e}") from None
     except Exception as e:  # damaged bytes can trip the reader anywhere
-        why = f"not a file of PyTorch weights, or damaged ({type(e).__name__})"
+        why = getattr(e, "strerror", None) or f"not a file of PyTorch weights, or damaged ({type(e).__name__})"
         if "mmengine" in str(e):
             why = "holds objects of mmengine's, which could run code; its tools/misc/publish_model.py takes them out"
         raise ValueError(f"{path}: {why}") from None
@@ -364,10 +361,8 @@ def build(network: dict, state: dict, path: str, device: str = "cpu") -> UPerNet
     for key in [*wanted, *state]:
         if key not in state or key not in wanted:
             raise ValueError(f"{path}: {key} is {'missing' if key in wanted else 'not in this network'}")
-        if not isinstance(state[key], Tensor) or state[key].shape != wanted[key].shape or state[key].is_sparse:
-            raise ValueError(f"{path}: {key} is not a tensor of shape {tuple(wanted[key].shape)}")
-        if not state[key].isfinite().all():
-            raise ValueError(f"{path}: {key} has values that are not finite")
+        if state[key].shape != wanted[key].shape or not state[key].isfinite().all():
+            raise ValueError(f"{path}: {key} is not of shape {tuple(wanted[key].shape)} and finite")
     net.load_state_dict({key: state[key].to(value.dtype) for key, value in wanted.items()}, assign=True)
     return net.to(device, memory_format=torch.channels_last).eval()
 
@@ -384,20 +379,16 @@ def read_checkpoint(path: str, device: str = "cpu") -> tuple[UPerNet, dict]:
     """(network in eval mode, the whole content of the file); see `load`."""
     checkpoint = read_file(path, device)
     try:
-        vocabulary, arguments = checkpoint["vocabulary"], checkpoint.get("arguments", {})
-        lists = [v for level, names in vocabulary.items() for v in (names.values() if level == "part" else [names])]
-        text = all(isinstance(name, str) for names in lists for name in names)
-        if not text or class_counts(vocabulary) != checkpoint["network"]["classes"]:
+        "".join(name for names in checkpoint["vocabulary"].values() for name in names)  # TypeError if one is no text
+        if class_counts(checkpoint["vocabulary"]) != checkpoint["network"]["classes"]:
             raise ValueError("its vocabulary does not have the network's classes")
         net = build(checkpoint["network"], checkpoint["model"], path, device)
-        checkpoint["split"] = {name: [str(image) for image in v] for name, v in checkpoint.get("split", {}).items()}
-        if not all(isinstance(arguments.get(key) or "", str) for key in ("data", "root", "cache")):
-            raise ValueError("its arguments are not train.py's")
-        sizes = sorted(arguments.get("sizes", [net.test_size[0]]))
-        net.test_size = (int(sizes[len(sizes) // 2]), int(arguments.get("max_size", net.test_size[1])), None)
+        arguments = {"sizes": net.test_size[:1], "max_size": net.test_size[1]} | checkpoint.get("arguments", {})
+        net.test_size = (int(statistics.median_high(arguments["sizes"])), int(arguments["max_size"]), None)
         return net, checkpoint
     except Exception as e:  # a damaged or hostile file may hold anything
-        raise ValueError(f"{path}: not a checkpoint of train.py ({type(e).__name__}: {e})") from None
+        why = f"{type(e).__name__}: {e}; others' weights: load_release, load_mmseg, --release"
+        raise ValueError(f"{path}: not a checkpoint of train.py ({why})") from None
 
 
 def class_counts(vocabulary: dict) -> dict:
@@ -437,12 +428,8 @@ MMSEG = {  # mmsegmentation's keys -> ours; the auxiliary head is for training o
 
 def renamed(state: dict, table: dict[str, str]) -> dict:
     """The state dict with its keys rewritten by the table's regular expressions, less those that become ""."""
-    result = {}
-    for key, value in state.items():
-        for theirs, ours in table.items():
-            key = re.sub(theirs, ours, key)
-        result[key] = value
-    return {key: value for key, value in result.items() if key}
+    new_key = lambda key: functools.reduce(lambda k, rule: re.sub(*rule, k), table.items(), key)
+    return {new: value for key, value in state.items() if (new := new_key(key))}
 
 
 def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict]:
@@ -456,11 +443,7 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
         if not isinstance(state.get(key), Tensor):
             raise ValueError(f"{path}: {key} is missing; the encoder comes first, then the decoder")
     paper, vocabulary = "conv_last.1.weight" not in top, {}
-
-    def rows(*path: str) -> list[dict]:
-        with open(os.path.join(labels, *path), newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-
+    rows = lambda *path: list(csv.DictReader(Path(labels, *path).read_text("utf-8").splitlines()))
     try:
         if paper:
             for level in ("scene", "object", "material"):
@@ -470,9 +453,8 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
             vocabulary["part"] = {name: ["background", *of_object] for name, of_object in parts.items()}
         else:
             vocabulary["object"] = distinct_names([row["Name"] for row in rows()])
-            if (n := len(vocabulary["object"])) != len(top["conv_last.1.weight"]):
-                raise ValueError(f"{n} classes")
         network = {"classes": class_counts(vocabulary), "head_conv": paper, "stem": "deep"}
+        network["pool"] = "prroi" if paper else "adaptive"
     except Exception as e:
         needed = "folder joint_dataset" if paper else "file object150_info.csv"
         raise ValueError(f"{labels}: not the authors' {needed} for {decoder} ({type(e).__name__}: {e})") from None
@@ -481,8 +463,7 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
     if paper:  # BGR in [0, 255] minus a mean, as constants of RGB in [0, 1]
         state["mean"] = torch.tensor([122.7717, 115.9465, 102.9801]).view(3, 1, 1) / 255
         state |= {"std": torch.full((3, 1, 1), 1 / 255), "backbone.conv1.weight": body["conv1.weight"].flip(1)}
-    network["pool"] = "prroi" if paper else "adaptive"
-    net = build(network, renamed(state, AUTHORS), f"{encoder}, {decoder}")
+    net = build(network, renamed(state, AUTHORS), f"{encoder}, {decoder}, {labels}")
     net.test_size = (450, 1000, 8 if paper else 32)
     return net, vocabulary
 
@@ -493,7 +474,7 @@ def load_mmseg(path: str, names: list[str] | None = None) -> tuple[UPerNet, dict
     content = read_file(path)
     state, meta = content.get("state_dict", content), content.get("meta", {})
     if "decode_head.fpn_bottleneck.conv.weight" not in state:
-        raise ValueError(f"{path}: not a UPerNet of mmsegmentation's (no decode_head.fpn_bottleneck.conv.weight in it)")
+        raise ValueError(f"{path}: not mmsegmentation's UPerNet (no decode_head.fpn_bottleneck); load reads ours")
     if re.search(r"align_corners\s*=\s*True", f"{meta.get('config')} {meta.get('cfg')}"):
         raise ValueError(f"{path}: trained with align_corners=True, which is not supported; take one of 512x512")
     classes, channels = len(state["decode_head.conv_seg.weight"]), len(state["decode_head.bottleneck.conv.weight"])
@@ -509,8 +490,8 @@ def load_mmseg(path: str, names: list[str] | None = None) -> tuple[UPerNet, dict
 
 def depth_of(state: dict) -> int:
     """The depth of the ResNet in a state dict of others."""
-    has = lambda layer: any(key.endswith(f"{layer}.weight") for key in state)
-    return 101 if has("layer3.22.conv1") else 50 if has("layer1.0.conv3") else 18
+    marks = {101: "layer3.22.conv1.", 50: "layer1.0.conv3.", 18: ""}
+    return next(depth for depth, mark in marks.items() if any(mark in key for key in state))
 
 
 def distinct_names(entries: list[str]) -> list[str]:
@@ -539,9 +520,9 @@ def main(argv: list[str] | None = None) -> None:
             for _ in range(5):
                 start = time.perf_counter()
                 with torch.set_grad_enabled(training):
-                    loss = net.train(training)(images)["object"].mean()
-                gradient = torch.autograd.grad(loss, list(net.parameters()))[0].sum() if training else loss
-                gradient.item()  # waits for a GPU
+                    mean = net.train(training)(images)["object"].mean()
+                last = torch.autograd.grad(mean, list(net.parameters()))[0].sum() if training else mean
+                last.item()  # waits for a GPU
                 times.append(time.perf_counter() - start)
             ms.append(1000 * sorted(times)[2])
         print(f"{backbone:12s}{parameters:13.1f}{counter.get_total_flops() / 2e9:8.1f}{ms[0]:15.1f}{ms[1]:15.1f}")
