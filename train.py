@@ -187,8 +187,7 @@ def train(parser: datasets.Parser, given) -> None:
                 bar.set_postfix_str(", ".join(f"{level} {value:.2f}" for level, value in loss.items()), refresh=False)
                 bar.update()
                 done = iteration + 1
-                last = done == iterations and name == order[-2]
-                if args.eval_every and done % args.eval_every == 0 and not last:
+                if args.eval_every and done % args.eval_every == 0 and (name, done) != (order[-2], iterations):
                     metrics = validate(net)
                     print(f"after {done} iterations of the {name} stage:\n{evaluate.table(metrics)}")
                     line["metrics"] = {v: {k: x for k, x in m.items() if k != "iou"} for v, m in metrics.items()}

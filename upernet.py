@@ -62,7 +62,7 @@ def average_weights(bins: int, n: int, device: torch.device) -> Tensor:
 
 # ---------------------------------------------------------------- the network, from C5 upwards
 class PPM(nn.Module):
-    """Pyramid Pooling Module on C5 (PSPNet's, Zhao et al., CVPR 2017): C5 -> P5. Pools by two small matrix products."""
+    """Pyramid Pooling Module on C5 (PSPNet's, Zhao et al., CVPR 2017): C5 -> P5. Its pooling is `rows @ c5 @ columns.T`."""
 
     BINS = (1, 2, 3, 6)
 
@@ -76,7 +76,8 @@ class PPM(nn.Module):
         size, weights, maps = c5.shape[2:], prroi_weights if self.pool == "prroi" else average_weights, [c5]
         for bins, branch in zip(self.BINS, self.branches):
             rows, columns = (weights(bins, n, c5.device).to(c5.dtype) for n in size)
-            pooled = rows @ c5 @ columns.T  # (N, C, bins, bins)
+            both = (rows[:, None, :, None] * columns[:, None, :]).flatten(2).flatten(0, 1)  # (bins * bins, h w)
+            pooled = (both @ c5.flatten(2).mT).mT.unflatten(2, (bins, bins))  # (N, C, bins, bins)
             if self.pool == "pspnet":
                 maps.append(resize(branch(pooled), size))
             else:  # as released: batch norm after the resize, where it sees several values even of one image; there
