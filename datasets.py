@@ -345,7 +345,7 @@ class Source:
     def __init__(self, index: Index, vocabulary: dict, names: dict | None = None, cache="", short=600, longest=1200):
         names = names or class_names(index)
         self.index, self.short, self.longest = index, short, longest
-        known = lambda v: names.get(v) and (v == "part" or set(names[v].values()) & set(vocabulary[v]))
+        known = lambda v: names.get(v) and set(names["object" if v == "part" else v].values()) & set(vocabulary[v])
         self.levels = [v for v in SOURCE_LEVELS[index.source] if v in vocabulary and known(v)]
         self.tag_level = {"ade20k": "scene", "dtd": "texture", "os": None}[index.source]
         self.map_level = {"ade20k": "object", "dtd": None, "os": "material"}[index.source]

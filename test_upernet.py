@@ -352,7 +352,8 @@ class TestElsewhere(unittest.TestCase):  # the network in somebody else's hands
         for size, levels in itertools.product(sizes, (["object"], ["scene"], ["texture"])):
             images = torch.rand(2, 3, *size)
             self.assert_same(self.net(images, levels), compiled(images, levels))
-        self.assertTrue(1 <= len(graphs) <= 8, len(graphs))
+        most = 8 if hasattr(torch.export.Dim, "AUTO") else 12  # older compilers take sizes apart
+        self.assertTrue(1 <= len(graphs) <= most, len(graphs))
 
     def test_within_another_module_copied_and_in_bfloat16(self):
         whole = nn.Sequential(nn.Identity(), self.net)
@@ -1836,7 +1837,7 @@ class TestTraining(Case):
         names = [f"thing {k}" for k in range(11)]
         path = os.path.join(self.train(*self.own(*names), *network, "--seed", 1, "--iters", 0), "ckpt.pt")
         begin = lambda own, *argv: checkpoint_of(self.train(*own, *argv, "--iters", 0))
-        theirs, own = torch.load(path), self.own("thing 7", "new", "thing 2", "thing 10")
+        theirs, own = torch.load(path, weights_only=True), self.own("thing 7", "new", "thing 2", "thing 10")
         fresh, ours = begin(own, *network), begin(own, "--weights", path)
         self.assertEqual(ours["network"], {**theirs["network"], "classes": {"object": 4}})
         for name, value in ours["model"].items():
@@ -2110,7 +2111,11 @@ class TestMistakes(Case):
 
     def test_checkpoints(self):
         """Files that are no checkpoint of ours, in the three places where one is read. No code in them runs."""
-        content, good, weight = Path(self.checkpoint).read_bytes(), torch.load(self.checkpoint), "ppm.last.0.weight"
+        content, good, weight = (
+            Path(self.checkpoint).read_bytes(),
+            torch.load(self.checkpoint, weights_only=True),
+            "ppm.last.0.weight",
+        )
         model, scenes, ran = good["model"], good["vocabulary"]["scene"], self.at("ran")
         runs_code = type("RunsCode", (), {"__reduce__": lambda self: (os.mkdir, (ran,))})()
         weights = {"shape": torch.zeros(3), "text": "text", "sparse": model[weight].to_sparse()}

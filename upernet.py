@@ -288,7 +288,7 @@ class UPerNet(nn.Module):
     def check(self, images: Tensor, only_texture: bool) -> None:
         """Raises ValueError for images that `forward` does not take; looks at values unless a GPU would have to wait."""
         found, (n, colours, *size) = f"images {tuple(images.shape)} of {images.dtype}", (*images.shape, 0, 0)[:4]
-        if images.ndim != 4 or colours != 3 or not images.is_floating_point() or min(size) < 32:
+        if images.ndim != 4 or colours != 3 or not images.is_floating_point() or size[0] < 32 or size[1] < 32:
             raise ValueError(f"{found}: not (N, 3, H, W), one image too; floats in [0, 1]; H and W of 32 or more")
         if self.training and n == 1 and not only_texture and (max(size) <= 32 or self.network["pool"] == "pspnet"):
             if not any(isinstance(m, nn.SyncBatchNorm) for m in self.modules()):
