@@ -197,16 +197,16 @@ def train(parser: datasets.Parser, given) -> None:
                 if rank == 0:
                     with open(log, "a") as file:
                         file.write(json.dumps(line) + "\n")
-                number = datasets.anywhere(noted[0] if noted else 0)
+                received = datasets.anywhere(noted[0] if noted else 0)
                 due = done % args.save_every == 0 if args.save_every else time.monotonic() - saved > 600
-                if number or (due and done < iterations):
+                if received or (due and done < iterations):
                     save(name, done, optimizer)
                     saved = time.monotonic()
-                if number:
+                if received:
                     bar.close()
                     print(f"stopped and saved after {done} iterations of the {name} stage; this resumes it:")
                     print(f"{launcher(processes)} train.py --resume --out {shlex.quote(args.out)}", flush=True)
-                    raise SystemExit(128 + number)
+                    raise SystemExit(128 + received)
             bar.close()
             del batches
             if left_out:
