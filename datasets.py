@@ -74,7 +74,7 @@ def find_folder(root: str, source: str) -> tuple[str, str]:
 
 
 def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
-    """The images of a source with their label files, and a fingerprint of the names, sizes and times of all files.
+    """The images of a source with their label files, and a fingerprint of all files' names, sizes and times.
     Of each image `image`, a path in the folder, `official` (see `Index`), `tag` where the scene or texture is outside
     of its own files, and the layout's label files; parts only where they exist."""
     walks = [walk for top in FOLDERS for walk in os.walk(os.path.join(folder, top), followlinks=True)]
@@ -100,7 +100,7 @@ def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
         for entry in files:
             _, entry["tag"], name = entry["image"].split("/")
             entry["official"] = official.get(f"{entry['tag']}/{name}", "")
-    return files, hash_of(sorted((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()))
+    return files, hash_of([LAYOUTS[layout], *sorted((p, s.st_size, s.st_mtime_ns) for p, s in stats.items())])
 
 
 def read_lines(*path: str) -> list[str]:
