@@ -2,8 +2,8 @@
 
     python datasets.py --data ade20k,os,dtd --root data   # scans: what is there, and what is broken
 
-`scan` opens every file of a source once and keeps what it found, an `Index`. `build_vocabulary` makes the class names of
-each level from the indexes. A `Source` is an index read with a vocabulary: photos and labels, for batches."""
+`scan` opens every file of a source once and keeps what it found, an `Index`. `build_vocabulary` makes the class names
+of each level from the indexes. A `Source` is an index read with a vocabulary: photos and labels, for batches."""
 
 import argparse, colorsys, contextlib, csv, datetime, hashlib, json, math, multiprocessing, os, re, shutil, signal, sys, warnings
 from pathlib import Path
@@ -171,7 +171,7 @@ def scan(root: str, source: str, cache: str, allow_broken: bool = False) -> Inde
         say(found, sys.stderr)
     numbers = set(index.pixels[:, 1:3].unique().tolist()) - {0}  # of classes and of parts
     if layout == "sceneparsing" and not numbers & index.names.keys():
-        advice = "write 1 for the object, 2 for everything else, 0 for unknown; of several classes add 1 to every class first"
+        advice = "write 1 for the object, 2 for what is not, 0 for unknown; of more classes add 1 to every class first"
         raise UserError(f"{folder}: masks with {sorted(numbers | {0})} alone, where 0 and 255 are unlabelled; {advice}")
     if unknown := sorted(numbers - index.names.keys() - ({255} if layout == "sceneparsing" else set())):
         images = index.pixels[torch.isin(index.pixels[:, 1:3], torch.tensor(unknown)).any(dim=1), 0].unique().numel()
@@ -255,10 +255,10 @@ def class_table(layout: str, folder: str, numbers: list[int]) -> dict[int, str]:
 
 # ---------------------------------------------------------------- the vocabulary (section 2.1)
 # OpenSurfaces' substances that are kept, and as what (released code); all others are unlabelled.
-KEPT = "brick cardboard ceramic foliage food fur glass hair laminate leather metal mirror painted skin stone tile wallpaper"
-MATERIALS = {name: name for name in [*KEPT.split(), "wicker", "wood"]} | {"concrete": "stone", "carpet rug": "carpet"}
+KEPT = "brick cardboard ceramic foliage food fur glass hair laminate leather metal mirror painted skin stone tile wood"
+MATERIALS = {name: name for name in [*KEPT.split(), "wallpaper", "wicker"]} | {"concrete": "stone"}
 MATERIALS |= {"plastic clear": "plastic", "plastic opaque": "plastic", "granite marble": "polished stone"}
-MATERIALS |= {"fabric cloth": "fabric", "paper tissue": "paper", "rubber latex": "rubber/latex"}
+MATERIALS |= {"fabric cloth": "fabric", "paper tissue": "paper", "rubber latex": "rubber/latex", "carpet rug": "carpet"}
 
 
 def merged_names(names: dict[int, str], part: bool = False) -> dict[int, str]:
@@ -412,7 +412,7 @@ def padded(size: int) -> int:
 
 
 def centres(cells: int, stride: int, n: int, full: int) -> np.ndarray:
-    """Where the centres of `cells` cells of `stride` out of n pixels lie in a map of `full`: labels there, our choice."""
+    """Where the centres of `cells` cells of `stride` out of n pixels lie in a map of `full`: labels there, ours."""
     return (2 * np.arange(cells) + 1) * stride * full // (2 * n)
 
 
@@ -503,8 +503,8 @@ TOY_COLOURS = {  # ranges of hue, saturation and value
     "brown": ((0.95, 1.15), (0.15, 0.6), (0.3, 0.8)), "green": ((0.1, 0.4), (0.3, 0.7), (0.35, 0.85)), "dark": ((0, 1), (0, 0.1), (0.2, 0.35)),
     "blue": ((0.46, 0.64), (0.2, 0.65), (0.5, 0.95)), "dusk": ((0.92, 1.12), (0.15, 0.5), (0.6, 1)), "sand": ((0.03, 0.18), (0.2, 0.6), (0.6, 1)),
 }  # fmt: skip
-# The strokes of each thing: part, substances to pick from, colour (a number after it: one of several), and points from its feet
-# in heights of the thing, x to the right and y upwards: two corners of a rectangle, a polygon, or after "o" two of an ellipse.
+# The strokes of each thing: part, substances to pick from, colour (a number: one of several), and points from its feet in
+# heights of the thing, x to the right and y upwards: two corners of a rectangle, a polygon, or after "o" two of an ellipse.
 TOY_THINGS = {
     "building": [(None, "Brick|Stone|Wood|Painted|Glass|Metal", "dull", -0.34, 0, 0.34, 0.8), ("roof", "Tile|Metal", "any", -0.42, 0.78, -0.22, 1, 0.22, 1, 0.42, 0.78),
                  *(("window", "Glass", "blue", x, y, x + 0.16, y + 0.16) for x in (-0.28, -0.04, 0.16) for y in (0.34, 0.57)), ("door", "Wood", "any2", -0.1, 0, 0.08, 0.26)],
@@ -518,8 +518,8 @@ TOY_THINGS = {
     "bed": [("headboard", "Wood", "any", -0.85, 0, -0.64, 1), (None, "Fabric/Cloth", "any2", -0.64, 0.08, 0.85, 0.52), ("pillow", "Fabric/Cloth", "any3", "o", -0.64, 0.44, -0.16, 0.76)],
     "sofa": [("back", "Fabric/Cloth", "any", -0.9, 0.4, 0.9, 1), ("arm", "Fabric/Cloth", "any2", -1.04, 0.08, -0.76, 0.7), ("arm", "Fabric/Cloth", "any2", 0.76, 0.08, 1.04, 0.7), ("seat", "Fabric/Cloth", "any", -0.76, 0.12, 0.76, 0.48)],
 }  # fmt: skip
-# Each kind of scene: ADE20K's path to it; what is behind and, from a share of the ground's depth on, in front (name, substances,
-# colours); its things: at least, at most, where their feet are (share of that depth), height (share of the short side).
+# Each kind of scene: ADE20K's path to it; what is behind and, from a share of the ground's depth on, in front (name,
+# substances, colours); its things: at least, at most, where their feet are (share of that depth), height (of the short side).
 TOY_SCENES = {
     "street": ("outdoor urban street", {None: ("sky", "Sky", "blue|dusk|grey"), 0: ("road", "Stone|Brick", "grey|brown|dull")},
                [("building", 1, 3, (0, 0.06), (0.5, 0.7)), ("tree", 0, 2, (0.03, 0.15), (0.5, 0.65)), ("car", 1, 2, (0.4, 0.9), (0.28, 0.4)), ("person", 0, 1, (0.6, 0.95), (0.6, 0.8))]),
@@ -534,8 +534,8 @@ TOY_SYNONYMS = {"car": "car, auto", "building": "building, edifice", "person": "
 TOY_NAMES = ["sky", "road", "sea", "sand", "wall", "floor", *TOY_THINGS]
 TOY_NAMES += dict.fromkeys(part for strokes in TOY_THINGS.values() for part, *_ in strokes if part)
 TOY_NUMBERS = {name: 61 * k for k, name in enumerate(TOY_NAMES, start=1)}  # beyond 255: they take both colour channels
-# The relief of each substance (OpenSurfaces' names) and of each texture (DTD's), in [0, 1]: what tells it from others whatever
-# its colour. x and y are pixels, u and v periods at an angle of the picture's own, noise(rows, columns) smooth at that scale.
+# The relief of each substance (OpenSurfaces' names) and of each texture (DTD's), in [0, 1]: what tells it from others in
+# any colour. x and y are pixels, u and v periods at an angle of the picture's own, noise(rows, columns) smooth noise.
 TOY_RELIEFS = {
     "Brick": lambda s: np.where((s.y % 9 < 1.7) | ((s.x + s.y // 9 % 2 * 9) % 18 < 1.7), 1, 0.25 * s.noise(2, 2) + 0.15 * s.noise(9, 18)),
     "Tile": lambda s: np.where((s.x % 12 < 1.8) | (s.y % 12 < 1.8), 0, 0.75 + 0.15 * s.noise(12, 12)),
@@ -690,7 +690,7 @@ def say(message: str, file=None) -> None:
 
 
 def write_file(path: str, write, advice: str = "") -> None:
-    """Atomic write: `write(name)` fills a temporary file, which then replaces `path`. UserError if it cannot be written."""
+    """Atomic write: `write(name)` fills a temporary file, which then replaces `path`. UserError if that fails."""
     temporary = os.path.join(os.path.dirname(path), f".{os.getpid()}.{os.path.basename(path)}")
     try:
         make_parent(Path(path))
@@ -809,7 +809,7 @@ def named_sources(data: str) -> list[str]:
 
 
 def open_indexes(args: argparse.Namespace) -> tuple[dict[str, Index], dict[str, int]]:
-    """The index of every source that the options name, and the vocabulary's minima; makes the toy if it is asked for."""
+    """The index of every source that the options name, and the vocabulary's minima; makes the toy if asked for."""
     names = named_sources(args.data)
     if args.data == "toy":
         if os.path.isdir(os.path.join(args.root, "annotations")):
@@ -838,7 +838,7 @@ def join_processes() -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of `--device`, or under torchrun this process's GPU. Raises UserError for one that is not available."""
+    """The device of `--device`, or under torchrun this process's GPU. Raises UserError if it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -1576,7 +1576,7 @@ class Case(unittest.TestCase):
         return out
 
     def refused(self, main, *cases):
-        """The contract for mistakes: status 2 and one line with a name in it. Cases: (names, arguments of the script)."""
+        """Mistakes give status 2 and one line with a name in it. Cases: (names, arguments of the script)."""
         for names, *argv in cases:
             with self.subTest(script=main.__module__, argv=argv):
                 status, _, err = command(main, *argv)

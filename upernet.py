@@ -62,7 +62,7 @@ def average_weights(bins: int, n: int, device: torch.device) -> Tensor:
 
 # ---------------------------------------------------------------- the network, from C5 upwards
 class PPM(nn.Module):
-    """Pyramid Pooling Module on C5 (PSPNet's, Zhao et al., CVPR 2017): C5 -> P5. Its pooling is `rows @ c5 @ columns.T`."""
+    """Pyramid Pooling Module on C5 (PSPNet's, Zhao et al., CVPR 2017): C5 -> P5. Pools by `rows @ c5 @ columns.T`."""
 
     BINS = (1, 2, 3, 6)
 
@@ -286,7 +286,7 @@ class UPerNet(nn.Module):
         return logits
 
     def check(self, images: Tensor, only_texture: bool) -> None:
-        """Raises ValueError for images that `forward` does not take; looks at values unless a GPU would have to wait."""
+        """Raises ValueError for images that `forward` does not take; looks at values unless a GPU had to wait."""
         found, (n, colours, *size) = f"images {tuple(images.shape)} of {images.dtype}", (*images.shape, 0, 0)[:4]
         if images.ndim != 4 or colours != 3 or not images.is_floating_point() or size[0] < 32 or size[1] < 32:
             raise ValueError(f"{found}: not (N, 3, H, W), one image too; floats in [0, 1]; H and W of 32 or more")
