@@ -1830,7 +1830,7 @@ class TestTraining(Case):
         mask, truth = (np.asarray(Image.open(path)) for path in paths)
         self.assertGreater((mask == truth).mean(), 0.5)
         self.assertIn("--data", refusal(self, evaluate.main, ckpt, *self.own("other", "names")[:4]))
-        self.assertIn("--data ade20k", refusal(self, train.main, *own[2:4]))  # not the toy
+        self.assertIn("--data ade20k", refusal(self, datasets.main, *own[2:4]))  # not the toy
 
     def test_weights_of_our_checkpoint_bring_network_and_classifiers_by_name(self):
         network = ("--backbone", "resnet18", "--channels", 8, "--stem", "deep", "--no-head-conv", "--weights", "none")
