@@ -118,7 +118,7 @@ def label_numbers(path: str, layout: str, photo_size: tuple[int, int] | None = N
     with Image.open(path) as picture:
         if photo_size and picture.size != photo_size:
             sizes = "{} x {} pixels, its photo {} x {}".format(*picture.size, *photo_size)
-            raise ValueError(f"{sizes}; resize the mask with the nearest neighbour")
+            raise ValueError(f"{sizes}; turn it as the photo's EXIF says, or resize with the nearest neighbour")
         if layout == "sceneparsing" and picture.mode in ("1", "L", "P", "I", "I;16", "I;16B"):
             return np.asarray(picture).astype(np.int32)
         channels = np.asarray(picture.convert("RGB")).astype(np.int32)
@@ -204,7 +204,7 @@ def scan_image(task: tuple[str, str, dict]) -> dict:
     current, maps = files["image"], {}
     try:
         with Image.open(os.path.join(folder, current)) as photo:
-            width, height = photo.size[::-1] if photo.getexif().get(0x0112, 1) > 4 else photo.size  # turned by EXIF
+            width, height = photo.size[::-1] if photo.getexif().get(0x0112) in (5, 6, 7, 8) else photo.size
             photo.draft("RGB", (1, 1))  # a JPEG is decoded at an eighth, which still notices a truncated one
             photo.load()
         found = {"size": (height, width), "tag": files.get("tag", ""), "pixels": [], "names": {}}
@@ -306,11 +306,11 @@ def class_pixels(index: Index) -> dict[str, dict]:
     return table
 
 
-def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int]) -> dict:
+def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int], levels: tuple = upernet.LEVELS) -> dict:
     """Level -> class names (part: object -> part names, "background" first), by the rules of section 2.1.
     Objects in at least `min_images` images with at least `min_pixels` pixels, largest first; parts of an object in at
     least `min_part_images` images; scenes in at least `min_scene_images`; materials in at least `min_images`; all
-    textures. SceneParsing's objects, or one's own, are their whole table; UserError for fewer than two."""
+    textures. SceneParsing's objects, or one's own, are their whole table; UserError for one, if `levels` has object."""
     least = {"scene": minima["min_scene_images"], "object": minima["min_images"], "part": minima["min_part_images"]}
     least |= {"material": minima["min_images"], "texture": 1}
     vocabulary: dict = {}
@@ -323,7 +323,7 @@ def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int]) -> dict:
             elif level in ("object", "part"):
                 kept.sort(key=lambda name: -pixels[name])
                 kept = [name for name in kept if level == "part" or pixels[name] >= minima["min_pixels"]]
-            if level == "object" and kept and len(set(kept) & set(pixels)) < 2:
+            if level == "object" and level in levels and kept and len(set(kept) & set(pixels)) < 2:
                 advice = "0 is unlabelled: write the background as a class of its own; add 1 to every class first"
                 raise UserError(f"{index.folder}: only one class of objects has pixels; {advice}")
             if level == "part":
@@ -919,7 +919,8 @@ def report(args: argparse.Namespace) -> None:
                 print(f"      0 {'(unlabelled)':30s}{zeros:14,} pixels{hint}")
                 for k, name in zip(sorted(index.names), names):
                     n = len(classes.get(name, ()))
-                    print(f"    {k:3d} {name:30s}{pixels.get(name, 0):14,} pixels in {n} images{'' if n else hint}")
+                    advice = "" if n else f": none{hint}"
+                    print(f"    {k:3d} {name:30s}{pixels.get(name, 0):14,} pixels in {n} images{advice}")
         for _, reason in index.broken:
             print(f"  set aside  {reason}")
 

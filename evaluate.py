@@ -247,7 +247,7 @@ def table(results: dict, amp: torch.dtype | None = None, untrained: dict | None 
 
 # ---------------------------------------------------------------- photos
 def parse(net: UPerNet, photo, levels: list[str] | None = None, amp: torch.dtype | None = None) -> dict:
-    """All that the network sees in a photo, a PIL image or a uint8 array (H, W, 3), as arrays of the photo's size.
+    """All that the network, in eval mode, sees in a photo, a PIL image or a uint8 array (H, W, 3), at the photo's size.
     object, material, texture_map: (H, W) class indices; part: (H, W) channels of the part logits within the predicted
     object, -1 for none; scene, texture: (K,) probabilities. Resized and padded to `net.test_size`, as in training."""
     if not isinstance(photo, Image.Image):
@@ -494,10 +494,8 @@ def released_names(labels: str | None, index: Index, vocabulary: dict) -> dict[s
     if "scene" in names:
         scenes = names["scene"]
         names["scene"] = {tag: scenes.get(plain(tag)) for tag in index.tags if tag}
-        unknown = [tag for tag in index.tags if tag and names["scene"][tag] is None]
-        datasets.say(
-            f"{index.source}: {len(unknown)} images of scenes that the network lacks: {str(unknown[:5])[1:-1]}"
-        )
+        if unknown := [tag for tag in index.tags if tag and names["scene"][tag] is None]:
+            datasets.say(f"{index.source}: {len(unknown)} images of scenes unknown to it: {str(unknown[:5])[1:-1]}")
     return names
 
 
@@ -534,7 +532,7 @@ def parse_photos(args, net: UPerNet, vocabulary: dict, numbers: dict, amp, relat
     paths, failed = [], []
     for path in args.photo:
         inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
-        photos = [f for f in inside if re.search(r"(?<!_upernet)(?<!_object)(?<!_material)\.(jpe?g|png)$", f, re.I)]
+        photos = [f for f in inside if re.search(r"(?<!_upernet)(?<!_object)(?<!_material)\.png$|\.jpe?g$", f, re.I)]
         paths += [os.path.join(path, f) for f in photos] or [path]
     stems = [os.path.splitext(os.path.basename(path))[0] for path in paths]
     if twice := [stem for stem in stems if stems.count(stem) > 1]:
@@ -543,7 +541,7 @@ def parse_photos(args, net: UPerNet, vocabulary: dict, numbers: dict, amp, relat
         try:
             photo = datasets.open_photo(path)
         except UserError as e:
-            failed.append(str(e))
+            failed.append(f"{path}: no .jpg or .png in this folder" if os.path.isdir(path) else str(e))
             continue
         seen = parse(net, photo, args.levels, amp)
         path = os.path.join(args.pictures or ".", stem)
@@ -569,6 +567,7 @@ def run(parser: datasets.Parser, given) -> None:
             net, vocabulary = upernet.load_mmseg(given.release[0])
         elif given.labels and len(given.release) == 2:
             net, vocabulary = upernet.load_release(*given.release, given.labels)
+            trained["numbers"] = {v: range(len(n)) for v, n in vocabulary.items() if "background" in n}  # their index 0
         else:
             raise UserError("--release: encoder and decoder need --labels, the authors' class tables; or give one file")
     except ValueError as e:

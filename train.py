@@ -116,14 +116,13 @@ def train(parser: datasets.Parser, given) -> None:
 
     def save(stage: str, iteration: int, optimizer=None, to: str = path) -> None:
         content = {"model": net.state_dict(), "network": net.network, "vocabulary": vocabulary, "split": split}
-        if not torch.stack([value.isfinite().all() for value in content["model"].values()]).all():
-            raise UserError(f"the weights are no longer finite; {path} is the last good checkpoint; try a lower --lr")
         content |= {"optimizer": optimizer.state_dict() if optimizer else {}, "scaler": scaler.state_dict()}
         content |= {"stage": stage, "iteration": iteration, "random": torch.get_rng_state()}
         folders = {key: os.path.abspath(value) for key in ("root", "cache") if (value := getattr(args, key))}
         lengths = {name: iterations for name, (_, iterations, _) in stages.items()}
         kept = {"iters": lengths.get("main", 0), "texture_iters": lengths.get("texture", 0), "group": torchrun_group()}
         own = {"object": sorted(s.index.names) for s in sources.values() if s.index.layout == "sceneparsing"}
+        own = checkpoint["arguments"].get("numbers", own) if checkpoint else own
         kept |= {"fingerprints": fingerprints, "numbers": own}
         content["arguments"] = {**vars(args), **folders, **kept}
         if rank == 0:
@@ -257,7 +256,7 @@ def open_data(args, checkpoint: dict | None) -> tuple[dict[str, Source], dict, d
         if fingerprints != checkpoint["arguments"].get("fingerprints"):
             raise UserError(f"{args.out}: the images have changed since this run began; start over with another --out")
     else:
-        everything = datasets.build_vocabulary(indexes, minima)  # a split does not depend on --levels
+        everything = datasets.build_vocabulary(indexes, minima, levels)  # a split does not depend on --levels
         vocabulary = {level: names for level, names in everything.items() if level in levels}
         if without := [name for name in indexes if not set(datasets.SOURCE_LEVELS[name]) & set(vocabulary)]:
             raise UserError(f"{without[0]}: no class is large enough to be kept; lower the --min- options")

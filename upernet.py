@@ -362,8 +362,9 @@ def build(network: dict, state: dict, path: str, device: str = "cpu") -> UPerNet
     for key in [*wanted, *state]:
         if key not in state or key not in wanted:
             raise ValueError(f"{path}: {key} is {'missing' if key in wanted else 'not in this network'}")
-        if state[key].shape != wanted[key].shape or not state[key].isfinite().all():
-            raise ValueError(f"{path}: {key} is not of shape {tuple(wanted[key].shape)} and finite")
+        value, shape = state[key], wanted[key].shape
+        if not isinstance(value, Tensor) or value.shape != shape or not value.isfinite().all():
+            raise ValueError(f"{path}: {key} is not a finite tensor of shape {tuple(shape)}")
     net.load_state_dict({key: state[key].to(value.dtype) for key, value in wanted.items()}, assign=True)
     return net.to(device, memory_format=torch.channels_last).eval()
 
@@ -388,8 +389,7 @@ def read_checkpoint(path: str, device: str = "cpu") -> tuple[UPerNet, dict]:
         net.test_size = (int(statistics.median_high(arguments["sizes"])), int(arguments["max_size"]), None)
         return net, checkpoint
     except Exception as e:  # a damaged or hostile file may hold anything
-        why = f"{type(e).__name__}: {e}; others' weights: load_release, load_mmseg, --release"
-        raise ValueError(f"{path}: not a checkpoint of train.py ({why})") from None
+        raise ValueError(f"{path}: not a checkpoint of train.py ({type(e).__name__}: {e})") from None
 
 
 def class_counts(vocabulary: dict) -> dict:
