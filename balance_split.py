@@ -145,7 +145,7 @@ def read_split(path: str) -> dict:
         [(entry["fingerprint"], entry["images"], set(entry["validation"])) for entry in split["sources"].values()]
         return {"seed": datasets.SEED, "fraction": 0.1} | split
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: not a split of balance_split.py's ({e!r}); delete it") from None
+        raise UserError(f"{path}: not a split of balance_split.py's ({e}); delete it") from None
 
 
 # ---------------------------------------------------------------- the command

@@ -5,7 +5,8 @@
 `scan` opens every file of a source once and keeps what it found, an `Index`. `build_vocabulary` makes the class names
 of each level from the indexes. A `Source` is an index read with a vocabulary: photos and labels, for batches."""
 
-import argparse, colorsys, contextlib, csv, datetime, hashlib, json, math, multiprocessing, os, re, shutil, signal, sys, warnings
+import argparse, collections, colorsys, contextlib, csv, datetime, hashlib, json, math
+import multiprocessing, os, re, shutil, signal, sys, warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ class Index(NamedTuple):
     official: list[str]  # "train", "val" or "" for each image
     tags: list[str]  # the scene or texture of each image, "" for none
     pixels: torch.Tensor  # (rows, 4): image, class number, part number or 0 for the whole object, pixels
-    names: dict[int, str]  # of ADE20K's objects and parts, or OpenSurfaces' substances
+    names: dict[int, str]  # of ADE20K's objects and parts, OpenSurfaces' substances, or a class table, by number
     broken: list[list[str]]  # [path, reason] of the images that were set aside
 
 
@@ -113,7 +114,7 @@ def read_lines(*path: str) -> list[str]:
 
 
 def label_numbers(path: str, layout: str, photo_size: tuple[int, int] | None = None) -> np.ndarray:
-    """Class numbers (H, W) int32 of a label picture as the layout encodes them; 0 is unlabelled.
+    """Class numbers (H, W) int32 of a label picture as the layout encodes them (OpenSurfaces: red); 0 is unlabelled.
     Raises ValueError if its (width, height) is not `photo_size`, and for colours where there should be numbers."""
     with Image.open(path) as picture:
         if photo_size and picture.size != photo_size:
@@ -124,7 +125,6 @@ def label_numbers(path: str, layout: str, photo_size: tuple[int, int] | None = N
         channels = np.asarray(picture.convert("RGB")).astype(np.int32)
     if layout == "sceneparsing" and (channels != channels[..., :1]).any():
         raise ValueError("a mask in colours; replace each by its number, counted from 1, in a picture of one channel")
-    # OpenSurfaces' red is the substance.
     return channels[..., 0] // 10 * 256 + channels[..., 1] if layout == "ade2021" else channels[..., 0]
 
 
@@ -170,9 +170,9 @@ def scan(root: str, source: str, cache: str, allow_broken: bool = False) -> Inde
             raise UserError(found + ("; --allow-broken goes ahead without them" if index.images else "; none is left"))
         say(found, sys.stderr)
     numbers = set(index.pixels[:, 1:3].unique().tolist()) - {0}  # of classes and of parts
-    if layout == "sceneparsing" and not numbers & index.names.keys():
-        advice = "write 1 for the object, 2 for what is not, 0 for unknown; of more classes add 1 to every class first"
-        raise UserError(f"{folder}: masks with {sorted(numbers | {0})} alone, where 0 and 255 are unlabelled; {advice}")
+    unused = [name for n, name in index.names.items() if n not in numbers]
+    if layout == "sceneparsing" and len(index.names) <= 40 and 0 < len(unused) < len(index.names) - 1:
+        say(f"{source}: no pixel of {', '.join(unused[:9])}; if 0 is a class, add 1 to each (not to 255)", sys.stderr)
     if unknown := sorted(numbers - index.names.keys() - ({255} if layout == "sceneparsing" else set())):
         images = index.pixels[torch.isin(index.pixels[:, 1:3], torch.tensor(unknown)).any(dim=1), 0].unique().numel()
         say(f"{source}: numbers without a name, unlabelled in {images} images: {str(unknown[:9])[1:-1]}", sys.stderr)
@@ -226,8 +226,8 @@ def scan_image(task: tuple[str, str, dict]) -> dict:
             found["pixels"] += [(int(p >> 16), int(p & 0xFFFF), int(c)) for p, c in zip(pairs, counts)]
         return found | {"tag": "" if found["tag"] in ("misc", "unknown", "none", "~not labeled") else found["tag"]}
     except Exception as e:  # whatever a decoder makes of a damaged file
-        reason = f"unreadable, {e!r}" if type(e) is not ValueError else str(e)
-        return {"broken": f"{current}: {'missing' if type(e) is FileNotFoundError else ' '.join(reason.split())}"}
+        reason = "missing" if type(e) is FileNotFoundError else str(e) if type(e) is ValueError else f"unreadable ({e})"
+        return {"broken": f"{current}: {' '.join(reason.split())}"}
 
 
 def class_table(layout: str, folder: str, numbers: list[int]) -> dict[int, str]:
@@ -247,10 +247,10 @@ def class_table(layout: str, folder: str, numbers: list[int]) -> dict[int, str]:
             table = {int(row[0]): row[-1] for row in rows[not rows[0][0].strip().isdigit() :]}  # without its header
         if min(table) < (layout != "os"):
             raise ValueError("0 is unlabelled: add 1 to every class first")
-        return {number: name.strip() for number, name in table.items() if name.strip()}
+        return {number: name.strip() for number, name in sorted(table.items()) if name.strip()}
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         wanted = "substance_name, red_color" if layout == "os" else "a header; then number from 1, tab, .., name a line"
-        raise UserError(f"{path}: not a table of classes ({wanted}): {e!r}") from None
+        raise UserError(f"{path}: not a table of classes ({wanted}): {e}") from None
 
 
 # ---------------------------------------------------------------- the vocabulary (section 2.1)
@@ -281,9 +281,8 @@ def class_names(index: Index) -> dict[str, dict]:
         plain = {number: re.sub("[^a-z]+", " ", name.lower()).strip() for number, name in index.names.items()}
         return {"material": {number: MATERIALS[name] for number, name in plain.items() if name in MATERIALS}}
     if index.layout == "sceneparsing":
-        numbers = sorted(index.names)
-        distinct = upernet.distinct_names([index.names[n] for n in numbers])
-        return {"scene": tags, "object": dict(zip(numbers, distinct)), "part": {}}
+        distinct = upernet.distinct_names(list(index.names.values()))
+        return {"scene": tags, "object": dict(zip(index.names, distinct)), "part": {}}
     named = lambda column: {n: index.names[n] for n in index.pixels[:, column].unique().tolist() if n in index.names}
     return {"scene": tags, "object": merged_names(named(1)), "part": merged_names(named(2), part=True)}
 
@@ -301,8 +300,7 @@ def class_pixels(index: Index) -> dict[str, dict]:
             rows.append((image, "part", (name, names["part"][part]), pixels))
     table: dict[str, dict] = {level: {} for level in names}
     for image, level, name, pixels in rows:
-        images = table[level].setdefault(name, {})
-        images[image] = images.get(image, 0) + pixels
+        table[level].setdefault(name, collections.Counter())[image] += pixels
     return table
 
 
@@ -318,20 +316,19 @@ def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int], levels: 
         for level, classes in class_pixels(index).items():
             pixels = {name: sum(images.values()) for name, images in classes.items()}
             kept = sorted(name for name, images in classes.items() if len(images) >= least[level])
-            if level == "object" and index.layout == "sceneparsing":
+            own = level == "object" and index.layout == "sceneparsing"
+            if own:
                 kept = list(class_names(index)["object"].values())
             elif level in ("object", "part"):
                 kept.sort(key=lambda name: -pixels[name])
                 kept = [name for name in kept if level == "part" or pixels[name] >= minima["min_pixels"]]
-            if level == "object" and level in levels and kept and len(set(kept) & set(pixels)) < 2:
-                advice = "0 is unlabelled: write the background as a class of its own; add 1 to every class first"
-                raise UserError(f"{index.folder}: only one class of objects has pixels; {advice}")
+            if level == "object" and level in levels and (kept or own) and len(set(kept) & set(pixels)) < 2:
+                advice = "0 and 255 are unlabelled: write 1 for the object, 2 for what is not; or add 1 to every class"
+                raise UserError(f"{index.folder}: has pixels of fewer than two classes of objects; {advice}")
             if level == "part":
-                parts = {name: ["background"] for name in vocabulary.get("object", ())}
-                for name, part in kept:
-                    if name in parts and part != "background":
-                        parts[name].append(part)
-                kept = {name: names for name, names in parts.items() if len(names) > 1}
+                parts_of = lambda name: [part for owner, part in kept if owner == name and part != "background"]
+                parts = {name: parts_of(name) for name in vocabulary.get("object", ())}
+                kept = {name: ["background", *of_object] for name, of_object in parts.items() if of_object}
             vocabulary[level] = kept
     return {level: names for level, names in vocabulary.items() if names}
 
@@ -483,8 +480,7 @@ def training_batch(k, sources: list, plan: np.ndarray, sizes: list, longest: int
 
 def padded_image(picture: Image.Image, size: tuple[int, int], height: int, width: int) -> np.ndarray:
     """The picture resized to `size`, padded right and below with the mean colour: (3, height, width) uint8."""
-    canvas = np.empty((height, width, 3), np.uint8)
-    canvas[:] = MEAN_COLOUR
+    canvas = np.full((height, width, 3), MEAN_COLOUR, np.uint8)
     canvas[: size[0], : size[1]] = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(canvas.transpose(2, 0, 1))
 
@@ -624,54 +620,55 @@ def toy_scene(stream: int, k: int) -> tuple[str, Image.Image, np.ndarray]:
     return kind, Image.fromarray((picture * light).clip(0, 255).astype(np.uint8)), maps
 
 
+def toy_files(scenes: int, photos: int, textures: int):
+    """(path, picture or text) of each of the toy's files."""
+    coded = lambda red, green: Image.fromarray(np.stack([red, green, 0 * red], axis=-1).astype(np.uint8))
+    for k in range(scenes):
+        kind, picture, (objects, parts, _) = toy_scene(0, k)
+        side, short = ("validation", "val") if k % 10 == 9 else ("training", "train")
+        scene = TOY_SCENES[kind][0].split()
+        stem = "/".join(["ade20k/ADE20K_2021_17_01/images/ADE", side, *scene[1:], f"ADE_{short}_{k:08d}"])
+        yield f"{stem}.jpg", picture
+        for ending, n in (("seg", objects), ("parts_1", parts)):
+            if n.any():
+                yield f"{stem}_{ending}.png", coded(n // 256 * 10, n % 256)
+        present = {name: n for name, n in TOY_NUMBERS.items() if n in np.unique([objects, parts])}
+        named = [{"name_ndx": n, "name": TOY_SYNONYMS.get(name, name)} for name, n in present.items()]
+        yield f"{stem}.json", json.dumps({"annotation": {"scene": scene, "object": named}})
+    for k in range(1, photos + 1):
+        _, picture, (*_, n) = toy_scene(1, k)
+        yield f"os/photos/{k}.jpg", picture
+        larger = n.shape[1] * 3 // 2, n.shape[0] * 3 // 2  # not the photo's size, as in OpenSurfaces
+        yield f"os/photos-labels/{k}.png", coded(n, 0 * n).resize(larger, Image.Resampling.NEAREST)
+    rows = [f"{k},{name},{k}" for k, name in enumerate(TOY_SUBSTANCES, start=1)]
+    yield "os/label-substance-colors.csv", "\n".join(["substance_id,substance_name,red_color", *rows])
+    for k in range(textures * len(TOY_TEXTURES)):
+        rng, kind = np.random.default_rng((SEED, 2, k)), TOY_TEXTURES[k % len(TOY_TEXTURES)]
+        values = rng.permutation([rng.uniform(0.1, 0.4), rng.uniform(0.7, 1)])
+        tints = [255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.1, 0.8), v)) for v in values]
+        share = relief(kind, *rng.integers(84, 113, 2), rng)
+        picture = Image.fromarray((tints[0] * (1 - share) + tints[1] * share).astype(np.uint8))
+        stem = f"dtd/images/{kind}/{kind}_{k // len(TOY_TEXTURES):04d}"
+        yield f"{stem}.jpg", picture.filter(ImageFilter.GaussianBlur(0.6))
+    for name, first, step in (("train1", 0, 2), ("val1", 1, 4), ("test1", 3, 4)):
+        listed = [f"{kind}/{kind}_{n:04d}.jpg\n" for kind in TOY_TEXTURES for n in range(first, textures, step)]
+        yield f"dtd/labels/{name}.txt", "".join(listed)
+
+
 def make_toy(folder: str, scenes: int = 400, photos: int = 320, textures: int = 100) -> None:
     """Writes the toy's ade20k/, os/ and dtd/ under `folder` if it does not exist, always the same files, or none."""
     if os.path.isdir(folder):
         return
     say(f"generating the toy data in {folder}")
-    temporary = Path(f"{folder}.{os.getpid()}.tmp")
-    save = lambda picture, path: picture.save(make_parent(temporary / path), quality=92)
-    coded = lambda red, green: Image.fromarray(np.stack([red, green, 0 * red], axis=-1).astype(np.uint8))
+    temporary = f"{folder}.{os.getpid()}.tmp"
     try:
-        for k in range(scenes):
-            kind, picture, (objects, parts, _) = toy_scene(0, k)
-            side, short = ("validation", "val") if k % 10 == 9 else ("training", "train")
-            scene = TOY_SCENES[kind][0].split()
-            stem = "/".join(["ade20k/ADE20K_2021_17_01/images/ADE", side, *scene[1:], f"ADE_{short}_{k:08d}"])
-            save(picture, f"{stem}.jpg")
-            for ending, n in (("seg", objects), ("parts_1", parts)):
-                if n.any():
-                    save(coded(n // 256 * 10, n % 256), f"{stem}_{ending}.png")
-            present = [name for name in TOY_NAMES if TOY_NUMBERS[name] in np.unique([objects, parts])]
-            named = [{"name_ndx": TOY_NUMBERS[name], "name": TOY_SYNONYMS.get(name, name)} for name in present]
-            (temporary / f"{stem}.json").write_text(json.dumps({"annotation": {"scene": scene, "object": named}}))
-        for k in range(1, photos + 1):
-            _, picture, (*_, n) = toy_scene(1, k)
-            save(picture, f"os/photos/{k}.jpg")
-            larger = n.shape[1] * 3 // 2, n.shape[0] * 3 // 2  # not the photo's size, as in OpenSurfaces
-            save(coded(n, 0 * n).resize(larger, Image.Resampling.NEAREST), f"os/photos-labels/{k}.png")
-        rows = ["substance_id,substance_name,red_color"]
-        rows += [f"{k},{name},{k}" for k, name in enumerate(TOY_SUBSTANCES, start=1)]
-        (temporary / "os/label-substance-colors.csv").write_text("\n".join(rows))
-        for k in range(textures * len(TOY_TEXTURES)):
-            rng, kind = np.random.default_rng((SEED, 2, k)), TOY_TEXTURES[k % len(TOY_TEXTURES)]
-            values = rng.permutation([rng.uniform(0.1, 0.4), rng.uniform(0.7, 1)])
-            tints = [255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.1, 0.8), v)) for v in values]
-            share = relief(kind, *rng.integers(84, 113, 2), rng)
-            picture = Image.fromarray((tints[0] * (1 - share) + tints[1] * share).astype(np.uint8))
-            path = f"dtd/images/{kind}/{kind}_{k // len(TOY_TEXTURES):04d}.jpg"
-            save(picture.filter(ImageFilter.GaussianBlur(0.6)), path)
-        for name, first, step in (("train1", 0, 2), ("val1", 1, 4), ("test1", 3, 4)):
-            listed = [f"{kind}/{kind}_{n:04d}.jpg\n" for kind in TOY_TEXTURES for n in range(first, textures, step)]
-            make_parent(temporary / f"dtd/labels/{name}.txt").write_text("".join(listed))
+        for name, content in toy_files(scenes, photos, textures):
+            path = Path(temporary, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content) if isinstance(content, str) else content.save(path, quality=92)
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def make_parent(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 # ---------------------------------------------------------------- what the scripts share: messages and files
@@ -693,7 +690,7 @@ def write_file(path: str, write, advice: str = "") -> None:
     """Atomic write: `write(name)` fills a temporary file, which then replaces `path`. UserError if that fails."""
     temporary = os.path.join(os.path.dirname(path), f".{os.getpid()}.{os.path.basename(path)}")
     try:
-        make_parent(Path(path))
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # PyTorch's own file writer raises RuntimeError on a full disk
@@ -701,7 +698,7 @@ def write_file(path: str, write, advice: str = "") -> None:
             raise
         raise UserError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}) {advice}") from None
     finally:
-        if os.path.exists(temporary):
+        with contextlib.suppress(OSError):
             os.remove(temporary)
 
 
@@ -810,12 +807,13 @@ def named_sources(data: str) -> list[str]:
 
 def open_indexes(args: argparse.Namespace) -> tuple[dict[str, Index], dict[str, int]]:
     """The index of every source that the options name, and the vocabulary's minima; makes the toy if asked for."""
-    names = named_sources(args.data)
     if args.data == "toy":
         if os.path.isdir(os.path.join(args.root, "annotations")):
             raise UserError(f"--root {args.root}: holds data of your own; --data ade20k reads them")
         make_toy(data_root(args))
-    indexes = {name: scan(data_root(args), name, cache_folder(args), args.allow_broken) for name in names}
+    indexes = {
+        name: scan(data_root(args), name, cache_folder(args), args.allow_broken) for name in named_sources(args.data)
+    }
     return indexes, {key: value for key, value in vars(args).items() if key.startswith("min_")}
 
 
@@ -844,8 +842,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "cuda":  # set first, or every process opens a context on GPU 0
-            local = int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else device.index or 0
-            device = torch.device("cuda", local)
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else device.index or 0)
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
         return device
@@ -875,14 +872,6 @@ def from_main_process(function):
     return result[0]
 
 
-def anywhere(number: int) -> int:
-    """The largest of the processes' numbers, without waiting for a GPU."""
-    largest = torch.tensor(number)
-    if dist.is_initialized():
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
-
-
 def ignore_signals(_) -> None:
     """For the processes that read images: a signal to the group is the main process's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -903,9 +892,7 @@ def report(args: argparse.Namespace) -> None:
     vocabulary = build_vocabulary(indexes, minima)
     for source, index in indexes.items():
         height, width = index.sizes.double().median(dim=0).values.int().tolist()
-        print(
-            f"{source}: {len(index.images)} images in {index.folder} ({index.layout}), median {width} x {height} pixels"
-        )
+        print(f"{source}: {len(index.images)} images in {index.folder} ({index.layout}), median {width} x {height}")
         for level, classes in class_pixels(index).items():
             names, pixels = vocabulary.get(level, ()), {name: sum(images.values()) for name, images in classes.items()}
             noun = "objects" if level == "part" else "class" if len(names) == 1 else "classes"
@@ -915,12 +902,10 @@ def report(args: argparse.Namespace) -> None:
             print(f"  {level:9s}{found if names else none}")
             if index.layout == "sceneparsing" and level == "object" and len(names) <= 40:
                 zeros = int(index.sizes.prod(dim=1).sum() - index.pixels[index.pixels[:, 2] == 0, 3].sum())
-                hint = "; if 0 is a class, add 1 to every class first (not to 255)" if zeros else ""
-                print(f"      0 {'(unlabelled)':30s}{zeros:14,} pixels{hint}")
-                for k, name in zip(sorted(index.names), names):
-                    n = len(classes.get(name, ()))
-                    advice = "" if n else f": none{hint}"
-                    print(f"    {k:3d} {name:30s}{pixels.get(name, 0):14,} pixels in {n} images{advice}")
+                print(f"      0 {'(unlabelled)':30s}{zeros:14,} pixels")
+                for k, name in zip(index.names, names):
+                    images = len(classes.get(name, ()))
+                    print(f"    {k:3d} {name:30s}{pixels.get(name, 0):14,} pixels in {images} images")
         for _, reason in index.broken:
             print(f"  set aside  {reason}")
 

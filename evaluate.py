@@ -270,16 +270,14 @@ def parse(net: UPerNet, photo, levels: list[str] | None = None, amp: torch.dtype
     return {level: value.cpu().numpy() for level, value in seen.items() if level.removesuffix("_map") in levels}
 
 
-def write_photo(photo: Image.Image, seen: dict, vocabulary: dict, path: str, numbers: dict = {}) -> list[str]:
+def write_photo(photo: Image.Image, seen: dict, vocabulary: dict, path: str, numbers: dict | None = None) -> list[str]:
     """Writes what `parse` saw: <path>_upernet.png, a picture of all levels; <path>_upernet.npz, the arrays and
     <level>_names; and of object and material <path>_<level>.png, masks with each class's number in the data's own
-    table, `numbers[level]`, by default 1..K. The picture's panels have the photo's size, up to 4096 pixels a side."""
+    table, `numbers[level]`, by default 1..K. The picture's panels have the photo's size."""
     names, written = class_names(vocabulary), [f"{path}_upernet.png", f"{path}_upernet.npz"]
     arrays = {level: value.astype(np.int16 if value.ndim == 2 else np.float32) for level, value in seen.items()}
     arrays |= {f"{level}_names": np.array(of_level) for level, of_level in names.items()}
     datasets.write_file(written[1], lambda name: np.savez_compressed(name, **arrays))
-    photo = photo.copy()
-    photo.thumbnail((4096, 4096))
     panels = [tag_panel("photo", photo, {v: seen[v] for v in ("scene", "texture") if v in seen}, vocabulary)]
     for level in ("object", "part", "material", "texture_map"):
         if level in seen:
@@ -287,7 +285,7 @@ def write_photo(photo: Image.Image, seen: dict, vocabulary: dict, path: str, num
             panels.append(map_panel(f"{named}s", photo, seen[level], names[named]))
         if level in ("object", "material") and level in seen:
             written.append(f"{path}_{level}.png")
-            table = np.array(numbers.get(level) or range(1, len(names[level]) + 1))
+            table = np.array((numbers or {}).get(level) or range(1, len(names[level]) + 1))
             mask = table[seen[level]].astype(np.uint8 if table.max() < 256 else np.uint16)
             save_picture(Image.fromarray(mask), written[-1])
     save_picture(sheet_of([panels[:3], panels[3:]]), written[0])
@@ -490,7 +488,7 @@ def released_names(labels: str | None, index: Index, vocabulary: dict) -> dict[s
                 key = plain(row["raw_name"].removesuffix("-s")) if level == "scene" else int(row["raw_label"])
                 names[level][key] = row["broden_name"] if level == "part" else vocabulary[level][label]
     except (OSError, KeyError, ValueError, IndexError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: not the authors' table of labels ({e!r})") from None
+        raise UserError(f"{path}: not the authors' table of labels ({e})") from None
     if "scene" in names:
         scenes = names["scene"]
         names["scene"] = {tag: scenes.get(plain(tag)) for tag in index.tags if tag}
@@ -527,7 +525,7 @@ def levels_of(text: str) -> list[str]:
     return levels
 
 
-def parse_photos(args, net: UPerNet, vocabulary: dict, numbers: dict, amp, relations: Relations | None) -> None:
+def parse_photos(args, net: UPerNet, vocabulary: dict, numbers: dict | None, amp, relations: Relations | None) -> None:
     """--photo: a picture and the maps of each photo. Raises UserError at the end for those that cannot be read."""
     paths, failed = [], []
     for path in args.photo:
@@ -587,7 +585,7 @@ def run(parser: datasets.Parser, given) -> None:
     if args.photo and (args.json or dist.is_initialized()):
         raise UserError("--photo: not with --json (photos have no labels), nor with torchrun")
     if args.photo:
-        return parse_photos(args, net, vocabulary, trained.get("numbers") or {}, amp, relations)
+        return parse_photos(args, net, vocabulary, trained.get("numbers"), amp, relations)
     if args.data is None:
         raise UserError("--data: name the sources to evaluate on, ade20k,os for one")
     sources = {}

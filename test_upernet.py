@@ -213,10 +213,8 @@ class TestNetwork(unittest.TestCase):
 
     def test_rows_of_table_2(self):
         rows = [(False, 4, False, 32), (False, 3, False, 32), (False, 2, False, 32), (True, 2, False, 32)]
-        rows += [(True, n, True, 32) for n in (2, 3, 4)] + [
-            (False, 0, True, 8),
-            (True, 0, True, 8),
-        ]  # DilatedNet, PSPNet
+        rows += [(True, n, True, 32) for n in (2, 3, 4)]
+        rows += [(False, 0, True, 8), (True, 0, True, 8)]  # DilatedNet, PSPNet
         for ppm, fpn, fusion, stride in rows:
             classes, seen = {"object": 9, "material": 3, "part": {2: 4}}, {}  # module -> its input, its output
             net = UPerNet(classes, "resnet18", 16, ppm=ppm, fpn=fpn, fusion=fusion, output_stride=stride)
@@ -266,7 +264,7 @@ class TestNetwork(unittest.TestCase):
         wrong = [image[0], 255 * image, -image, (255 * image).byte(), image[:, :1], image[..., :31]]
         refused = [(whole, False, images) for images in wrong] + [(whole, True, two[:1]), (pspnet, True, image)]
         for net, training, images in refused:
-            with self.assertRaisesRegex(ValueError, re.escape(str(tuple(images.shape)))):
+            with self.assertRaisesRegex(ValueError, "more than 1" if training else re.escape(str(tuple(images.shape)))):
                 net.train(training)(images)
         taken = [(whole, True, image[..., :33, :32], None), (whole, True, two[:1], ["texture"])]
         for net, training, images, levels in (*taken, (pspnet, True, two, None), (pspnet, False, two[:1], None)):
@@ -713,6 +711,14 @@ class TestRelease(unittest.TestCase):
         known = {name for name, value in metrics["object"]["iou"].items() if value is not None}
         self.assertEqual((set(metrics), known), ({"scene", "object", "part"}, {"object 1", "object 3"}))
         self.assertFalse(os.path.exists(os.path.join(ade.root, "split.json")))
+        save_jpeg(photo := os.path.join(ade.root, "x.jpg"), 48, 64)
+        options = ("--labels", self.tables, "--size", 32, "--photo", photo, "--pictures", ade.root)
+        status, said, err = command(evaluate.main, "--release", *self.paper, *options)
+        mask, maps = Image.open(os.path.join(ade.root, "x_object.png")), np.load(
+            os.path.join(ade.root, "x_upernet.npz")
+        )
+        with mask, maps:  # the authors number from 0, background
+            self.assertTrue(status == 0 and (np.asarray(mask) == maps["object"]).all(), err)
 
     def test_sizes_are_the_authors(self):
         sizes = {name: net.test_size for name, (net, _) in self.networks.items()}  # short, longest, multiple
@@ -925,9 +931,8 @@ class TestMetrics(unittest.TestCase):
             for n in best:
                 self.assertAlmostEqual(found[f"{first}-{level}"][name][n], shares[n] / sum(shares[n] for n in best))
         relations = evaluate.Relations(CONCEPTS, upernet.LEVELS)
-        material, path = np.repeat([0] * 13 + [1] * 7, 5).reshape(10, 10), os.path.join(
-            new_folder("relations"), "r.json"
-        )
+        path = os.path.join(new_folder("relations"), "r.json")
+        material = np.repeat([0] * 13 + [1] * 7, 5).reshape(10, 10)
         seen = {"scene": np.array([1.0, 0.0]), "object": material * 0 + 2, "part": material * 0 - 1}
         relations.add(seen | {"material": material, "texture_map": material * 0})
         with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -1121,7 +1126,7 @@ class TestOwnData(unittest.TestCase):
         sea, scenes = "sea\n land \nice\n", "0 street\n1 misc\n2 street\n"
         tables = {"classes": sea, "objectInfo150": info, "sceneCategories": scenes}
         cases = [({}, ["class 1", "class 2"]), ({"classes": sea}, ["sea", "land", "ice"])]
-        cases += [(tables, ["wall", "building", mock.ANY, mock.ANY])]
+        cases += [(tables, ["wall", "building", "screen (3)", "screen (4)"])]
         for place, (tables, names) in itertools.product(("", "ade20k", "ade20k/mine"), cases):
             with self.subTest(place=place, names=names):
                 root = new_folder("own")
@@ -1130,7 +1135,8 @@ class TestOwnData(unittest.TestCase):
                     os.renames(*(os.path.join(top, name.format(side)) for side in ("training", "validation")))
                 index, err = scanned(root)
                 tags = ["street", "", "street"] if "sceneCategories" in tables else [""] * 3
-                self.assertEqual((index.tags, index.official, err), (tags, ["train"] * 2 + ["val"], ""))
+                self.assertEqual((index.tags, index.official), (tags, ["train"] * 2 + ["val"]))
+                self.assertEqual(err.count("\n"), len(names) - 2 > 0, err)  # classes without a pixel
                 vocabulary = datasets.build_vocabulary({"ade20k": index}, least(50, 10**6, scenes=2))
                 self.assertEqual(vocabulary, {"object": names} | ({"scene": ["street"]} if any(tags) else {}))
                 self.assertTrue(os.path.samefile(index.folder, top) and len(set(vocabulary["object"])) == len(names))
@@ -1162,15 +1168,13 @@ class TestOwnData(unittest.TestCase):
         root = own_data(new_folder("own"), [self.MASK, beyond, beyond], classes="sea\nland\nglacier\n")
         for _ in range(2):  # a scan, and its index
             _, err = scanned(root)
-            self.assertEqual(err.count("\n"), 1, err)
+            self.assertEqual((err.count("\n"), "glacier" in err, "land" in err), (2, True, False), err)  # no pixel
             self.assertLessEqual({"2", "7"}, set(re.findall(r"\b\d+\b", err)), err)  # two images have a 7
         for i, mask in enumerate((self.MASK, beyond)):
             self.assertTrue((self.labels(root, i) == np.where(mask == 7, 0, mask) - 1).all())
         status, out, _ = command(datasets.main, "--data", "ade20k", "--root", root)
         pixels = dict(re.findall(r"^ +\d+ (\w+) +([\d,]+) pixels", out, re.MULTILINE))  # of each class of a small table
         self.assertEqual((status, pixels), (0, {"sea": "2,400", "land": "400", "glacier": "0"}))
-        alone = lambda name: " ".join(line for line in out.splitlines() if name in line and "sea" not in line).split()
-        self.assertGreater(len(alone("glacier")), len(alone("land")) + 3, out)  # a warning beside its row, or below
 
     def test_photos_are_turned_as_their_exif_data_say(self):
         root, exif = own_data(new_folder("own"), [self.MASK[:, :30]] * 2), Image.Exif()
@@ -1388,9 +1392,8 @@ class TestBatches(unittest.TestCase):
     def test_prepared_labels_are_pictures_of_class_and_part(self):
         """Rebuilt when damaged or deleted, else only read; of another vocabulary or size in another folder."""
         ade, pixels, cache = Ade(), np.arange(40 * 48).reshape(40, 48), new_folder("cache")
-        objects, wheels = pixels // 6 + 1, (pixels % 6 > 2) & (
-            pixels > 5
-        )  # 320 classes, all but the first with a wheel
+        objects = pixels // 6 + 1  # 320 classes, all but the first with a wheel
+        wheels = (pixels % 6 > 2) & (pixels > 5)
         names = {400: "wheel", **{n: f"thing {n}" for n in range(1, 321)}}
         ade.add(objects, names, ["attic"], 400 * wheels)
         index = ade.index()
@@ -1703,11 +1706,8 @@ class TestTraining(Case):
             return result
 
         for amp, steps in (("off", None), ("bf16", None), ("fp16", None), ("off", 3), ("off", 7)):
-            states, out, argv = (
-                [],
-                new_folder("paths"),
-                (*self.options, "--iters", 6, "--texture-iters", 2, "--amp", amp),
-            )
+            argv, out = (*self.options, "--iters", 6, "--texture-iters", 2, "--amp", amp), new_folder("paths")
+            states = []
             with self.subTest(amp=amp, killed_after=steps), mock.patch("train.update", recorded):
                 if steps is not None:
                     self.killed(steps, *argv, "--save-every", 1, out=out)
@@ -1818,7 +1818,10 @@ class TestTraining(Case):
         write(os.path.join(own[3], "objectInfo150.txt"), "\n".join(rows))
         for path in Path(own[3], "annotations").rglob("*.png"):
             save(Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16) * 100), path)
-        out = self.train(*own, *argv, "--batch-size", 2, "--iters", 40, validates=True)
+        out = self.killed(30, *own, *argv, "--batch-size", 2, "--iters", 40, "--save-every", 30)
+        write(os.path.join(own[3], "objectInfo150.txt"), "\n".join([*rows, "50\tmoss"]))
+        status, _, err = command(train.main, "--resume", "--out", out)
+        self.assertEqual((status, "moss" in err), (0, True))
         metrics, ckpt = read_json(out, "metrics.json"), os.path.join(out, "ckpt.pt")
         self.assertEqual(list(metrics["object"]["iou"]), names)
         self.assertGreater(metrics["object"]["mean_iou"], 0.5)
@@ -1986,7 +1989,7 @@ class TestPhotos(Case):
                     self.assertEqual(maps[level].shape, size, name)
                 np.testing.assert_allclose(maps["scene"].sum(), 1, 1e-4)
                 self.assertLess(maps["part"].max(), len(maps["part_names"]))
-                self.assertEqual((sheet.mode, max(sheet.size) < 12400), ("RGB", True))
+                self.assertEqual((sheet.mode, (np.array(sheet.size[::-1]) > size).all()), ("RGB", True))
 
     def test_sixteen_bits_and_transparency(self):
         deep = datasets.rgb(Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)))
@@ -2111,11 +2114,8 @@ class TestMistakes(Case):
 
     def test_checkpoints(self):
         """Files that are no checkpoint of ours, in the three places where one is read. No code in them runs."""
-        content, good, weight = (
-            Path(self.checkpoint).read_bytes(),
-            torch.load(self.checkpoint, weights_only=True),
-            "ppm.last.0.weight",
-        )
+        content, weight = Path(self.checkpoint).read_bytes(), "ppm.last.0.weight"
+        good = torch.load(self.checkpoint, weights_only=True)
         model, scenes, ran = good["model"], good["vocabulary"]["scene"], self.at("ran")
         runs_code = type("RunsCode", (), {"__reduce__": lambda self: (os.mkdir, (ran,))})()
         weights = {"shape": torch.zeros(3), "text": "text", "sparse": model[weight].to_sparse()}

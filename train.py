@@ -44,7 +44,7 @@ def update(model: nn.Module, part_slices: dict, batches: list[dict], optimizer, 
             scaler.scale(total).backward()
         values.append(torch.stack([value.detach() for value in loss.values()]))
     means = torch.stack(values).mean(dim=0).tolist()  # one transfer for all the losses
-    overflow = datasets.anywhere(not all(map(math.isfinite, means)))
+    overflow = anywhere(not all(map(math.isfinite, means)))
     if overflow:  # with fp16 the scaler keeps the weights, this the batch-norm statistics
         for buffer, before in zip(model.buffers(), statistics):
             buffer.copy_(before)
@@ -69,7 +69,7 @@ def train(parser: datasets.Parser, given) -> None:
         return print(f"{args.out}: this run is finished; {ways}")
     device = datasets.pick_device(args.device)
     amp = datasets.pick_amp(args.amp, device)
-    sources, vocabulary, split, fingerprints = datasets.from_main_process(lambda: open_data(args, checkpoint))
+    sources, vocabulary, split, of_data = datasets.from_main_process(lambda: open_data(args, checkpoint))
     training, validation = {}, []
     for name, source in sources.items():
         validates = set(split[name])
@@ -82,7 +82,10 @@ def train(parser: datasets.Parser, given) -> None:
     counts = {v: sum(len(p) - 1 for p in n.values()) if v == "part" else len(n) for v, n in vocabulary.items()}
     print("classes: " + ", ".join(f"{n} {level}" for level, n in counts.items()))
     stages = plan_stages(args, training, processes)
-    order = [*stages, "done"]
+    order, lengths = [*stages, "done"], {name: iterations for name, (_, iterations, _) in stages.items()}
+    kept = {"iters": lengths.get("main", 0), "texture_iters": lengths.get("texture", 0), "group": torchrun_group()}
+    kept |= {key: os.path.abspath(value) for key in ("root", "cache") if (value := getattr(args, key))}
+    arguments = vars(args) | of_data | kept
 
     # Build: the network, in every process as in the main one.
     def build() -> UPerNet:
@@ -98,14 +101,13 @@ def train(parser: datasets.Parser, given) -> None:
         raise UserError("--batch-size 1: batch norm needs --sizes above 32, and two images with pspnet's pooling")
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     stage, first = (checkpoint["stage"], checkpoint["iteration"]) if checkpoint else (order[0], 0)
-    earlier = sum(stages[name][1] for name in order[: order.index(stage)])
+    earlier = sum(lengths[name] for name in order[: order.index(stage)])
     lines = datasets.from_main_process(lambda: cut_log(log, earlier + first))
     best = max([-1.0, *(headline(line["metrics"]) for line in lines if "metrics" in line)])
     if checkpoint:
         net.load_state_dict(checkpoint["model"])
         torch.set_rng_state(checkpoint["random"].cpu())
-        if scaler.is_enabled() and checkpoint["scaler"]:
-            scaler.load_state_dict(checkpoint["scaler"])
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
         print(f"{args.out}: resumes the {stage} stage after {first} iterations")
     else:  # DistributedDataParallel gives the other processes the main one's weights
         datasets.from_main_process(lambda: load_start(net, vocabulary, args.weights, start))
@@ -117,40 +119,30 @@ def train(parser: datasets.Parser, given) -> None:
     def save(stage: str, iteration: int, optimizer=None, to: str = path) -> None:
         content = {"model": net.state_dict(), "network": net.network, "vocabulary": vocabulary, "split": split}
         content |= {"optimizer": optimizer.state_dict() if optimizer else {}, "scaler": scaler.state_dict()}
-        content |= {"stage": stage, "iteration": iteration, "random": torch.get_rng_state()}
-        folders = {key: os.path.abspath(value) for key in ("root", "cache") if (value := getattr(args, key))}
-        lengths = {name: iterations for name, (_, iterations, _) in stages.items()}
-        kept = {"iters": lengths.get("main", 0), "texture_iters": lengths.get("texture", 0), "group": torchrun_group()}
-        own = {"object": sorted(s.index.names) for s in sources.values() if s.index.layout == "sceneparsing"}
-        own = checkpoint["arguments"].get("numbers", own) if checkpoint else own
-        kept |= {"fingerprints": fingerprints, "numbers": own}
-        content["arguments"] = {**vars(args), **folders, **kept}
+        content |= {"stage": stage, "iteration": iteration, "random": torch.get_rng_state(), "arguments": arguments}
         if rank == 0:
             advice = "(the last one is kept; make room, or choose another folder with --out)"
             datasets.write_file(to, lambda name: torch.save(content, name), advice)
             draw_curves(log, lengths, args.out)
 
     def validate(network: UPerNet, pictures: str | None = None) -> dict:
-        if processes > 1:  # batch-norm statistics may differ
-            for value in network.state_dict().values():
-                dist.broadcast(value, 0)
+        for value in network.state_dict().values() if processes > 1 else ():  # batch-norm statistics may differ
+            dist.broadcast(value, 0)
         return evaluate.evaluate(network, vocabulary, sources, validation, pictures=pictures)
 
     if not checkpoint:
         save(stage, first)
     with noted_signals() as noted:
-        for name, (of_stage, iterations, batch_size) in stages.items():
-            if stage != name:
-                continue
+        for name in order[order.index(stage) : -1]:
+            of_stage, iterations, batch_size = stages[name]
             # Section 3: textures are learned last, and only their head is trained.
             for key, parameter in net.named_parameters():
                 parameter.requires_grad_(key.startswith("heads.texture.") == (name == "texture"))
             optimizer = torch.optim.SGD(parameter_groups(net), lr=args.lr, momentum=0.9)
             if first:
                 optimizer.load_state_dict(checkpoint["optimizer"])
-            model, unused = net, len(of_stage) > 1 or (name == "main" and "object" not in vocabulary)
-            if processes > 1:
-                model = DistributedDataParallel(net, find_unused_parameters=unused)
+            unused = len(of_stage) > 1 or (name == "main" and "object" not in vocabulary)  # off a step's path
+            model = DistributedDataParallel(net, find_unused_parameters=unused) if processes > 1 else net
             settings = {"sizes": args.sizes, "longest": args.max_size, "seed": args.seed}
             settings |= {"sources": [sources[n] for n in of_stage], "share": (args.accumulate, rank, processes)}
             plan = datasets.plan_batches(of_stage, iterations, batch_size * args.accumulate * processes, args.seed)
@@ -196,7 +188,7 @@ def train(parser: datasets.Parser, given) -> None:
                 if rank == 0:
                     with open(log, "a") as file:
                         file.write(json.dumps(line) + "\n")
-                received = datasets.anywhere(noted[0] if noted else 0)
+                received = anywhere(noted[0] if noted else 0)
                 due = done % args.save_every == 0 if args.save_every else time.monotonic() - saved > 600
                 if received or (due and done < iterations):
                     save(name, done, optimizer)
@@ -210,8 +202,8 @@ def train(parser: datasets.Parser, given) -> None:
             del batches
             if left_out:
                 print(f"{name}: left out {left_out} steps that overflowed in fp16")
-            stage, first = order[order.index(name) + 1], 0
-            save(stage, first)
+            first = 0
+            save(order[order.index(name) + 1], first)
     # Evaluate.
     print(f"wrote {path}, and beside it log.jsonl and curves.png")
     if validation:
@@ -246,14 +238,17 @@ def plan_stages(args, sizes: dict[str, dict], processes: int) -> dict[str, tuple
     return {name: stage for name, stage in (("main", main), ("texture", texture)) if stage[0] and stage[1]}
 
 
-def open_data(args, checkpoint: dict | None) -> tuple[dict[str, Source], dict, dict[str, list[str]], dict[str, str]]:
-    """(sources, vocabulary, validation images, fingerprints of the images). UserError if a resumed run's changed."""
+def open_data(args, checkpoint: dict | None) -> tuple[dict[str, Source], dict, dict[str, list[str]], dict[str, dict]]:
+    """(sources, vocabulary, validation images, what else a checkpoint keeps: the images' fingerprints, the numbers of
+    one's own class table). A resumed run has those of its checkpoint; UserError if its images have changed."""
     (indexes, minima), levels = datasets.open_indexes(args), args.levels or LEVELS
     indexes = {name: index for name, index in indexes.items() if set(datasets.SOURCE_LEVELS[name]) & set(levels)}
-    fingerprints = {name: datasets.hash_of(index.images) for name, index in indexes.items()}
+    of_data = {"fingerprints": {name: datasets.hash_of(index.images) for name, index in indexes.items()}}
+    of_data["numbers"] = {"object": list(i.names) for i in indexes.values() if i.layout == "sceneparsing"}
     if checkpoint:
-        vocabulary, split = checkpoint["vocabulary"], checkpoint["split"]
-        if fingerprints != checkpoint["arguments"].get("fingerprints"):
+        vocabulary, split, stored = (checkpoint[key] for key in ("vocabulary", "split", "arguments"))
+        of_data["numbers"] = stored.get("numbers", of_data["numbers"])
+        if of_data["fingerprints"] != stored.get("fingerprints"):
             raise UserError(f"{args.out}: the images have changed since this run began; start over with another --out")
     else:
         everything = datasets.build_vocabulary(indexes, minima, levels)  # a split does not depend on --levels
@@ -263,7 +258,7 @@ def open_data(args, checkpoint: dict | None) -> tuple[dict[str, Source], dict, d
         choose = lambda index: balance_split.validation_images(index, everything, args)
         split = {name: choose(index) for name, index in indexes.items()}
     cache = datasets.cache_folder(args), max(args.sizes), args.max_size
-    return {n: Source(index, vocabulary, None, *cache) for n, index in indexes.items()}, vocabulary, split, fingerprints
+    return {n: Source(index, vocabulary, None, *cache) for n, index in indexes.items()}, vocabulary, split, of_data
 
 
 # ---------------------------------------------------------------- the weights to start from
@@ -296,19 +291,18 @@ def load_start(net: UPerNet, vocabulary: dict, weights: str, start: tuple | None
     ours, state = net.state_dict(), {key: value for key, value in state.items() if isinstance(value, Tensor)}
     loaded = {key: state[key] for key, value in ours.items() if key in state and state[key].shape == value.shape}
     notes = []
-    for level in net.heads:
-        names, theirs = (evaluate.class_names(v).get(level, []) for v in (vocabulary, their_vocabulary))
-        kept = [(i, theirs.index(name)) for i, name in enumerate(names) if name in theirs]
-        for key in (f"heads.{level}.classifier.weight", f"heads.{level}.classifier.bias"):
+    for level in [level for level in net.heads if level in their_vocabulary]:
+        names, theirs = (evaluate.class_names(v)[level] for v in (vocabulary, their_vocabulary))
+        keys = [f"heads.{level}.classifier.{kind}" for kind in ("weight", "bias")]
+        fits = all(state[key].shape[1:] == ours[key].shape[1:] for key in keys)  # of the same width
+        kept = {i: theirs.index(name) for i, name in enumerate(names) if name in theirs} if fits else {}
+        for key in keys:
             loaded.pop(key, None)
-            kept = kept if kept and state[key].shape[1:] == ours[key].shape[1:] else []
             if kept:
-                rows, their_rows = zip(*kept)
-                loaded[key] = ours[key].cpu().index_copy(0, torch.tensor(rows), state[key][list(their_rows)].cpu())
-        new = ", ".join([name for i, name in enumerate(names) if i not in dict(kept)][:9])
-        notes += (
-            [f"{len(kept)} of {len(names)} {level} classes kept by name" + (new and f", not {new}")] if theirs else []
-        )
+                rows = state[key][list(kept.values())].cpu()
+                loaded[key] = ours[key].cpu().index_copy(0, torch.tensor(list(kept)), rows)
+        new = ", ".join([name for i, name in enumerate(names) if i not in kept][:9])
+        notes.append(f"{len(kept)} of {len(names)} {level} classes kept by name" + (new and f", not {new}"))
     if not any(key.endswith("weight") for key in loaded):
         raise UserError(f"--weights {weights}: nothing in it fits this network (first key: {next(iter(state), None)})")
     net.load_state_dict(loaded, strict=False)
@@ -320,6 +314,14 @@ def load_start(net: UPerNet, vocabulary: dict, weights: str, start: tuple | None
 
 
 # ---------------------------------------------------------------- progress, signals, resuming
+def anywhere(number: int) -> int:
+    """The largest of the processes' numbers, without waiting for a GPU."""
+    largest = torch.tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def headline(metrics: dict) -> float:
     """What makes a network the best: the mean IoU of objects, else the first metric there is."""
     of_level = metrics.get("object") or next(iter(metrics.values()), {})

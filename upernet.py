@@ -11,7 +11,7 @@
 This file and resnet.py work on their own, copied anywhere; with `backbone=` a module, this file alone.
 In comments, "released" is what the authors' code does, and "ours" what neither the paper nor that code says."""
 
-import argparse, csv, functools, re, statistics, time, warnings
+import argparse, csv, functools, itertools, re, statistics, timeit, warnings
 from pathlib import Path
 
 import torch
@@ -44,9 +44,9 @@ def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
 
 def prroi_weights(bins: int, n: int, device: torch.device) -> Tensor:
     """Precise RoI pooling of n samples along one axis (Jiang et al., ECCV 2018), as a matrix (bins, n).
-    Bin b is the mean from b*n/bins to (b+1)*n/bins of the curve through the samples at 0..n-1, linear between them and
-    falling to zero one beyond, so that the weights of the last bin sum to less than one. Each sample's share of the
-    curve is a triangle of height 1 on [-1, 1] around it."""
+    Bin b is the mean, from b*n/bins to (b+1)*n/bins, of the curve that is linear between the samples at 0..n-1 and zero
+    one beyond: the sum of a triangle of height 1 on [-1, 1] around each. The last bin's weights sum to less than one.
+    """
     edges = torch.arange(bins + 1, device=device) * n / bins
     t = (edges[:, None] - torch.arange(n, device=device)).clamp(-1, 1)  # (bins + 1, n)
     area = torch.where(t < 0, (t + 1) ** 2 / 2, 1 - (1 - t) ** 2 / 2)  # of each triangle, left of the edge
@@ -80,8 +80,7 @@ class PPM(nn.Module):
             pooled = (both @ c5.flatten(2).mT).mT.unflatten(2, (bins, bins))  # (N, C, bins, bins)
             if self.pool == "pspnet":
                 maps.append(resize(branch(pooled), size))
-            else:  # as released: batch norm after the resize, where it sees several values even of one image; there
-                # the 1x1 convolution also comes after it, but the two commute, and this way is cheaper
+            else:  # as released, batch norm after the resize; the 1x1 convolution commutes with it, cheaper before it
                 maps.append(branch.norm_relu(resize(branch[0](pooled), size)))
         return self.last(torch.cat(maps, dim=1))
 
@@ -100,8 +99,7 @@ class FPN(nn.Module):
         top_down, maps = p5, [p5]
         for i in reversed(range(len(self.laterals))):
             lateral = self.laterals[i](stages[i])
-            top_down = resize(top_down, lateral.shape[2:])
-            top_down += lateral
+            top_down = resize(top_down, lateral.shape[2:]).add_(lateral)
             if i == 0 or not only_finest:
                 maps.insert(0, self.convs[i](top_down))
         return maps[:1] if only_finest else maps
@@ -183,8 +181,7 @@ class UPerNet(nn.Module):
         their ADE20K network; "pspnet": average pooling, and BN and ReLU before the resize, as in mmsegmentation.
     ppm, fpn, fusion, output_stride: the rows of the paper's table 2. `fpn` is the finest level built (2, 3 or 4; 0 for
         none, with all heads on P5). Without `fusion` the object head sits on that level; without `ppm` P5 is a 1x1
-        lateral of C5.
-    stem, output_stride: as in `resnet.ResNet`, for a backbone given by name.
+        lateral of C5. stem, output_stride: as in `resnet.ResNet`, for a backbone given by name.
 
     Parameters are named `backbone.*`, `ppm.*`, `fpn.*`, `fusion.*`, `heads.<level>.*`. `part_slices[object index]` are
     that object's channels in the part logits. `network` holds the arguments, `test_size` the short side, the longest
@@ -212,12 +209,12 @@ class UPerNet(nn.Module):
             raise ValueError(f"pool {pool!r} must be prroi, adaptive or pspnet, and fpn {fpn!r} 0, 2, 3 or 4")
         self.classes = {level: classes[level] for level in LEVELS if level in classes}
         self.fpn_level, self.test_size = fpn, (450, 1200, None)  # section 3.1
-        if ours := isinstance(backbone, str):
+        if isinstance(backbone, str):
             from resnet import ResNet
 
             if not re.fullmatch(r"resnet\d{2,3}", backbone):
                 raise ValueError(f"backbone {backbone!r}: resnet18, resnet34, resnet50, resnet101, or a module")
-            backbone = ResNet(int(backbone[6:]), stem, output_stride)
+            backbone = ResNet(int(backbone[6:]), stem, output_stride).to(memory_format=torch.channels_last)
         self.backbone = backbone
         c2, *_, c5 = backbone.channels
         self.ppm = PPM(c5, channels, pool) if ppm else ConvBNReLU(c5, channels, 1)
@@ -225,15 +222,14 @@ class UPerNet(nn.Module):
         self.fusion = Fusion(6 - fpn, channels) if fpn and fusion else None
         # Figure 4: object and part sit on the fused map, material on P2; without P2, material sits beside object.
         self.on_fused = ("object", "part") if fpn == 2 else ("object", "part", "material")
-        self.heads, self.part_slices, first = nn.ModuleDict(), {}, 0
+        parts, self.heads = self.classes.get("part", {}), nn.ModuleDict()
+        ends = itertools.accumulate(parts.values())
+        self.part_slices = {index: slice(end - n, end) for (index, n), end in zip(parts.items(), ends)}
         for level, n in self.classes.items():
-            n = sum(n.values()) if level == "part" else n
+            n = sum(parts.values()) if level == "part" else n
             # Texture: "several" convolutions in the paper, not in the released code; four are our choice.
             width, convs = (c2, 4) if level == "texture" else (channels, int(head_conv))
             self.heads[level] = Head(width, channels, n, convs, average=level == "scene")
-        for index, n in self.classes.get("part", {}).items():
-            self.part_slices[index] = slice(first, first + n)
-            first += n
         self.register_buffer("mean", IMAGENET_MEAN.clone())
         self.register_buffer("std", IMAGENET_STD.clone())
         for module in filter(None, (self.ppm, self.fpn, self.fusion, self.heads)):
@@ -242,9 +238,9 @@ class UPerNet(nn.Module):
                     nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
                 elif isinstance(m, nn.BatchNorm2d):
                     nn.init.constant_(m.bias, 1e-4)
-            module.to(memory_format=torch.channels_last)  # faster, on CPUs too; the caller's backbone keeps its layout
-        if ours:
-            self.backbone.to(memory_format=torch.channels_last)
+            module.to(
+                memory_format=torch.channels_last
+            )  # faster, on CPUs too; a caller's own backbone keeps its layout
 
     def forward(self, images: Tensor, levels: list[str] | None = None) -> dict[str, Tensor]:
         """Logits of the levels that are asked for (default: all), computing only what they need.
@@ -260,13 +256,12 @@ class UPerNet(nn.Module):
         levels = list(self.classes) if levels is None else levels
         if unknown := set(levels) - set(self.classes):
             raise ValueError(f"no head for {', '.join(sorted(unknown))}: this network has {', '.join(self.classes)}")
-        self.check(images, only_texture := set(levels) == {"texture"})
-        ours = getattr(self.backbone, "stops_early", False)  # resnet.py's
+        self.check(images)
+        only_texture, ours = set(levels) == {"texture"}, getattr(self.backbone, "stops_early", False)  # resnet.py's
         x = (images - self.mean) / self.std
         x = x.contiguous(memory_format=torch.channels_last) if ours else x
         stages = self.backbone(x, last=2) if ours and only_texture else self.backbone(x)  # C2..
-        quarter = stages[0].shape[2:]
-        logits = {}
+        quarter, logits = stages[0].shape[2:], {}
         if "texture" in levels:  # section 3: on C2, and no gradient into the backbone
             logits["texture_map"] = self.heads["texture"](stages[0].detach())
             logits["texture"] = logits["texture_map"].mean(dim=(2, 3))
@@ -285,14 +280,11 @@ class UPerNet(nn.Module):
                 logits[level] = y if y.shape[2:] == quarter else resize(y, quarter)
         return logits
 
-    def check(self, images: Tensor, only_texture: bool) -> None:
+    def check(self, images: Tensor) -> None:
         """Raises ValueError for images that `forward` does not take; looks at values unless a GPU had to wait."""
-        found, (n, colours, *size) = f"images {tuple(images.shape)} of {images.dtype}", (*images.shape, 0, 0)[:4]
+        found, (colours, *size) = f"images {tuple(images.shape)} of {images.dtype}", (*images.shape, 0, 0)[1:4]
         if images.ndim != 4 or colours != 3 or not images.is_floating_point() or size[0] < 32 or size[1] < 32:
             raise ValueError(f"{found}: not (N, 3, H, W), one image too; floats in [0, 1]; H and W of 32 or more")
-        if self.training and n == 1 and not only_texture and (max(size) <= 32 or self.network["pool"] == "pspnet"):
-            if not any(isinstance(m, nn.SyncBatchNorm) for m in self.modules()):
-                raise ValueError(f"{found}: batch norm needs two, or above 32 pixels and not pspnet's pool; or eval()")
         if not (torch.compiler.is_compiling() or images.is_meta or images.is_cuda and torch.is_grad_enabled()):
             low, high = (value.item() for value in images.detach().aminmax())
             if low < -0.01 or high > 1.01:
@@ -307,16 +299,13 @@ def losses(logits: dict[str, Tensor], labels: dict[str, Tensor], part_slices: di
       object, material   (N, H/4, W/4) class indices
       part               (N, H/4, W/4) index in the list of parts of the object at that pixel; 0, background, elsewhere
     A loss of 0 stays connected to the graph: the level's parameters get gradients of zero."""
-    result = {}
-    for level in ("scene", "object", "material"):
-        if level in logits:
-            result[level] = mean_cross_entropy(logits[level], labels[level])
+    plain = [level for level in ("scene", "object", "material") if level in logits]
+    result = {level: mean_cross_entropy(logits[level], labels[level]) for level in plain}
     if "part" in logits:
         result["part"] = part_loss(logits["part"], labels["object"], labels["part"], part_slices)
     if "texture_map" in logits:  # predicted at every pixel, each with the image's label
-        texture_map = logits["texture_map"]
-        everywhere = labels["texture"][:, None, None].expand(-1, *texture_map.shape[2:])
-        result["texture"] = mean_cross_entropy(texture_map, everywhere)
+        everywhere = labels["texture"][:, None, None].expand(-1, *logits["texture_map"].shape[2:])
+        result["texture"] = mean_cross_entropy(logits["texture_map"], everywhere)
     return result
 
 
@@ -395,8 +384,8 @@ def read_checkpoint(path: str, device: str = "cpu") -> tuple[UPerNet, dict]:
 def class_counts(vocabulary: dict) -> dict:
     """The `classes` argument of the network for a vocabulary."""
     index = {name: i for i, name in enumerate(vocabulary.get("object", ()))}
-    of_part = lambda parts: {index[name]: len(names) for name, names in parts.items()}
-    return {v: of_part(vocabulary[v]) if v == "part" else len(vocabulary[v]) for v in LEVELS if v in vocabulary}
+    parts = {index[name]: len(names) for name, names in vocabulary.get("part", {}).items()}
+    return {level: parts if level == "part" else len(vocabulary[level]) for level in LEVELS if level in vocabulary}
 
 
 # ---------------------------------------------------------------- loading: released weights
@@ -407,9 +396,8 @@ AUTHORS = {  # the authors' keys -> ours; conv_last is in their ADE20K network, 
     r"^fpn_out\.(\d)\.0\.": r"fpn.convs.\1.",
     r"^(conv_fusion|conv_last\.0)\.": "fusion.conv.",
     r"^conv_last\.1\.": "heads.object.classifier.",
-    r"^scene_head\.2\.": "heads.scene.classifier.",
     r"^(\w+)_head\.0\.": r"heads.\1.conv.0.",
-    r"^(\w+)_head\.1\.": r"heads.\1.classifier.",
+    r"^(\w+)_head\.[12]\.": r"heads.\1.classifier.",  # scene's is 2, after the mean
     r".*\.(_tmp_running_mean|_tmp_running_var|_running_iter)$": "",  # their synchronised batch norm's own sums
 }
 MMSEG = {  # mmsegmentation's keys -> ours; the auxiliary head is for training only
@@ -437,8 +425,8 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
     """(network in eval mode, vocabulary) of a network that the authors released, from its two .pth files.
     The network of the paper (unifiedparsing) with `labels` their folder `joint_dataset` of class tables: 336 objects
     and 26 materials with a background at index 0, 427 part channels, 365 scenes. Or their ADE20K network
-    (semantic-segmentation-pytorch), 150 objects, with `labels` their `object150_info.csv`. Their input (BGR in
-    [0, 255] minus a mean, or ImageNet's normalisation) is folded in. Raises ValueError, naming the file and key."""
+    (semantic-segmentation-pytorch), 150 objects, with `labels` their `object150_info.csv`. ValueError names the file.
+    """
     body, top = read_file(encoder), read_file(decoder)
     for path, state, key in ((encoder, body, "conv1.weight"), (decoder, top, "ppm_last_conv.0.weight")):
         if not isinstance(state.get(key), Tensor):
@@ -454,11 +442,11 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
             vocabulary["part"] = {name: ["background", *of_object] for name, of_object in parts.items()}
         else:
             vocabulary["object"] = distinct_names([row["Name"] for row in rows()])
-        network = {"classes": class_counts(vocabulary), "head_conv": paper, "stem": "deep"}
-        network["pool"] = "prroi" if paper else "adaptive"
+        classes = class_counts(vocabulary)
     except Exception as e:
         needed = "folder joint_dataset" if paper else "file object150_info.csv"
         raise ValueError(f"{labels}: not the authors' {needed} for {decoder} ({type(e).__name__}: {e})") from None
+    network = {"classes": classes, "head_conv": paper, "pool": "prroi" if paper else "adaptive", "stem": "deep"}
     network |= {"backbone": f"resnet{depth_of(body)}", "channels": len(top["ppm_last_conv.0.weight"])}
     state = {f"backbone.{key}": value for key, value in body.items()} | top
     if paper:  # BGR in [0, 255] minus a mean, as constants of RGB in [0, 1]
@@ -513,20 +501,14 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'backbone':12s}{'M parameters':>13s}{'GMAC':>8s}{'ms, inference':>15s}{'ms, training':>15s}")
     for backbone in ("resnet18", "resnet50", "resnet101"):
         net, images = UPerNet({"object": 150}, backbone).to(device), torch.rand(1, 3, side, side, device=device)
-        parameters, ms = sum(p.numel() for p in net.parameters()) / 1e6, []
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            net.eval()(images)
-        for training in (False, True):
-            times = []
-            for _ in range(5):
-                start = time.perf_counter()
-                with torch.set_grad_enabled(training):
-                    mean = net.train(training)(images)["object"].mean()
-                last = torch.autograd.grad(mean, list(net.parameters()))[0].sum() if training else mean
-                last.item()  # waits for a GPU
-                times.append(time.perf_counter() - start)
-            ms.append(1000 * sorted(times)[2])
-        print(f"{backbone:12s}{parameters:13.1f}{counter.get_total_flops() / 2e9:8.1f}{ms[0]:15.1f}{ms[1]:15.1f}")
+        parameters = list(net.parameters())
+        inference = torch.inference_mode()(lambda: net.eval()(images)["object"].mean().item())  # waits for a GPU
+        training = lambda: torch.autograd.grad(net.train()(images)["object"].mean(), parameters)[0].sum().item()
+        with FlopCounterMode(display=False) as counter:
+            inference()
+        row = [sum(p.numel() for p in parameters) / 1e6, counter.get_total_flops() / 2e9]
+        row += [1000 * statistics.median(timeit.repeat(step, repeat=5, number=1)) for step in (inference, training)]
+        print(f"{backbone:12s}{row[0]:13.1f}{row[1]:8.1f}{row[2]:15.1f}{row[3]:15.1f}")
 
 
 if __name__ == "__main__":
