@@ -6,7 +6,7 @@
 of each level from the indexes. A `Source` is an index read with a vocabulary: photos and labels, for batches."""
 
 import argparse, collections, colorsys, contextlib, csv, datetime, hashlib, json, math
-import multiprocessing, os, re, shutil, signal, sys, warnings
+import multiprocessing, os, re, signal, sys, tempfile, warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ import upernet
 SOURCE_LEVELS = {"ade20k": ("scene", "object", "part"), "os": ("material",), "dtd": ("texture",)}
 MEAN_COLOUR = (124, 116, 104)  # ImageNet's, the colour of padding: zero after the network's normalisation
 TEXTURE_SIZE = 64  # section 3: "roughly 64x64"; ours: short side 64, then a square of it
+padded = lambda size: math.ceil(size / 32) * 32  # pixels, up to the coarsest stride of the network
 SEED = 304  # of the toy's files and of every split; --seed is about training
 
 
@@ -36,7 +37,8 @@ LAYOUTS = {  # source, what only its folder has, pattern of its images' paths, t
     "dtd": ("dtd", "labels/train1.txt", rf"images/([^/]+/[^/]+){PICTURE}", {}),
 }
 FOLDERS = ("images", "annotations", "photos", "photos-labels", "labels")  # what else is in a folder is not data
-TABLES = ("objectInfo150.txt", "classes.txt", "label-substance-colors.csv", "sceneCategories.txt")
+TABLES = {"objectInfo150.txt": "a header; then number from 1, tab, .., name a line", "classes.txt": "one name a line"}
+TABLES |= {"label-substance-colors.csv": "columns substance_name, red_color"}  # of classes; the first that is there
 
 
 class Index(NamedTuple):
@@ -80,7 +82,7 @@ def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
     of its own files, and the layout's label files; parts only where they exist."""
     walks = [walk for top in FOLDERS for walk in os.walk(os.path.join(folder, top), followlinks=True)]
     paths = [path for base, _, names in walks for name in names if os.path.isfile(path := os.path.join(base, name))]
-    paths += [path for name in TABLES if os.path.exists(path := os.path.join(folder, name))]
+    paths += [path for name in (*TABLES, "sceneCategories.txt") if os.path.exists(path := os.path.join(folder, name))]
     stats = {name: os.stat(p) for p in paths if "/." not in (name := os.path.relpath(p, folder).replace(os.sep, "/"))}
     (_, mark, pattern, templates), files = LAYOUTS[layout], []
     for path in sorted(stats):
@@ -90,6 +92,9 @@ def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
             files.append({kind: name for kind, name in entry.items() if kind != "parts" or name in stats})
     if not files:
         raise UserError(f"{folder}: has {mark}, but no .jpg or .png photos where layout {layout} has them")
+    masks = {path for path in stats if mark in FOLDERS and re.fullmatch(f"{mark}/.*png", path)}
+    if alone := sorted(masks - {entry.get("labels") for entry in files}):
+        say(f"{folder}: {len(alone)} masks without a .jpg or .png photo, the first: {alone[0]}", sys.stderr)
     if layout == "sceneparsing":
         lines = read_lines(folder, "sceneCategories.txt") if "sceneCategories.txt" in stats else []
         scenes = dict(line.lower().split()[:2] for line in lines if len(line.split()) > 1)
@@ -101,16 +106,15 @@ def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
         for entry in files:
             _, entry["tag"], name = entry["image"].split("/")
             entry["official"] = official.get(f"{entry['tag']}/{name}", "")
-    return files, hash_of([LAYOUTS[layout], *sorted((p, s.st_size, s.st_mtime_ns) for p, s in stats.items())])
+    return files, hash_of([LAYOUTS[layout], sorted((p, s.st_size, s.st_mtime_ns) for p, s in stats.items())])
 
 
 def read_lines(*path: str) -> list[str]:
-    """The lines of a text file, UTF-8 or Latin-1."""
+    """The lines of a text file, UTF-8, UTF-16 with its mark, or Latin-1."""
     content = Path(*path).read_bytes()
-    try:
-        return content.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        return content.decode("latin-1").splitlines()
+    with contextlib.suppress(UnicodeDecodeError):
+        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").splitlines()
+    return content.decode("latin-1").splitlines()
 
 
 def label_numbers(path: str, layout: str, photo_size: tuple[int, int] | None = None) -> np.ndarray:
@@ -169,14 +173,28 @@ def scan(root: str, source: str, cache: str, allow_broken: bool = False) -> Inde
         if not index.images or len(index.broken) > 0.05 * len(files) and not allow_broken:
             raise UserError(found + ("; --allow-broken goes ahead without them" if index.images else "; none is left"))
         say(found, sys.stderr)
-    numbers = set(index.pixels[:, 1:3].unique().tolist()) - {0}  # of classes and of parts
-    unused = [name for n, name in index.names.items() if n not in numbers]
-    if layout == "sceneparsing" and len(index.names) <= 40 and 0 < len(unused) < len(index.names) - 1:
-        say(f"{source}: no pixel of {', '.join(unused[:9])}; if 0 is a class, add 1 to each (not to 255)", sys.stderr)
-    if unknown := sorted(numbers - index.names.keys() - ({255} if layout == "sceneparsing" else set())):
-        images = index.pixels[torch.isin(index.pixels[:, 1:3], torch.tensor(unknown)).any(dim=1), 0].unique().numel()
-        say(f"{source}: numbers without a name, unlabelled in {images} images: {str(unknown[:9])[1:-1]}", sys.stderr)
+    check_numbers(index)
     return index
+
+
+zero_pixels = lambda index: int(index.sizes.prod(dim=1).sum() - index.pixels[index.pixels[:, 2] == 0, 3].sum())
+
+
+def check_numbers(index: Index) -> None:
+    """Says which class numbers have no name or no pixel. UserError if one's own masks have no number with a name."""
+    own, names, numbers = index.layout == "sceneparsing", index.names, set(index.pixels[:, 1:3].unique().tolist()) - {0}
+    listed = lambda items: ", ".join(map(str, sorted(items)[:9]))
+    if own and not numbers & names.keys():
+        found = f"no mask has a class ({listed(names) or '1, 2, ..'}), only {listed(numbers) or 0}"
+        raise UserError(f"{index.folder}: {found}; 0 and 255 are unlabelled")
+    if unknown := numbers - names.keys() - ({255} if own else set()):
+        images = index.pixels[torch.isin(index.pixels[:, 1:3], torch.tensor([*unknown])).any(dim=1), 0].unique().numel()
+        say(f"{index.source}: numbers without a name, unlabelled in {images} images: {listed(unknown)}", sys.stderr)
+    if own and len(names) <= 40 and len(numbers & names.keys()) > 1:  # a table as small as one's own
+        if unused := [name for n, name in names.items() if n not in numbers]:
+            say(f"{index.source}: no pixel of {', '.join(unused[:9])}", sys.stderr)
+        if zero_pixels(index) and (unused or 255 in numbers - names.keys()):
+            say(f"{index.source}: 0 is unlabelled: if it is a class, add 1 to every number but 255", sys.stderr)
 
 
 def scan_files(source: str, layout: str, folder: str, files: list[dict]) -> tuple:
@@ -186,8 +204,7 @@ def scan_files(source: str, layout: str, folder: str, files: list[dict]) -> tupl
     with multiprocessing.Pool() if len(tasks) >= 200 else contextlib.nullcontext() as pool:  # few are faster without
         found = pool.imap(scan_image, tasks, chunksize=16) if pool else map(scan_image, tasks)
         records = [entry | record for entry, record in zip(files, tqdm(found, **bar))]
-    good = [record for record in records if "broken" not in record]
-    column = lambda key: [record[key] for record in good]
+    column = lambda key: [record[key] for record in records if "broken" not in record]
     rows = [(i, *row) for i, of_image in enumerate(column("pixels")) for row in of_image]
     pixels = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
     names = {number: name for of_image in column("names") for number, name in of_image.items()}
@@ -226,31 +243,32 @@ def scan_image(task: tuple[str, str, dict]) -> dict:
             found["pixels"] += [(int(p >> 16), int(p & 0xFFFF), int(c)) for p, c in zip(pairs, counts)]
         return found | {"tag": "" if found["tag"] in ("misc", "unknown", "none", "~not labeled") else found["tag"]}
     except Exception as e:  # whatever a decoder makes of a damaged file
-        reason = "missing" if type(e) is FileNotFoundError else str(e) if type(e) is ValueError else f"unreadable ({e})"
+        reasons = {FileNotFoundError: "missing", ValueError: str(e), KeyError: f"has no {e}"}
+        reason = reasons.get(type(e), f"unreadable ({e or type(e).__name__})")
         return {"broken": f"{current}: {' '.join(reason.split())}"}
 
 
 def class_table(layout: str, folder: str, numbers: list[int]) -> dict[int, str]:
     """Number -> name. Of SceneParsing or one's own data from objectInfo150.txt, else classes.txt, else "class 1", ..;
     of OpenSurfaces from its table of substances, whose numbers are red values."""
-    tables = TABLES[2:3] if layout == "os" else TABLES[:2]
-    path = next((path for name in tables if os.path.exists(path := os.path.join(folder, name))), None)
-    if layout == "sceneparsing" and path is None:
+    tables = [name for name in TABLES if name.endswith("csv") == (layout == "os")]
+    name = next((name for name in tables if os.path.exists(os.path.join(folder, name))), tables[-1])
+    path = os.path.join(folder, name)
+    if layout == "sceneparsing" and not os.path.exists(path):
         return {n: f"class {n}" for n in range(1, max({*numbers} - {255, 65535}, default=0) + 1)}
     try:
-        lines = read_lines(path or os.path.join(folder, tables[0]))
-        table = dict(enumerate(lines, start=1))  # classes.txt
+        lines = read_lines(path)
+        table = dict(enumerate("\n".join(lines).rstrip().split("\n"), start=1))  # classes.txt
         if layout == "os":
             table = {int(row["red_color"]): row["substance_name"] for row in csv.DictReader(lines)}
-        elif path.endswith(TABLES[0]):
+        elif name == "objectInfo150.txt":
             rows = [line.split("\t") for line in lines if line.strip()]
             table = {int(row[0]): row[-1] for row in rows[not rows[0][0].strip().isdigit() :]}  # without its header
-        if min(table) < (layout != "os"):
-            raise ValueError("0 is unlabelled: add 1 to every class first")
-        return {number: name.strip() for number, name in sorted(table.items()) if name.strip()}
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        wanted = "substance_name, red_color" if layout == "os" else "a header; then number from 1, tab, .., name a line"
-        raise UserError(f"{path}: not a table of classes ({wanted}): {e}") from None
+        if min(table) < (layout != "os") or not all(map(str.strip, table.values())):
+            raise ValueError("a line has no name, or the number 0, which is unlabelled: add 1 to every class")
+        return {number: name.strip() for number, name in sorted(table.items())}
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{path}: not a table of classes ({TABLES[name]}): {e}") from None
 
 
 # ---------------------------------------------------------------- the vocabulary (section 2.1)
@@ -324,7 +342,7 @@ def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int], levels: 
                 kept = [name for name in kept if level == "part" or pixels[name] >= minima["min_pixels"]]
             if level == "object" and level in levels and (kept or own) and len(set(kept) & set(pixels)) < 2:
                 advice = "0 and 255 are unlabelled: write 1 for the object, 2 for what is not; or add 1 to every class"
-                raise UserError(f"{index.folder}: has pixels of fewer than two classes of objects; {advice}")
+                raise UserError(f"{index.folder}: only {', '.join(set(kept) & set(pixels))} has pixels; {advice}")
             if level == "part":
                 parts_of = lambda name: [part for owner, part in kept if owner == name and part != "background"]
                 parts = {name: parts_of(name) for name in vocabulary.get("object", ())}
@@ -403,11 +421,6 @@ def resized(size: tuple[int, int], short: int, longest: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def padded(size: int) -> int:
-    """Rounded up to the coarsest stride of the network."""
-    return math.ceil(size / 32) * 32
-
-
 def centres(cells: int, stride: int, n: int, full: int) -> np.ndarray:
     """Where the centres of `cells` cells of `stride` out of n pixels lie in a map of `full`: labels there, ours."""
     return (2 * np.arange(cells) + 1) * stride * full // (2 * n)
@@ -417,7 +430,6 @@ def centres(cells: int, stride: int, n: int, full: int) -> np.ndarray:
 def plan_batches(sizes: dict[str, dict[int, tuple[int, int]]], iterations: int, images: int, seed: int) -> np.ndarray:
     """The source and the images of each iteration: int32 (iterations, 1 + images); each row holds the source's
     position in `sizes`, then the image numbers. sizes: of each source, image number -> (height, width).
-
     Section 3.1: each iteration draws a source, with probability by its number of images; its images are of one
     orientation, to keep padding small. Ours: no image repeats before every image of its orientation was used."""
     rng, plan = np.random.default_rng(seed), np.empty((iterations, 1 + images), np.int32)
@@ -437,7 +449,6 @@ def plan_batches(sizes: dict[str, dict[int, tuple[int, int]]], iterations: int, 
 def training_batch(k, sources: list, plan: np.ndarray, sizes: list, longest: int, seed: int, share=(1, 0, 1)) -> dict:
     """The k-th batch of a stage for one process: a function of plan and seed alone, so that neither the number of
     workers nor a pause changes it.
-
     share: (accumulate, rank, processes). Each iteration has `accumulate` batches, and processes take equal shares of
     its images. Returns a dict: `source`, `files`, `images` (N, 3, H, W) uint8 with H and W multiples of 32, and the
     labels as in `upernet.losses`, in small integer types. DTD's images are squares of TEXTURE_SIZE."""
@@ -660,25 +671,21 @@ def make_toy(folder: str, scenes: int = 400, photos: int = 320, textures: int = 
     if os.path.isdir(folder):
         return
     say(f"generating the toy data in {folder}")
-    temporary = f"{folder}.{os.getpid()}.tmp"
-    try:
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as temporary:
         for name, content in toy_files(scenes, photos, textures):
-            path = Path(temporary, name)
+            path = Path(temporary, "toy", name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content) if isinstance(content, str) else content.save(path, quality=92)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.rename(os.path.join(temporary, "toy"), folder)
 
 
 # ---------------------------------------------------------------- what the scripts share: messages and files
+is_main_process = lambda: os.environ.get("RANK", "0") == "0"  # the one of torchrun's, or the only one, that prints
+
+
 class UserError(ValueError):
     """A mistake that the user can mend: scripts print it as one line and exit with status 2."""
-
-
-def is_main_process() -> bool:
-    """Whether this is the first of torchrun's processes, or the only one: the one that prints and writes."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def say(message: str, file=None) -> None:
@@ -694,8 +701,6 @@ def write_file(path: str, write, advice: str = "") -> None:
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # PyTorch's own file writer raises RuntimeError on a full disk
-        if "DataLoader worker" in str(e):  # PyTorch raises it wherever the program is when a worker dies
-            raise
         raise UserError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}) {advice}") from None
     finally:
         with contextlib.suppress(OSError):
@@ -745,12 +750,9 @@ class Parser(argparse.ArgumentParser):
         for o in options:
             defaults = [shown(o.default)] if o.default not in (None, False) else []
             defaults += [f"toy {shown(o.toy)}"] if o.toy is not None else []
-            kind = {"type": o.kind, "metavar": o.name.upper() if o.kind is str else "N"}
-            if o.kind is bool:
-                kind = {"action": "store_true", "default": None}
-            elif o.kind is list:
-                kind = {"nargs": "+", "metavar": "FILE"}
-            elif isinstance(o.kind, tuple):
+            kinds = {bool: {"action": "store_true", "default": None}, list: {"nargs": "+", "metavar": "FILE"}}
+            kind = kinds.get(o.kind, {"type": o.kind, "metavar": o.name.upper() if o.kind is str else "N"})
+            if isinstance(o.kind, tuple):
                 kind = {"choices": o.kind, "type": type(o.kind[0])}
             self.add_argument(f"--{o.name}", help=o.help + (f" ({'; '.join(defaults)})" if defaults else ""), **kind)
 
@@ -811,9 +813,7 @@ def open_indexes(args: argparse.Namespace) -> tuple[dict[str, Index], dict[str, 
         if os.path.isdir(os.path.join(args.root, "annotations")):
             raise UserError(f"--root {args.root}: holds data of your own; --data ade20k reads them")
         make_toy(data_root(args))
-    indexes = {
-        name: scan(data_root(args), name, cache_folder(args), args.allow_broken) for name in named_sources(args.data)
-    }
+    indexes = {n: scan(data_root(args), n, cache_folder(args), args.allow_broken) for n in named_sources(args.data)}
     return indexes, {key: value for key, value in vars(args).items() if key.startswith("min_")}
 
 
@@ -901,11 +901,11 @@ def report(args: argparse.Namespace) -> None:
             none = "no class is large enough: see the --min- options" if classes else "no labels"
             print(f"  {level:9s}{found if names else none}")
             if index.layout == "sceneparsing" and level == "object" and len(names) <= 40:
-                zeros = int(index.sizes.prod(dim=1).sum() - index.pixels[index.pixels[:, 2] == 0, 3].sum())
-                print(f"      0 {'(unlabelled)':30s}{zeros:14,} pixels")
+                print(f"      0 {'(unlabelled; a class? add 1)':30s}{zero_pixels(index):14,} pixels")
                 for k, name in zip(index.names, names):
-                    images = len(classes.get(name, ()))
-                    print(f"    {k:3d} {name:30s}{pixels.get(name, 0):14,} pixels in {images} images")
+                    print(
+                        f"    {k:3d} {name:30s}{pixels.get(name, 0):14,} pixels in {len(classes.get(name, ()))} images"
+                    )
         for _, reason in index.broken:
             print(f"  set aside  {reason}")
 

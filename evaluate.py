@@ -6,12 +6,11 @@ python evaluate.py ckpt.pt --relations r.json           # section 4.2: which obj
 torchrun --nproc_per_node=8 evaluate.py ckpt.pt         # several GPUs share the images
 python evaluate.py --release FILES --photo a.jpg        # the authors' weights (with --labels), mmsegmentation's"""
 
-import argparse, colorsys, csv, functools, math, os, re
+import argparse, colorsys, csv, functools, math, os, re, sys
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import draw_segmentation_masks
@@ -178,7 +177,7 @@ def evaluation_image(k: int, sources: dict[str, Source], images: list[tuple[str,
 
 
 def evaluate(net: UPerNet, vocabulary: dict, sources: dict, images: list, levels=None, amp=None, pictures=None) -> dict:
-    """The metrics of `net` on the (source, image number)s, in the format of `evaluate.py --json`.
+    """The metrics of `net` on the (source, image number)s, in the format of `evaluate.py --json`. Sets eval mode.
     Images are resized to `net.test_size`, predictions evaluated at the label maps' own size. In the folder `pictures`,
     if given, up to SHOWN images of each source are shown, truth beside prediction. Processes share the images."""
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -247,7 +246,7 @@ def table(results: dict, amp: torch.dtype | None = None, untrained: dict | None 
 
 # ---------------------------------------------------------------- photos
 def parse(net: UPerNet, photo, levels: list[str] | None = None, amp: torch.dtype | None = None) -> dict:
-    """All that the network, in eval mode, sees in a photo, a PIL image or a uint8 array (H, W, 3), at the photo's size.
+    """All that the network sees in a photo, a PIL image or a uint8 array (H, W, 3), at its size. Sets eval mode.
     object, material, texture_map: (H, W) class indices; part: (H, W) channels of the part logits within the predicted
     object, -1 for none; scene, texture: (K,) probabilities. Resized and padded to `net.test_size`, as in training."""
     if not isinstance(photo, Image.Image):
@@ -273,11 +272,13 @@ def parse(net: UPerNet, photo, levels: list[str] | None = None, amp: torch.dtype
 def write_photo(photo: Image.Image, seen: dict, vocabulary: dict, path: str, numbers: dict | None = None) -> list[str]:
     """Writes what `parse` saw: <path>_upernet.png, a picture of all levels; <path>_upernet.npz, the arrays and
     <level>_names; and of object and material <path>_<level>.png, masks with each class's number in the data's own
-    table, `numbers[level]`, by default 1..K. The picture's panels have the photo's size."""
+    table, `numbers[level]`, by default 1..K. The picture's panels have the photo's size, up to PANEL_PIXELS."""
     names, written = class_names(vocabulary), [f"{path}_upernet.png", f"{path}_upernet.npz"]
     arrays = {level: value.astype(np.int16 if value.ndim == 2 else np.float32) for level, value in seen.items()}
     arrays |= {f"{level}_names": np.array(of_level) for level, of_level in names.items()}
     datasets.write_file(written[1], lambda name: np.savez_compressed(name, **arrays))
+    scale = min(1, math.sqrt(PANEL_PIXELS / (photo.width * photo.height)))
+    photo = photo.resize((round(photo.width * scale), round(photo.height * scale)))
     panels = [tag_panel("photo", photo, {v: seen[v] for v in ("scene", "texture") if v in seen}, vocabulary)]
     for level in ("object", "part", "material", "texture_map"):
         if level in seen:
@@ -349,6 +350,7 @@ class Relations:
 
 # ---------------------------------------------------------------- pictures
 PANEL = 380  # width of a panel of a comparison, pixels
+PANEL_PIXELS = 15e6  # of a panel of a photo, at most: a sheet of six larger ones is beyond what Pillow opens
 OPACITY = 0.6  # of the classes' colours on the photo
 
 
@@ -374,7 +376,7 @@ def overlay(photo: Image.Image, classes: np.ndarray) -> Image.Image:
 def panel(title: str, picture: Image.Image | None, entries: list[tuple]) -> Image.Image:
     """A titled picture with a legend below: (colour or None, text, length of a bar in [0, 1] or None) a line."""
     width = max(PANEL, picture.width if picture else 0)
-    size = max(14, width // 40)
+    size = max(14, min(2 * picture.width, 3 * picture.height) // 80) if picture else 14  # of the text
     line, font = round(1.4 * size), ImageFont.load_default(size)
     y = line + 4 + (picture.height + 6 if picture else 0)
     sheet = Image.new("RGB", (width, y + line * len(entries)), "white")
@@ -534,7 +536,10 @@ def parse_photos(args, net: UPerNet, vocabulary: dict, numbers: dict | None, amp
         paths += [os.path.join(path, f) for f in photos] or [path]
     stems = [os.path.splitext(os.path.basename(path))[0] for path in paths]
     if twice := [stem for stem in stems if stems.count(stem) > 1]:
-        raise UserError(f"--photo: several files named {twice[0]} would be written to the same {twice[0]}_upernet.png")
+        advice = "one command and another --pictures for each"
+        raise UserError(
+            f"--photo: several files named {twice[0]} would be written to one {twice[0]}_upernet.png; {advice}"
+        )
     for path, stem in zip(paths, stems):
         try:
             photo = datasets.open_photo(path)
@@ -592,6 +597,10 @@ def run(parser: datasets.Parser, given) -> None:
     for name, index in datasets.from_main_process(lambda: datasets.open_indexes(args)[0]).items():
         names = released_names(args.labels, index, vocabulary) if split is None and name != "dtd" else None
         source = Source(index, vocabulary, names)
+        unknown = set(datasets.class_names(index).get("object", {}).values()) - set(vocabulary.get("object", ()))
+        if names is None and index.layout == "sceneparsing" and "object" in source.levels and unknown:
+            listed = ", ".join(sorted(unknown)[:9])
+            datasets.say(f"{name}: classes that this network does not know, left out: {listed}", sys.stderr)
         sources |= {name: source} if set(source.levels) & set(args.levels or LEVELS) else {}
     if not sources:
         raise UserError(f"--data {args.data}: has no labels of the levels or classes of this network")

@@ -107,7 +107,7 @@ def train(parser: datasets.Parser, given) -> None:
     if checkpoint:
         net.load_state_dict(checkpoint["model"])
         torch.set_rng_state(checkpoint["random"].cpu())
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # empty if it was not fp16
         print(f"{args.out}: resumes the {stage} stage after {first} iterations")
     else:  # DistributedDataParallel gives the other processes the main one's weights
         datasets.from_main_process(lambda: load_start(net, vocabulary, args.weights, start))
@@ -126,8 +126,8 @@ def train(parser: datasets.Parser, given) -> None:
             draw_curves(log, lengths, args.out)
 
     def validate(network: UPerNet, pictures: str | None = None) -> dict:
-        for value in network.state_dict().values() if processes > 1 else ():  # batch-norm statistics may differ
-            dist.broadcast(value, 0)
+        for value in network.state_dict().values() if dist.is_initialized() else ():
+            dist.broadcast(value, 0)  # the main process's batch-norm statistics: on CPUs each has its own
         return evaluate.evaluate(network, vocabulary, sources, validation, pictures=pictures)
 
     if not checkpoint:
@@ -205,7 +205,7 @@ def train(parser: datasets.Parser, given) -> None:
             first = 0
             save(order[order.index(name) + 1], first)
     # Evaluate.
-    print(f"wrote {path}, and beside it log.jsonl and curves.png")
+    print(f"wrote {path}" + (", and beside it log.jsonl and curves.png" if stages else ""))
     if validation:
         results = validate(net, os.path.join(args.out, "pictures"))
         if args.eval_every and headline(results) > best:
@@ -239,17 +239,17 @@ def plan_stages(args, sizes: dict[str, dict], processes: int) -> dict[str, tuple
 
 
 def open_data(args, checkpoint: dict | None) -> tuple[dict[str, Source], dict, dict[str, list[str]], dict[str, dict]]:
-    """(sources, vocabulary, validation images, what else a checkpoint keeps: the images' fingerprints, the numbers of
-    one's own class table). A resumed run has those of its checkpoint; UserError if its images have changed."""
+    """(sources, vocabulary, validation images, what else a checkpoint keeps of the data: fingerprints of images and
+    labels, the numbers of one's own class table). UserError for a resumed run whose data have changed."""
     (indexes, minima), levels = datasets.open_indexes(args), args.levels or LEVELS
     indexes = {name: index for name, index in indexes.items() if set(datasets.SOURCE_LEVELS[name]) & set(levels)}
-    of_data = {"fingerprints": {name: datasets.hash_of(index.images) for name, index in indexes.items()}}
+    contents = {name: [index.images, index.names, index.pixels.tolist()] for name, index in indexes.items()}
+    of_data = {"fingerprints": {name: datasets.hash_of(content) for name, content in contents.items()}}
     of_data["numbers"] = {"object": list(i.names) for i in indexes.values() if i.layout == "sceneparsing"}
     if checkpoint:
         vocabulary, split, stored = (checkpoint[key] for key in ("vocabulary", "split", "arguments"))
-        of_data["numbers"] = stored.get("numbers", of_data["numbers"])
         if of_data["fingerprints"] != stored.get("fingerprints"):
-            raise UserError(f"{args.out}: the images have changed since this run began; start over with another --out")
+            raise UserError(f"{args.out}: images or labels have changed since this run began; name another --out")
     else:
         everything = datasets.build_vocabulary(indexes, minima, levels)  # a split does not depend on --levels
         vocabulary = {level: names for level, names in everything.items() if level in levels}
@@ -295,14 +295,14 @@ def load_start(net: UPerNet, vocabulary: dict, weights: str, start: tuple | None
         names, theirs = (evaluate.class_names(v)[level] for v in (vocabulary, their_vocabulary))
         keys = [f"heads.{level}.classifier.{kind}" for kind in ("weight", "bias")]
         fits = all(state[key].shape[1:] == ours[key].shape[1:] for key in keys)  # of the same width
-        kept = {i: theirs.index(name) for i, name in enumerate(names) if name in theirs} if fits else {}
+        common = [name for name in names if name in theirs] if fits else []
         for key in keys:
             loaded.pop(key, None)
-            if kept:
-                rows = state[key][list(kept.values())].cpu()
-                loaded[key] = ours[key].cpu().index_copy(0, torch.tensor(list(kept)), rows)
-        new = ", ".join([name for i, name in enumerate(names) if i not in kept][:9])
-        notes.append(f"{len(kept)} of {len(names)} {level} classes kept by name" + (new and f", not {new}"))
+            if common:
+                loaded[key] = ours[key].cpu().clone()
+                loaded[key][[names.index(n) for n in common]] = state[key][[theirs.index(n) for n in common]].cpu()
+        new = ", ".join([name for name in names if name not in common][:9])
+        notes.append(f"{len(common)} of {len(names)} {level} classes kept by name" + (new and f", not {new}"))
     if not any(key.endswith("weight") for key in loaded):
         raise UserError(f"--weights {weights}: nothing in it fits this network (first key: {next(iter(state), None)})")
     net.load_state_dict(loaded, strict=False)
@@ -408,7 +408,7 @@ def settle(parser: datasets.Parser, given) -> tuple:
             checkpoint["random"].cpu(), checkpoint["optimizer"], checkpoint["scaler"], checkpoint["split"].keys()
             ["main", "texture", "done"].index(checkpoint["stage"])
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{path}: no checkpoint of a run to resume ({e}); start without --resume") from None
+            raise UserError(f"{path}: no run to resume ({e}); start without --resume (delete a damaged file)") from None
         if given.resume or stored.get("group") == torchrun_group():  # torchrun started its own run again
             for key, value in vars(given).items():
                 if value is not None and not parser.options[key].resume and stored.get(key) != value:
@@ -435,7 +435,7 @@ def settle(parser: datasets.Parser, given) -> tuple:
 
 
 # ---------------------------------------------------------------- the command
-def sizes_of(text: str) -> list[int]:
+def short_sides(text: str) -> list[int]:
     return [int(size) for size in text.split(",")]
 
 
@@ -457,7 +457,7 @@ OPTIONS = datasets.DATA_OPTIONS + [
     Option("batch-size", int, 2, "images per process", 4, resume=True),
     Option("accumulate", int, 1, "batches of the same source per step", resume=True),
     Option("lr", float, 0.02, "learning rate at the start", 0.04, least=1e-12),
-    Option("sizes", sizes_of, [300, 375, 450, 525, 600], "short sides to choose from", [76, 80, 84], least=32),
+    Option("sizes", short_sides, [300, 375, 450, 525, 600], "short sides to choose from", [76, 80, 84], least=32),
     Option("max-size", int, 1200, "longest side", 160),
     Option("seed", int, 304, "of weights, batches and augmentation", least=0),
     Option("out", str, None, "folder for checkpoint, log, metrics, pictures (runs/<data>)", resume=True),

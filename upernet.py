@@ -44,9 +44,9 @@ def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
 
 def prroi_weights(bins: int, n: int, device: torch.device) -> Tensor:
     """Precise RoI pooling of n samples along one axis (Jiang et al., ECCV 2018), as a matrix (bins, n).
-    Bin b is the mean, from b*n/bins to (b+1)*n/bins, of the curve that is linear between the samples at 0..n-1 and zero
-    one beyond: the sum of a triangle of height 1 on [-1, 1] around each. The last bin's weights sum to less than one.
-    """
+    Bin b is the mean, from b*n/bins to (b+1)*n/bins, of the curve that is linear between the samples at 0..n-1 and falls
+    to zero one beyond: a sum of triangles, of height 1 on [-1, 1] around each sample. So the last bin's weights sum to
+    less than one."""
     edges = torch.arange(bins + 1, device=device) * n / bins
     t = (edges[:, None] - torch.arange(n, device=device)).clamp(-1, 1)  # (bins + 1, n)
     area = torch.where(t < 0, (t + 1) ** 2 / 2, 1 - (1 - t) ** 2 / 2)  # of each triangle, left of the edge
@@ -80,7 +80,7 @@ class PPM(nn.Module):
             pooled = (both @ c5.flatten(2).mT).mT.unflatten(2, (bins, bins))  # (N, C, bins, bins)
             if self.pool == "pspnet":
                 maps.append(resize(branch(pooled), size))
-            else:  # as released, batch norm after the resize; the 1x1 convolution commutes with it, cheaper before it
+            else:  # as released: batch norm after the resize, with which the 1x1 convolution commutes (cheaper before)
                 maps.append(branch.norm_relu(resize(branch[0](pooled), size)))
         return self.last(torch.cat(maps, dim=1))
 
@@ -202,9 +202,13 @@ class UPerNet(nn.Module):
     ):
         self.network = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
-        counts = [n for v in classes.values() for n in (v.values() if isinstance(v, dict) else [v])] + [channels]
+        parts = classes.get("part", {})
+        counts = [channels, *(n for level, n in classes.items() if level != "part")]
+        counts += parts.values() if isinstance(parts, dict) else [0]
         if not classes or set(classes) - set(LEVELS) or not all(isinstance(n, int) and n > 0 for n in counts):
             raise ValueError(f"classes {classes}, channels {channels}: numbers above 0, for any of {', '.join(LEVELS)}")
+        if not set(parts) <= set(range(classes.get("object", 0))):
+            raise ValueError(f"classes {classes}: part has a key that is no index of an object")
         if pool not in ("prroi", "adaptive", "pspnet") or fpn not in (0, 2, 3, 4):
             raise ValueError(f"pool {pool!r} must be prroi, adaptive or pspnet, and fpn {fpn!r} 0, 2, 3 or 4")
         self.classes = {level: classes[level] for level in LEVELS if level in classes}
@@ -222,8 +226,7 @@ class UPerNet(nn.Module):
         self.fusion = Fusion(6 - fpn, channels) if fpn and fusion else None
         # Figure 4: object and part sit on the fused map, material on P2; without P2, material sits beside object.
         self.on_fused = ("object", "part") if fpn == 2 else ("object", "part", "material")
-        parts, self.heads = self.classes.get("part", {}), nn.ModuleDict()
-        ends = itertools.accumulate(parts.values())
+        self.heads, ends = nn.ModuleDict(), itertools.accumulate(parts.values())
         self.part_slices = {index: slice(end - n, end) for (index, n), end in zip(parts.items(), ends)}
         for level, n in self.classes.items():
             n = sum(parts.values()) if level == "part" else n
@@ -238,9 +241,7 @@ class UPerNet(nn.Module):
                     nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
                 elif isinstance(m, nn.BatchNorm2d):
                     nn.init.constant_(m.bias, 1e-4)
-            module.to(
-                memory_format=torch.channels_last
-            )  # faster, on CPUs too; a caller's own backbone keeps its layout
+            module.to(memory_format=torch.channels_last)  # faster; a caller's own backbone keeps its layout
 
     def forward(self, images: Tensor, levels: list[str] | None = None) -> dict[str, Tensor]:
         """Logits of the levels that are asked for (default: all), computing only what they need.
@@ -270,8 +271,7 @@ class UPerNet(nn.Module):
         p5 = self.ppm(stages[-1])
         if "scene" in levels:
             logits["scene"] = self.heads["scene"](p5).flatten(1)
-        maps = [level for level in ("object", "part", "material") if level in levels]
-        if maps:
+        if maps := [level for level in ("object", "part", "material") if level in levels]:
             fuse = self.fusion is not None and any(level in self.on_fused for level in maps)
             pyramid = self.fpn(stages[self.fpn_level - 2 : 3], p5, only_finest=not fuse) if self.fpn else [p5]
             fused = self.fusion(pyramid) if fuse else pyramid[0]
@@ -282,8 +282,8 @@ class UPerNet(nn.Module):
 
     def check(self, images: Tensor) -> None:
         """Raises ValueError for images that `forward` does not take; looks at values unless a GPU had to wait."""
-        found, (colours, *size) = f"images {tuple(images.shape)} of {images.dtype}", (*images.shape, 0, 0)[1:4]
-        if images.ndim != 4 or colours != 3 or not images.is_floating_point() or size[0] < 32 or size[1] < 32:
+        found, floats = f"images {tuple(images.shape)} of {images.dtype}", images.is_floating_point()
+        if images.ndim != 4 or images.shape[1] != 3 or any(n < 32 for n in images.shape[2:]) or not floats:
             raise ValueError(f"{found}: not (N, 3, H, W), one image too; floats in [0, 1]; H and W of 32 or more")
         if not (torch.compiler.is_compiling() or images.is_meta or images.is_cuda and torch.is_grad_enabled()):
             low, high = (value.item() for value in images.detach().aminmax())
@@ -337,7 +337,7 @@ def read_file(path: str, device: str = "cpu") -> dict:
             warnings.simplefilter("ignore")
             return {**torch.load(path, map_location=device, weights_only=True)}
     except Exception as e:  # damaged bytes can trip the reader anywhere
-        why = getattr(e, "strerror", None) or f"not a file of PyTorch weights, or damaged ({type(e).__name__})"
+        why = e.strerror if getattr(e, "filename", None) else f"no PyTorch weights, or damaged ({type(e).__name__})"
         if "mmengine" in str(e):
             why = "holds objects of mmengine's, which could run code; its tools/misc/publish_model.py takes them out"
         raise ValueError(f"{path}: {why}") from None
