@@ -94,7 +94,7 @@ def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
         raise UserError(f"{folder}: has {mark}, but no .jpg or .png photos where layout {layout} has them")
     masks = {path for path in stats if mark in FOLDERS and re.fullmatch(f"{mark}/.*png", path)}
     if alone := sorted(masks - {entry.get("labels") for entry in files}):
-        say(f"{folder}: {len(alone)} masks without a .jpg or .png photo, the first: {alone[0]}", sys.stderr)
+        say(f"{folder}: masks without a .jpg or .png photo: {len(alone)}, the first {alone[0]}", sys.stderr)
     if layout == "sceneparsing":
         lines = read_lines(folder, "sceneCategories.txt") if "sceneCategories.txt" in stats else []
         scenes = dict(line.lower().split()[:2] for line in lines if len(line.split()) > 1)
@@ -265,7 +265,7 @@ def class_table(layout: str, folder: str, numbers: list[int]) -> dict[int, str]:
             rows = [line.split("\t") for line in lines if line.strip()]
             table = {int(row[0]): row[-1] for row in rows[not rows[0][0].strip().isdigit() :]}  # without its header
         if min(table) < (layout != "os") or not all(map(str.strip, table.values())):
-            raise ValueError("a line has no name, or the number 0, which is unlabelled: add 1 to every class")
+            raise ValueError("a line without a name" if min(table) else "0 is unlabelled: add 1 to every class first")
         return {number: name.strip() for number, name in sorted(table.items())}
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{path}: not a table of classes ({TABLES[name]}): {e}") from None
@@ -334,13 +334,13 @@ def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int], levels: 
         for level, classes in class_pixels(index).items():
             pixels = {name: sum(images.values()) for name, images in classes.items()}
             kept = sorted(name for name, images in classes.items() if len(images) >= least[level])
-            own = level == "object" and index.layout == "sceneparsing"
-            if own:
+            if level == "object" and index.layout == "sceneparsing":
                 kept = list(class_names(index)["object"].values())
             elif level in ("object", "part"):
                 kept.sort(key=lambda name: -pixels[name])
                 kept = [name for name in kept if level == "part" or pixels[name] >= minima["min_pixels"]]
-            if level == "object" and level in levels and (kept or own) and len(set(kept) & set(pixels)) < 2:
+            # One class is nothing to learn: it would be right everywhere.
+            if level == "object" and level in levels and kept and len(set(kept) & set(pixels)) < 2:
                 advice = "0 and 255 are unlabelled: write 1 for the object, 2 for what is not; or add 1 to every class"
                 raise UserError(f"{index.folder}: only {', '.join(set(kept) & set(pixels))} has pixels; {advice}")
             if level == "part":
