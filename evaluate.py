@@ -499,6 +499,25 @@ def released_names(labels: str | None, index: Index, vocabulary: dict) -> dict[s
     return names
 
 
+def open_sources(args, vocabulary: dict, released: bool) -> dict[str, Source]:
+    """The sources of --data that have labels of the network's levels and classes. UserError if none has."""
+    sources = {}
+    for name, index in datasets.from_main_process(lambda: datasets.open_indexes(args)[0]).items():
+        names = released_names(args.labels, index, vocabulary) if released and name != "dtd" else None
+        source = Source(index, vocabulary, names)
+        if not set(source.levels) & set(args.levels or LEVELS):
+            continue
+        sources[name] = source
+        if not released and index.layout == "sceneparsing" and "object" in source.levels:
+            known = set(vocabulary["object"])
+            if unknown := [name for name in datasets.class_names(index)["object"].values() if name not in known]:
+                listed = ", ".join(unknown[:9])
+                datasets.say(f"{name}: classes that this network does not know, left out: {listed}", sys.stderr)
+    if not sources:
+        raise UserError(f"--data {args.data}: has no labels of the levels or classes of this network")
+    return sources
+
+
 def images_to_evaluate(sources: dict[str, Source], vocabulary: dict, split: dict | None, args) -> list[tuple[str, int]]:
     """The (source, image number)s: those that --split names, else the checkpoint's validation images, `split`; for a
     released network, without one, see `balance_split.validation_images`. Never makes a split."""
@@ -557,24 +576,30 @@ def parse_photos(args, net: UPerNet, vocabulary: dict, numbers: dict | None, amp
         raise UserError("; ".join(failed))
 
 
-def run(parser: datasets.Parser, given) -> None:
-    datasets.join_processes()
+def open_network(given) -> tuple[UPerNet, dict, dict, dict | None]:
+    """(network, vocabulary, the arguments it was trained with, its validation images) of a checkpoint, or of --release,
+    of which there are no validation images."""
     if bool(given.checkpoint) == bool(given.release):
         raise UserError("name a checkpoint (runs/toy/ckpt.pt, say) before the options, or give --release")
-    device, trained, split = datasets.pick_device(given.device or "auto"), {"root": "data"}, None
     try:
         if given.checkpoint:
             net, checkpoint = upernet.read_checkpoint(given.checkpoint)
-            vocabulary, trained, split = (checkpoint.get(key, {}) for key in ("vocabulary", "arguments", "split"))
-        elif len(given.release) == 1 and not given.labels:
-            net, vocabulary = upernet.load_mmseg(given.release[0])
-        elif given.labels and len(given.release) == 2:
+            return net, *(checkpoint.get(key, {}) for key in ("vocabulary", "arguments", "split"))
+        if len(given.release) == 1 and not given.labels:
+            return *upernet.load_mmseg(given.release[0]), {"root": "data"}, None
+        if len(given.release) == 2 and given.labels:
             net, vocabulary = upernet.load_release(*given.release, given.labels)
-            trained["numbers"] = {v: range(len(n)) for v, n in vocabulary.items() if "background" in n}  # their index 0
-        else:
-            raise UserError("--release: encoder and decoder need --labels, the authors' class tables; or give one file")
+            numbers = {level: range(len(names)) for level, names in vocabulary.items() if "background" in names}
+            return net, vocabulary, {"root": "data", "numbers": numbers}, None  # the authors' background is number 0
     except ValueError as e:
         raise UserError(str(e)) from None
+    raise UserError("--release: encoder and decoder need --labels, the authors' class tables; or give one file")
+
+
+def run(parser: datasets.Parser, given) -> None:
+    datasets.join_processes()
+    device = datasets.pick_device(given.device or "auto")
+    net, vocabulary, trained, split = open_network(given)
     stored = {key: trained.get(key) for key in ("data", "root", "cache", "allow_broken")}
     args = parser.complete(given, stored | {"cache": None} if given.root else stored)
     net, amp = net.to(device), datasets.pick_amp(args.amp, device)
@@ -593,17 +618,7 @@ def run(parser: datasets.Parser, given) -> None:
         return parse_photos(args, net, vocabulary, trained.get("numbers"), amp, relations)
     if args.data is None:
         raise UserError("--data: name the sources to evaluate on, ade20k,os for one")
-    sources = {}
-    for name, index in datasets.from_main_process(lambda: datasets.open_indexes(args)[0]).items():
-        names = released_names(args.labels, index, vocabulary) if split is None and name != "dtd" else None
-        source = Source(index, vocabulary, names)
-        unknown = set(datasets.class_names(index).get("object", {}).values()) - set(vocabulary.get("object", ()))
-        if names is None and index.layout == "sceneparsing" and "object" in source.levels and unknown:
-            listed = ", ".join(sorted(unknown)[:9])
-            datasets.say(f"{name}: classes that this network does not know, left out: {listed}", sys.stderr)
-        sources |= {name: source} if set(source.levels) & set(args.levels or LEVELS) else {}
-    if not sources:
-        raise UserError(f"--data {args.data}: has no labels of the levels or classes of this network")
+    sources = open_sources(args, vocabulary, released=split is None)
     images = images_to_evaluate(sources, vocabulary, split, args)
     results = evaluate(net, vocabulary, sources, images, args.levels, amp, args.pictures)
     print(table(results, amp))
