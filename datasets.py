@@ -94,7 +94,7 @@ def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
         raise UserError(f"{folder}: has {mark}, but no .jpg or .png photos where layout {layout} has them")
     masks = {path for path in stats if mark in FOLDERS and re.fullmatch(f"{mark}/.*png", path)}
     if alone := sorted(masks - {entry.get("labels") for entry in files}):
-        say(f"{folder}: masks without a .jpg or .png photo: {len(alone)}, the first {alone[0]}", sys.stderr)
+        warn(f"{folder}: masks without a photo of their name (.jpg, .png): {len(alone)}, first {alone[0]}")
     if layout == "sceneparsing":
         lines = read_lines(folder, "sceneCategories.txt") if "sceneCategories.txt" in stats else []
         scenes = dict(line.lower().split()[:2] for line in lines if len(line.split()) > 1)
@@ -133,8 +133,8 @@ def label_numbers(path: str, layout: str, photo_size: tuple[int, int] | None = N
 
 
 def open_photo(path: str, box: tuple[int, int] | None = None) -> Image.Image:
-    """A photo of any mode in RGB, turned as its EXIF data say; with `box`, (width, height), perhaps smaller than it is
-    but not smaller than the box. Raises UserError with its name if it cannot be read."""
+    """A photo of any mode in RGB, turned as its EXIF data say; with a `box` of (width, height) perhaps reduced, but to
+    no less than the box. Raises UserError with its name if it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # beyond Pillow's limit on pixels there is an error
@@ -172,7 +172,7 @@ def scan(root: str, source: str, cache: str, allow_broken: bool = False) -> Inde
         found = f"{source}: {len(index.broken)} of {len(files)} images set aside, the first: {index.broken[0][1]}"
         if not index.images or len(index.broken) > 0.05 * len(files) and not allow_broken:
             raise UserError(found + ("; --allow-broken goes ahead without them" if index.images else "; none is left"))
-        say(found, sys.stderr)
+        warn(found)
     check_numbers(index)
     return index
 
@@ -184,17 +184,17 @@ def check_numbers(index: Index) -> None:
     """Says which class numbers have no name or no pixel. UserError if one's own masks have no number with a name."""
     own, names, numbers = index.layout == "sceneparsing", index.names, set(index.pixels[:, 1:3].unique().tolist()) - {0}
     listed = lambda items: ", ".join(map(str, sorted(items)[:9]))
-    if own and not numbers & names.keys():
+    if own and not numbers & names.keys() and not any(index.tags):
         found = f"no mask has a class ({listed(names) or '1, 2, ..'}), only {listed(numbers) or 0}"
         raise UserError(f"{index.folder}: {found}; 0 and 255 are unlabelled")
     if unknown := numbers - names.keys() - ({255} if own else set()):
         images = index.pixels[torch.isin(index.pixels[:, 1:3], torch.tensor([*unknown])).any(dim=1), 0].unique().numel()
-        say(f"{index.source}: numbers without a name, unlabelled in {images} images: {listed(unknown)}", sys.stderr)
+        warn(f"{index.source}: numbers without a name, unlabelled in {images} images: {listed(unknown)}")
     if own and len(names) <= 40 and len(numbers & names.keys()) > 1:  # a table as small as one's own
-        if unused := [name for n, name in names.items() if n not in numbers]:
-            say(f"{index.source}: no pixel of {', '.join(unused[:9])}", sys.stderr)
+        if unused := ", ".join([name for n, name in names.items() if n not in numbers][:9]):
+            warn(f"{index.source}: no pixel of {unused}")
         if zero_pixels(index) and (unused or 255 in numbers - names.keys()):
-            say(f"{index.source}: 0 is unlabelled: if it is a class, add 1 to every number but 255", sys.stderr)
+            warn(f"{index.source}: {zero_pixels(index):,} pixels of 0, unlabelled; a class? add 1 to all but 255")
 
 
 def scan_files(source: str, layout: str, folder: str, files: list[dict]) -> tuple:
@@ -262,11 +262,11 @@ def class_table(layout: str, folder: str, numbers: list[int]) -> dict[int, str]:
         if layout == "os":
             table = {int(row["red_color"]): row["substance_name"] for row in csv.DictReader(lines)}
         elif name == "objectInfo150.txt":
-            rows = [line.split("\t") for line in lines if line.strip()]
-            table = {int(row[0]): row[-1] for row in rows[not rows[0][0].strip().isdigit() :]}  # without its header
-        if min(table) < (layout != "os") or not all(map(str.strip, table.values())):
-            raise ValueError("a line without a name" if min(table) else "0 is unlabelled: add 1 to every class first")
-        return {number: name.strip() for number, name in sorted(table.items())}
+            rows = [line.split("\t") for line in lines if line.strip()]  # the first may be a header
+            table = {int(row[0]): row[1:][-1] for k, row in enumerate(rows) if k or row[0].strip().isdigit()}
+        if layout != "os" and (wrong := [n for n in table or [0] if n < 1 or not table[n].strip()]):
+            raise ValueError(f"class {wrong[0]} has no name, or is below 1 (unlabelled: add 1 to every class and mask)")
+        return {number: name.strip() for number, name in sorted(table.items()) if name.strip()}
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{path}: not a table of classes ({TABLES[name]}): {e}") from None
 
@@ -334,15 +334,15 @@ def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int], levels: 
         for level, classes in class_pixels(index).items():
             pixels = {name: sum(images.values()) for name, images in classes.items()}
             kept = sorted(name for name, images in classes.items() if len(images) >= least[level])
-            if level == "object" and index.layout == "sceneparsing":
+            own = level == "object" and index.layout == "sceneparsing"
+            if own:
                 kept = list(class_names(index)["object"].values())
             elif level in ("object", "part"):
                 kept.sort(key=lambda name: -pixels[name])
                 kept = [name for name in kept if level == "part" or pixels[name] >= minima["min_pixels"]]
-            # One class is nothing to learn: it would be right everywhere.
-            if level == "object" and level in levels and kept and len(set(kept) & set(pixels)) < 2:
+            if level == "object" and level in levels and (kept or own) and len(set(kept) & set(pixels)) < 2:
                 advice = "0 and 255 are unlabelled: write 1 for the object, 2 for what is not; or add 1 to every class"
-                raise UserError(f"{index.folder}: only {', '.join(set(kept) & set(pixels))} has pixels; {advice}")
+                raise UserError(f"{index.folder}: no two classes of objects have pixels; {advice}")
             if level == "part":
                 parts_of = lambda name: [part for owner, part in kept if owner == name and part != "background"]
                 parts = {name: parts_of(name) for name in vocabulary.get("object", ())}
@@ -448,10 +448,9 @@ def plan_batches(sizes: dict[str, dict[int, tuple[int, int]]], iterations: int, 
 
 def training_batch(k, sources: list, plan: np.ndarray, sizes: list, longest: int, seed: int, share=(1, 0, 1)) -> dict:
     """The k-th batch of a stage for one process: a function of plan and seed alone, so that neither the number of
-    workers nor a pause changes it.
-    share: (accumulate, rank, processes). Each iteration has `accumulate` batches, and processes take equal shares of
-    its images. Returns a dict: `source`, `files`, `images` (N, 3, H, W) uint8 with H and W multiples of 32, and the
-    labels as in `upernet.losses`, in small integer types. DTD's images are squares of TEXTURE_SIZE."""
+    workers nor a pause changes it. share: (accumulate, rank, processes). Each iteration has `accumulate` batches, and
+    processes take equal shares of its images. Returns a dict: `source`, `files`, `images` (N, 3, H, W) uint8 with H and
+    W multiples of 32, and the labels as in `upernet.losses`, in small integer types. DTD's images are squares."""
     accumulate, rank, processes = share
     iteration, piece = divmod(k, accumulate)
     position, *numbers = plan[iteration].tolist()
@@ -671,17 +670,18 @@ def make_toy(folder: str, scenes: int = 400, photos: int = 320, textures: int = 
     if os.path.isdir(folder):
         return
     say(f"generating the toy data in {folder}")
-    os.makedirs(os.path.dirname(folder), exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as temporary:
+    os.makedirs(parent := os.path.dirname(os.path.abspath(folder)), exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".toy-", dir=parent) as temporary:
         for name, content in toy_files(scenes, photos, textures):
             path = Path(temporary, "toy", name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content) if isinstance(content, str) else content.save(path, quality=92)
-        os.rename(os.path.join(temporary, "toy"), folder)
+        os.path.isdir(folder) or os.rename(os.path.join(temporary, "toy"), folder)  # another process may be quicker
 
 
 # ---------------------------------------------------------------- what the scripts share: messages and files
 is_main_process = lambda: os.environ.get("RANK", "0") == "0"  # the one of torchrun's, or the only one, that prints
+warn = lambda message: say(message, sys.stderr)
 
 
 class UserError(ValueError):
@@ -751,7 +751,7 @@ class Parser(argparse.ArgumentParser):
             defaults = [shown(o.default)] if o.default not in (None, False) else []
             defaults += [f"toy {shown(o.toy)}"] if o.toy is not None else []
             kinds = {bool: {"action": "store_true", "default": None}, list: {"nargs": "+", "metavar": "FILE"}}
-            kind = kinds.get(o.kind, {"type": o.kind, "metavar": o.name.upper() if o.kind is str else "N"})
+            kind = kinds.get(o.kind, {"type": o.kind, "metavar": "N" if o.kind in (int, float) else o.name.upper()})
             if isinstance(o.kind, tuple):
                 kind = {"choices": o.kind, "type": type(o.kind[0])}
             self.add_argument(f"--{o.name}", help=o.help + (f" ({'; '.join(defaults)})" if defaults else ""), **kind)
@@ -772,14 +772,14 @@ class Parser(argparse.ArgumentParser):
         """Calls `command`; what a user can mend becomes one line and status 2."""
         try:
             command(*arguments)
-        except (UserError, OSError) as e:
-            self.error(f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e))
-        except (RuntimeError, MemoryError) as e:
+        except (UserError, OSError, RuntimeError, MemoryError) as e:
             if isinstance(e, MemoryError) or re.search("out of memory|allocate memory", str(e)):
                 self.error("out of memory; a lower --size, or --resume with a lower --batch-size, higher --accumulate")
-            if "DataLoader worker" in str(e):
-                self.error(f"a process that reads images ended ({str(e)[:60]}); --resume, perhaps with fewer --workers")
-            raise
+            if worker := re.search("DataLoader worker.{0,40}", str(e)):  # raised wherever the program is then
+                self.error(f"a process that reads images ended ({worker[0]}); --resume, perhaps with fewer --workers")
+            if not isinstance(e, (UserError, OSError)):
+                raise
+            self.error(f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e))
         except KeyboardInterrupt:
             self.exit(130, f"{self.prog}: interrupted\n")
         finally:

@@ -6,7 +6,7 @@ python evaluate.py ckpt.pt --relations r.json           # section 4.2: which obj
 torchrun --nproc_per_node=8 evaluate.py ckpt.pt         # several GPUs share the images
 python evaluate.py --release FILES --photo a.jpg        # the authors' weights (with --labels), mmsegmentation's"""
 
-import argparse, colorsys, csv, functools, math, os, re, sys
+import argparse, colorsys, csv, functools, math, os, re
 
 import numpy as np
 import torch
@@ -277,8 +277,8 @@ def write_photo(photo: Image.Image, seen: dict, vocabulary: dict, path: str, num
     arrays = {level: value.astype(np.int16 if value.ndim == 2 else np.float32) for level, value in seen.items()}
     arrays |= {f"{level}_names": np.array(of_level) for level, of_level in names.items()}
     datasets.write_file(written[1], lambda name: np.savez_compressed(name, **arrays))
-    scale = min(1, math.sqrt(PANEL_PIXELS / (photo.width * photo.height)))
-    photo = photo.resize((round(photo.width * scale), round(photo.height * scale)))
+    scale = min(1, math.sqrt(PANEL_PIXELS / (photo.width * photo.height)), PANEL_SIDE / max(photo.size))
+    photo = photo.resize(tuple(max(1, round(n * scale)) for n in photo.size))
     panels = [tag_panel("photo", photo, {v: seen[v] for v in ("scene", "texture") if v in seen}, vocabulary)]
     for level in ("object", "part", "material", "texture_map"):
         if level in seen:
@@ -350,7 +350,7 @@ class Relations:
 
 # ---------------------------------------------------------------- pictures
 PANEL = 380  # width of a panel of a comparison, pixels
-PANEL_PIXELS = 15e6  # of a panel of a photo, at most: a sheet of six larger ones is beyond what Pillow opens
+PANEL_PIXELS, PANEL_SIDE = 15e6, 20000  # of a panel of a photo, at most: sheets of six larger ones Pillow won't open
 OPACITY = 0.6  # of the classes' colours on the photo
 
 
@@ -508,11 +508,10 @@ def open_sources(args, vocabulary: dict, released: bool) -> dict[str, Source]:
         if not set(source.levels) & set(args.levels or LEVELS):
             continue
         sources[name] = source
-        if not released and index.layout == "sceneparsing" and "object" in source.levels:
-            known = set(vocabulary["object"])
-            if unknown := [name for name in datasets.class_names(index)["object"].values() if name not in known]:
-                listed = ", ".join(unknown[:9])
-                datasets.say(f"{name}: classes that this network does not know, left out: {listed}", sys.stderr)
+        if not released and index.layout == "sceneparsing" and "object" in vocabulary:
+            own = datasets.class_names(index)["object"].values()
+            if unknown := ", ".join([of_class for of_class in own if of_class not in vocabulary["object"]][:9]):
+                datasets.warn(f"{name}: classes that this network does not know, left out: {unknown}")
     if not sources:
         raise UserError(f"--data {args.data}: has no labels of the levels or classes of this network")
     return sources
@@ -551,7 +550,9 @@ def parse_photos(args, net: UPerNet, vocabulary: dict, numbers: dict | None, amp
     paths, failed = [], []
     for path in args.photo:
         inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
-        photos = [f for f in inside if re.search(r"(?<!_upernet)(?<!_object)(?<!_material)\.png$|\.jpe?g$", f, re.I)]
+        bases = [name.removesuffix("_upernet.npz") for name in inside]
+        earlier = {f"{base}_{kind}.png" for base in bases for kind in ("upernet", "object", "material")}
+        photos = [f for f in inside if f not in earlier and re.search(r"\.(png|jpe?g)$", f, re.I)]
         paths += [os.path.join(path, f) for f in photos] or [path]
     stems = [os.path.splitext(os.path.basename(path))[0] for path in paths]
     if twice := [stem for stem in stems if stems.count(stem) > 1]:

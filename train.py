@@ -243,13 +243,13 @@ def open_data(args, checkpoint: dict | None) -> tuple[dict[str, Source], dict, d
     labels, the numbers of one's own class table). UserError for a resumed run whose data have changed."""
     (indexes, minima), levels = datasets.open_indexes(args), args.levels or LEVELS
     indexes = {name: index for name, index in indexes.items() if set(datasets.SOURCE_LEVELS[name]) & set(levels)}
-    contents = {name: [index.images, index.names, index.pixels.tolist()] for name, index in indexes.items()}
-    of_data = {"fingerprints": {name: datasets.hash_of(content) for name, content in contents.items()}}
+    content = lambda i: [i.images, i.sizes.tolist(), i.tags, i.names, i.pixels.tolist()]
+    of_data = {"fingerprints": {name: datasets.hash_of(content(index)) for name, index in indexes.items()}}
     of_data["numbers"] = {"object": list(i.names) for i in indexes.values() if i.layout == "sceneparsing"}
     if checkpoint:
         vocabulary, split, stored = (checkpoint[key] for key in ("vocabulary", "split", "arguments"))
         if of_data["fingerprints"] != stored.get("fingerprints"):
-            raise UserError(f"{args.out}: images or labels have changed since this run began; name another --out")
+            raise UserError(f"{args.out}: images, masks or names changed; --weights {args.out}/ckpt.pt trains on them")
     else:
         everything = datasets.build_vocabulary(indexes, minima, levels)  # a split does not depend on --levels
         vocabulary = {level: names for level, names in everything.items() if level in levels}
@@ -408,7 +408,7 @@ def settle(parser: datasets.Parser, given) -> tuple:
             checkpoint["random"].cpu(), checkpoint["optimizer"], checkpoint["scaler"], checkpoint["split"].keys()
             ["main", "texture", "done"].index(checkpoint["stage"])
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{path}: no run to resume ({e}); start without --resume (delete a damaged file)") from None
+            raise UserError(f"{path}: no run to resume ({e}); see --out, or delete it and leave out --resume") from None
         if given.resume or stored.get("group") == torchrun_group():  # torchrun started its own run again
             for key, value in vars(given).items():
                 if value is not None and not parser.options[key].resume and stored.get(key) != value:

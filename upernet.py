@@ -204,7 +204,7 @@ class UPerNet(nn.Module):
         super().__init__()
         parts = classes.get("part", {})
         counts = [channels, *(n for level, n in classes.items() if level != "part")]
-        counts += parts.values() if isinstance(parts, dict) else [0]
+        counts += [*parts.values()] if isinstance(parts, dict) and (parts or "part" not in classes) else [0]
         if not classes or set(classes) - set(LEVELS) or not all(isinstance(n, int) and n > 0 for n in counts):
             raise ValueError(f"classes {classes}, channels {channels}: numbers above 0, for any of {', '.join(LEVELS)}")
         if not set(parts) <= set(range(classes.get("object", 0))):
