@@ -256,7 +256,7 @@ def parse(net: UPerNet, photo, levels: list[str] | None = None, amp: torch.dtype
         photo = Image.fromarray(photo)
     device, full, seen = next(net.eval().parameters()).device, (photo.height, photo.width), {}
     pixels, filled = network_input(datasets.rgb(photo), full, net.test_size)
-    levels = [level for level in net.classes if levels is None or level in levels]
+    levels = list(net.classes) if levels is None else levels
     with torch.inference_mode(), datasets.autocast(device, amp):
         logits = net(pixels.to(device) / 255, ["object", *levels] if "part" in levels else levels)
     for level, value in logits.items():

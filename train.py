@@ -310,7 +310,7 @@ def load_start(net: UPerNet, vocabulary: dict, weights: str, start: tuple | None
     for keys, others, note in ((ours, loaded, "start over"), (state, ours, "left out")):
         if names := list(dict.fromkeys(module(key) for key in keys if key not in others)):
             notes.append(", ".join(names[:6] + [".."] * (len(names) > 6)) + f" {note}")
-    datasets.say(f"{weights}: {len(loaded)} of {len(ours)} tensors loaded; " + "; ".join(notes))
+    datasets.say(f"{weights}: {len(loaded)} of {len(ours)} tensors loaded, classifiers by class; " + "; ".join(notes))
 
 
 # ---------------------------------------------------------------- progress, signals, resuming
