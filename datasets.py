@@ -903,9 +903,8 @@ def report(args: argparse.Namespace) -> None:
             if index.layout == "sceneparsing" and level == "object" and len(names) <= 40:
                 print(f"      0 {'(unlabelled; a class? add 1)':30s}{zero_pixels(index):14,} pixels")
                 for k, name in zip(index.names, names):
-                    print(
-                        f"    {k:3d} {name:30s}{pixels.get(name, 0):14,} pixels in {len(classes.get(name, ()))} images"
-                    )
+                    images = classes.get(name, {})
+                    print(f"    {k:3d} {name:30s}{sum(images.values()):14,} pixels in {len(images)} images")
         for _, reason in index.broken:
             print(f"  set aside  {reason}")
 

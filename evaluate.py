@@ -556,9 +556,8 @@ def parse_photos(args, net: UPerNet, vocabulary: dict, numbers: dict | None, amp
         paths += [os.path.join(path, f) for f in photos] or [path]
     stems = [os.path.splitext(os.path.basename(path))[0] for path in paths]
     if twice := [stem for stem in stems if stems.count(stem) > 1]:
-        advice = "one command and another --pictures for each"
         raise UserError(
-            f"--photo: several files named {twice[0]} would be written to one {twice[0]}_upernet.png; {advice}"
+            f"--photo: two files named {twice[0]} have one result, {twice[0]}_upernet.png; parse them apart"
         )
     for path, stem in zip(paths, stems):
         try:
