@@ -82,10 +82,10 @@ def pixel_table(index: Index, vocabulary: dict) -> torch.Tensor:
     known = lambda level, name: part_of(name) if level == "part" else name in vocabulary[level]
     tables = {level: table for level, table in datasets.class_pixels(index).items() if level in vocabulary}
     columns = [images for level, table in tables.items() for name, images in table.items() if known(level, name)]
-    rows = [image for images in columns for image in images], [k for k, images in enumerate(columns) for _ in images]
-    pixels = torch.tensor([pixels for images in columns for pixels in images.values()], dtype=torch.float64)
-    where = torch.tensor(rows, dtype=torch.int64).reshape(2, -1)
-    return torch.sparse_coo_tensor(where, pixels, (len(index.images), len(columns)), check_invariants=True).coalesce()
+    entries = [(image, k, pixels) for k, images in enumerate(columns) for image, pixels in images.items()]
+    *where, pixels = torch.tensor(entries, dtype=torch.float64).reshape(-1, 3).T
+    with torch.sparse.check_sparse_tensor_invariants():
+        return torch.sparse_coo_tensor(torch.stack(where).long(), pixels, (len(index.images), len(columns))).coalesce()
 
 
 # ---------------------------------------------------------------- which images validate

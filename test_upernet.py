@@ -325,8 +325,10 @@ class TestElsewhere(unittest.TestCase):  # the network in somebody else's hands
     def test_export_with_free_height_and_width(self):
         free = getattr(torch.export.Dim, "AUTO", None)  # without it, at one size
         options = {"dynamic_shapes": {"images": {2: free, 3: free}}} if free else {}
+        # A guard of max pooling's in PyTorch 2.11 takes sizes of one parity alone.
+        loose = {"check_guards": False} if "2.11" <= torch.__version__ < "2.14" else {}
         for net in self.nets:
-            exported = torch.export.export(net, (self.images,), **options).module()
+            exported = torch.export.export(net, (self.images,), **options).module(**loose)
             for size in ((64, 96), (128, 64), (75, 107), (33, 161))[: 4 if free else 1]:
                 images = torch.rand(1, 3, *size)
                 self.assert_same(net(images), exported(images))
@@ -1465,10 +1467,9 @@ class TestSplit(unittest.TestCase):
         self.assertEqual((entry["images"], len(entry["validation"])), (30, 3))
         self.assertTrue(all(os.path.isfile(os.path.join(root, "os", name)) for name in entry["validation"]))
         self.assertLess(entry["deviation_after"], entry["deviation_before"])
-        for name in ("photos/1.jpg", "photos-labels/1.png"):
-            os.remove(os.path.join(root, "os", name))
+        os.remove(os.path.join(root, "dtd", "images", "banded", "banded_0000.jpg"))
         out = ("--out", os.path.join(root, "out"), "--weights", "none", "--iters", 0)
-        self.assertIn(path, refusal(self, train.main, "--data", "os", *options, *out))
+        self.assertIn(path, refusal(self, train.main, "--data", "dtd", *options, *out))
 
     def test_which_images_validate(self):
         root, toy = new_folder("which"), os.path.join(toy_root(), "toy")
@@ -1820,8 +1821,7 @@ class TestTraining(Case):
         mask, truth = (np.asarray(Image.open(path)) for path in paths)
         self.assertGreater((mask == truth).mean(), 0.5)
         self.assertIn("--data", refusal(self, evaluate.main, ckpt, *self.own("other", "names")[:4]))
-        void = own_data(self.at("void"), [np.full((40, 40), 255)])
-        self.assertIn("255", refusal(self, evaluate.main, ckpt, "--root", void))
+        self.assertIn("255", refusal(self, evaluate.main, ckpt, "--root", own_data(self.at("void"), [[[255] * 9] * 9])))
         status, _, err = command(evaluate.main, ckpt, *self.own("leaf", "other", "soil")[:6])
         self.assertEqual((status, "other" in err, "soil" in err), (0, True, False), err)  # its labels are left out
         self.assertIn("--data ade20k", refusal(self, datasets.main, *own[2:4]))  # not the toy
