@@ -177,6 +177,7 @@ def scan(root: str, source: str, cache: str, allow_broken: bool = False) -> Inde
     return index
 
 
+UNLABELLED = "0 and 255 are unlabelled: write 1 for the object, 2 for what is not; or add 1 to every class first"
 zero_pixels = lambda index: int(index.sizes.prod(dim=1).sum() - index.pixels[index.pixels[:, 2] == 0, 3].sum())
 
 
@@ -186,7 +187,7 @@ def check_numbers(index: Index) -> None:
     listed = lambda items: ", ".join(map(str, sorted(items)[:9]))
     if own and not numbers & names.keys() and not any(index.tags):
         found = f"no mask has a class ({listed(names) or '1, 2, ..'}), only {listed(numbers) or 0}"
-        raise UserError(f"{index.folder}: {found}; 0 and 255 are unlabelled")
+        raise UserError(f"{index.folder}: {found}; {UNLABELLED}")
     if unknown := numbers - names.keys() - ({255} if own else set()):
         images = index.pixels[torch.isin(index.pixels[:, 1:3], torch.tensor([*unknown])).any(dim=1), 0].unique().numel()
         warn(f"{index.source}: numbers without a name, unlabelled in {images} images: {listed(unknown)}")
@@ -341,8 +342,7 @@ def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int], levels: 
                 kept.sort(key=lambda name: -pixels[name])
                 kept = [name for name in kept if level == "part" or pixels[name] >= minima["min_pixels"]]
             if level == "object" and level in levels and (kept or own) and len(set(kept) & set(pixels)) < 2:
-                advice = "0 and 255 are unlabelled: write 1 for the object, 2 for what is not; or add 1 to every class"
-                raise UserError(f"{index.folder}: no two classes of objects have pixels; {advice}")
+                raise UserError(f"{index.folder}: no two classes of objects have pixels; {UNLABELLED}")
             if level == "part":
                 parts_of = lambda name: [part for owner, part in kept if owner == name and part != "background"]
                 parts = {name: parts_of(name) for name in vocabulary.get("object", ())}

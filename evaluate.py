@@ -377,7 +377,7 @@ def panel(title: str, picture: Image.Image | None, entries: list[tuple]) -> Imag
     """A titled picture with a legend below: (colour or None, text, length of a bar in [0, 1] or None) a line."""
     width = max(PANEL, picture.width if picture else 0)
     size = max(14, min(2 * picture.width, 3 * picture.height) // 80) if picture else 14  # of the text
-    line, font = round(1.4 * size), ImageFont.load_default(size)
+    line, gap, font = round(1.4 * size), 3 * size // 14, ImageFont.load_default(size)
     y = line + 4 + (picture.height + 6 if picture else 0)
     sheet = Image.new("RGB", (width, y + line * len(entries)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -387,13 +387,13 @@ def panel(title: str, picture: Image.Image | None, entries: list[tuple]) -> Imag
     for colour, text, bar in entries:
         if bar is not None:
             left = width * 2 // 3
-            draw.rectangle([left, y + 3, left + (width // 3 - 2) * bar, y + line - 4], fill="#6688bb")
+            draw.rectangle([left, y + gap, left + (width // 3 - 2) * bar, y + line - gap - 1], fill="#6688bb")
         if colour is not None:
             blended = tuple(round(OPACITY * c + (1 - OPACITY) * 128) for c in colour)  # as it looks on the photo
-            draw.rectangle([0, y + 3, size - 2, y + line - 4], fill=blended, outline="black")
+            draw.rectangle([0, y + gap, size - 2, y + line - gap - 1], fill=blended, outline="black")
         while draw.textlength(text, font=font) > (width if bar is None else width * 2 // 3) - size - 14:
             text = text[:-2].rstrip(" .") + "\u2026"
-        draw.text((0 if text.endswith(":") else size + 4, y + 1), text, fill="black", font=font)
+        draw.text((0 if text.endswith(":") else size + gap + 1, y + 1), text, fill="black", font=font)
         y += line
     return sheet
 
