@@ -1,382 +1,943 @@
-"""Three sources of the paper's Broden+ (section 2.1): ADE20K, OpenSurfaces and DTD; one's own data; and a toy.
+"""Three sources of the paper's Broden+ (section 2.1), ADE20K, OpenSurfaces and DTD; your own; a
+toy.
 
     python datasets.py --data ade20k,os,dtd --root data   # scans: what is there, and what is broken
 
-`scan` opens every file of a source once and keeps what it found, an `Index`. `build_vocabulary` makes the class names
-of each level from the indexes. A `Source` is an index read with a vocabulary: photos and labels, for batches."""
+One class describes each data set: its files, how numbers are written in them, what they mean.
+`scan` opens every file of a source once and keeps what it found, an `Index`. `build_vocabulary`
+makes the class names of each level from the indexes. A `Source` is an index read with a vocabulary:
+photos and labels. `TrainingBatches` draws from sources.
+"""
 
-import argparse, collections, colorsys, contextlib, csv, datetime, hashlib, json, math
-import multiprocessing, os, re, signal, sys, tempfile, warnings
-from pathlib import Path
+import argparse
+import collections
+import colorsys
+import contextlib
+import csv
+import dataclasses
+import datetime
+import functools
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import warnings
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
-from torch.utils.data import DataLoader
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import upernet
 
-SOURCE_LEVELS = {"ade20k": ("scene", "object", "part"), "os": ("material",), "dtd": ("texture",)}
-MEAN_COLOUR = (124, 116, 104)  # ImageNet's, the colour of padding: zero after the network's normalisation
+PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")  # endings, in any case
+MASKS = (".png", ".tif", ".tiff", ".bmp", ".gif")
+HIGHEST_NUMBER = 65535  # of a class in a label picture
+MEAN_COLOUR = (124, 116, 104)  # ImageNet's, the colour of padding: zero after normalisation
 TEXTURE_SIZE = 64  # section 3: "roughly 64x64"; ours: short side 64, then a square of it
-padded = lambda size: math.ceil(size / 32) * 32  # pixels, up to the coarsest stride of the network
 SEED = 304  # of the toy's files and of every split; --seed is about training
+# Photos of 89 to 179 megapixels are fine; beyond, Pillow raises an error.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-# ---------------------------------------------------------------- data set layouts
-PICTURE, SIDE = r"\.(?:jpg|jpeg|png)", r"(?P<official>train|val)(?:ing|idation)?"
-ADE2021_FILES = {"labels": r"\1_seg.png", "parts": r"\1_parts_1.png", "json": r"\1.json"}  # parts of parts: unused
-LAYOUTS = {  # source, what only its folder has, pattern of its images' paths, templates of their label files
-    "ade2021": ("ade20k", "images/ADE", rf"(images/ADE/{SIDE}/.+)\.jpg", ADE2021_FILES),
-    # ADEChallengeData2016, and anybody's own data:
-    "sceneparsing": ("ade20k", "annotations", rf"images/((?:{SIDE}/)?.+){PICTURE}", {"labels": r"annotations/\1.png"}),
-    "os": ("os", "photos-labels", rf"photos/([^/]+){PICTURE}", {"labels": r"photos-labels/\1.png"}),
-    "dtd": ("dtd", "labels/train1.txt", rf"images/([^/]+/[^/]+){PICTURE}", {}),
+class UserError(ValueError):
+    """A mistake that the user can mend: scripts print it as one line and exit with status 2."""
+
+
+# ---------------------------------------------------------------- what is known of each data set
+# A data set is a class with these attributes and functions, listed in DATA_SETS:
+#   name, source     of the layout, and what --data calls it
+#   folders          where it may lie below --root; itself or one folder down
+#   mark             what only its folder has
+#   contents         the files and folders that belong to it
+#   tag_level        the level that labels whole images, or None; map_level: that labels pixels
+#   levels           all that it labels
+#   void             class numbers that mean "unlabelled", beside those without a name
+#   own_table        whether its table of classes is the vocabulary, as it is
+#   same_size        whether label pictures have their photo's size
+#   squares          whether images are cut to squares of TEXTURE_SIZE
+#   has_official     whether it comes with a split
+#   entries          the images with their label files
+#   numbers          the class numbers in a label picture
+#   annotation       an image's tag and the names in its own files
+#   table            number -> name for the whole data set
+#   class_names      level -> {number or tag: class name}, after merging
+
+
+class Entry(NamedTuple):
+    """One image of a data set and its files: paths in the data set's folder, "" for none."""
+
+    image: str
+    official: str = ""  # its side of the official split: "train", "val" or ""
+    tag: str = ""  # scene or texture, where that is known without opening a file
+    labels: str = ""
+    parts: str = ""
+    json: str = ""
+
+
+NO_SCENE = ("misc", "unknown", "none", "~not labeled")  # names of scenes that are none
+
+
+class ADE20K2021:
+    """ADE20K_2021_17_01 (Zhou et al., CVPR 2017): scenes, objects and their parts."""
+
+    name = "ade2021"
+    source = "ade20k"
+    folders = ("ade20k",)
+    mark = "images/ADE"
+    contents = ("images",)
+    tag_level = "scene"
+    map_level = "object"
+    levels = ("scene", "object", "part")
+    void = {0}
+    own_table = False
+    same_size = True
+    squares = False
+    has_official = True
+
+    @staticmethod
+    def entries(folder: str, paths: list[str]) -> list[Entry]:
+        """images/ADE/training/../NAME.jpg with NAME_seg.png, NAME_parts_1.png if any, NAME.json."""
+        present = set(paths)
+        entries = []
+        for path in paths:
+            top = PurePosixPath(path).parts
+            if top[:2] == ("images", "ADE") and path.lower().endswith(".jpg"):
+                stem = path[:-4]
+                parts = f"{stem}_parts_1.png"  # parts of parts (_parts_2) are left out
+                if parts not in present:
+                    parts = ""
+                official = side_of(top[2])
+                entries.append(Entry(path, official, "", f"{stem}_seg.png", parts, f"{stem}.json"))
+        return entries
+
+    @staticmethod
+    def numbers(picture: Image.Image) -> np.ndarray:
+        channels = np.asarray(picture.convert("RGB")).astype(np.int32)
+        return channels[..., 0] // 10 * 256 + channels[..., 1]
+
+    @staticmethod
+    def annotation(folder: str, entry: Entry) -> tuple[str, dict[int, str]]:
+        content = json.loads("\n".join(read_lines(folder, entry.json)))["annotation"]
+        scenes = [scene for scene in content["scene"] if scene]  # from broad to fine
+        tag = scenes[-1].strip().lower() if scenes else ""
+        if tag in NO_SCENE:
+            tag = ""
+        names = {int(thing["name_ndx"]): str(thing["name"]) for thing in content["object"]}
+        return tag, names
+
+    @staticmethod
+    def table(folder: str, numbers: set[int], names: dict[int, str]) -> dict[int, str]:
+        return names  # those of the images' own files
+
+    @staticmethod
+    def class_names(index: "Index") -> dict[str, dict]:
+        objects = set(index.pixels[:, 1].tolist()) & index.names.keys()
+        parts = set(index.pixels[:, 2].tolist()) & index.names.keys()
+        return {
+            "scene": {tag: tag for tag in index.tags if tag},
+            "object": merged_names({number: index.names[number] for number in sorted(objects)}),
+            "part": merged_names(
+                {number: index.names[number] for number in sorted(parts)}, parts=True
+            ),
+        }
+
+
+class SceneParsing:
+    """ADEChallengeData2016 (SceneParsing), and your own photos and masks: scenes and objects."""
+
+    name = "sceneparsing"
+    source = "ade20k"
+    folders = ("", "ade20k")  # your own images/ and annotations/ need no folder around them
+    mark = "annotations"
+    contents = ("images", "annotations", "objectInfo150.txt", "classes.txt", "sceneCategories.txt")
+    tag_level = "scene"
+    map_level = "object"
+    levels = ("scene", "object")
+    void = {0, 255, 65535}
+    own_table = True
+    same_size = True
+    squares = False
+    has_official = True
+
+    @staticmethod
+    def entries(folder: str, paths: list[str]) -> list[Entry]:
+        """images/../NAME.jpg with annotations/../NAME.png, with training/ and validation/ or
+        without.
+        """
+        masks = {}
+        for path in paths:
+            if path.startswith("annotations/") and path.lower().endswith(MASKS):
+                masks[without_ending(path)] = path
+        scenes = {}
+        if "sceneCategories.txt" in paths:
+            for line in read_lines(folder, "sceneCategories.txt"):
+                words = line.lower().split()
+                if len(words) > 1 and words[1] not in NO_SCENE:
+                    scenes[words[0]] = words[1]
+        entries = []
+        for path in paths:
+            if path.startswith("images/") and path.lower().endswith(PHOTOS):
+                stem = without_ending(path)
+                mask = stem.replace("images", "annotations", 1)
+                official = side_of(PurePosixPath(path).parts[1])
+                tag = scenes.get(PurePosixPath(stem).name.lower(), "")
+                entries.append(Entry(path, official, tag, masks.get(mask, f"{mask}.png")))
+        used = {entry.labels for entry in entries}
+        alone = sorted(set(masks.values()) - used)
+        if alone:
+            warn(f"{folder}: masks without a photo of their name: {len(alone)}, first {alone[0]}")
+        return entries
+
+    @staticmethod
+    def numbers(picture: Image.Image) -> np.ndarray:
+        if picture.mode == "F":
+            raise ValueError("floating-point numbers; save class numbers as integers")
+        if picture.mode in ("1", "L", "P", "I", "I;16", "I;16B"):
+            return np.asarray(picture).astype(np.int32)
+        channels = np.asarray(picture.convert("RGB")).astype(np.int32)
+        if (channels != channels[..., :1]).any():
+            raise ValueError("a mask in colours; write each colour's class number, in one channel")
+        return channels[..., 0]
+
+    @staticmethod
+    def annotation(folder: str, entry: Entry) -> tuple[str, dict[int, str]]:
+        return entry.tag, {}
+
+    @staticmethod
+    def table(folder: str, numbers: set[int], names: dict[int, str]) -> dict[int, str]:
+        """objectInfo150.txt, else classes.txt, else "class 1" to the highest number that occurs."""
+        if os.path.exists(os.path.join(folder, "objectInfo150.txt")):
+            return read_object_info(folder)
+        if os.path.exists(os.path.join(folder, "classes.txt")):
+            return read_classes(folder)
+        numbers = numbers - SceneParsing.void
+        highest = max(numbers, default=0)
+        if len(numbers) < highest / 2:
+            raise UserError(
+                f"{folder}: its masks have {len(numbers)} of the numbers 1..{highest}: gray "
+                "levels, JPEG or resampled masks, or instance ids? If these numbers are meant as "
+                f"classes, {CLASSES_ADVICE}"
+            )
+        return {number: f"class {number}" for number in range(1, highest + 1)}
+
+    @staticmethod
+    def class_names(index: "Index") -> dict[str, dict]:
+        distinct = upernet.distinct(index.names.values())
+        tags = {tag: tag for tag in index.tags if tag}
+        return {"scene": tags, "object": dict(zip(index.names, distinct))}
+
+
+CLASSES_ADVICE = "name them in classes.txt, a number and a name a line (0 background, 1 object)"
+
+
+def read_object_info(folder: str) -> dict[int, str]:
+    """SceneParsing's table: a header, then number, tab, .., tab, name; of synonyms the first
+    counts.
+    """
+    path = os.path.join(folder, "objectInfo150.txt")
+    table = {}
+    for line in read_lines(path):
+        number, *columns = line.split("\t")
+        if number.strip().isdigit() and columns:
+            table[int(number)] = upernet.first_synonym(columns[-1])
+    if not table:
+        raise UserError(f"{path}: no line is a number, a tab, .., and a name")
+    return table
+
+
+def read_classes(folder: str) -> dict[int, str]:
+    """classes.txt: a number and a name a line, or names alone, whose numbers are 1, 2, .."""
+    path = os.path.join(folder, "classes.txt")
+    lines = [line.strip() for line in "\n".join(read_lines(path)).rstrip().split("\n")]
+    table = {}
+    unnumbered = []
+    for line in lines:
+        match = re.fullmatch(r"(\d+)(?:\s*[:,]\s*|\s+)(\S.*)", line)
+        if match and int(match[1]) in table:
+            raise UserError(f"{path}: names number {match[1]} twice")
+        if match:
+            table[int(match[1])] = match[2]
+        elif line:
+            unnumbered.append(line)
+    if len(unnumbered) >= len(table):  # names alone, of which some may begin with a number
+        table = dict(enumerate(lines, start=1))
+    elif unnumbered:
+        raise UserError(f"{path}: '{unnumbered[0]}' has no number, other lines have")
+    for number, name in table.items():
+        if not name:
+            raise UserError(f"{path}: line {number} is empty; names alone need one in every line")
+    return dict(sorted(table.items()))
+
+
+# OpenSurfaces' substances that are kept, and as what (released code); all others are unlabelled.
+KEPT = (
+    "brick cardboard ceramic foliage food fur glass hair laminate leather metal mirror painted "
+    "skin stone tile wallpaper wicker wood"
+)
+MATERIALS = {
+    **{name: name for name in KEPT.split()},
+    "concrete": "stone",
+    "plastic clear": "plastic",
+    "plastic opaque": "plastic",
+    "granite marble": "polished stone",
+    "carpet rug": "carpet",
+    "fabric cloth": "fabric",
+    "paper tissue": "paper",
+    "rubber latex": "rubber/latex",
 }
-FOLDERS = ("images", "annotations", "photos", "photos-labels", "labels")  # what else is in a folder is not data
-TABLES = {"objectInfo150.txt": "a header; then number from 1, tab, .., name a line", "classes.txt": "one name a line"}
-TABLES |= {"label-substance-colors.csv": "columns substance_name, red_color"}  # of classes; the first that is there
 
 
-class Index(NamedTuple):
-    """What one scan of a source found. Class numbers are the source's own."""
+class OpenSurfaces:
+    """OpenSurfaces release 0 after its own script (Bell et al., SIGGRAPH 2013): materials."""
 
-    source: str  # ade20k, os, dtd
-    layout: str  # a key of LAYOUTS
-    folder: str
-    fingerprint: str  # of the names, sizes and times of the source's files
-    images: list[str]  # paths relative to the folder
-    sizes: torch.Tensor  # (images, 2), height and width
-    official: list[str]  # "train", "val" or "" for each image
-    tags: list[str]  # the scene or texture of each image, "" for none
-    pixels: torch.Tensor  # (rows, 4): image, class number, part number or 0 for the whole object, pixels
-    names: dict[int, str]  # of ADE20K's objects and parts, OpenSurfaces' substances, or a class table, by number
-    broken: list[list[str]]  # [path, reason] of the images that were set aside
+    name = "os"
+    source = "os"
+    folders = ("os", "opensurfaces")
+    mark = "photos-labels"
+    contents = ("photos", "photos-labels", "label-substance-colors.csv")
+    tag_level = None
+    map_level = "material"
+    levels = ("material",)
+    void = {0}
+    own_table = False
+    same_size = False  # label pictures are rendered 1024 high
+    squares = False
+    has_official = False
+
+    @staticmethod
+    def entries(folder: str, paths: list[str]) -> list[Entry]:
+        """photos/ID.jpg with photos-labels/ID.png."""
+        entries = []
+        for path in paths:
+            if path.startswith("photos/") and path.lower().endswith(PHOTOS):
+                labels = path.replace("photos", "photos-labels", 1)
+                entries.append(Entry(path, labels=f"{without_ending(labels)}.png"))
+        return entries
+
+    @staticmethod
+    def numbers(picture: Image.Image) -> np.ndarray:
+        red = np.asarray(picture.convert("RGB"))[..., 0]  # green: objects, blue: scenes
+        return red.astype(np.int32)
+
+    @staticmethod
+    def annotation(folder: str, entry: Entry) -> tuple[str, dict[int, str]]:
+        return "", {}
+
+    @staticmethod
+    def table(folder: str, numbers: set[int], names: dict[int, str]) -> dict[int, str]:
+        path = os.path.join(folder, "label-substance-colors.csv")
+        table = {}
+        try:
+            for row in csv.DictReader(read_lines(path)):
+                table[int(row["red_color"])] = row["substance_name"].strip()
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
+            reason = f"{type(e).__name__}: {e}"
+            raise UserError(
+                f"{path}: not a table with substance_name, red_color ({reason})"
+            ) from None
+        return table
+
+    @staticmethod
+    def class_names(index: "Index") -> dict[str, dict]:
+        materials = {}
+        for number, name in index.names.items():
+            plain = re.sub("[^a-z]+", " ", name.lower()).strip()
+            if plain in MATERIALS:
+                materials[number] = MATERIALS[plain]
+        return {"material": materials}
 
 
-def find_folder(root: str, source: str) -> tuple[str, str]:
-    """(layout, folder) of a source below `root`, directly or one folder down. Raises UserError for none and for two."""
-    tops = [os.path.join(root, name) for name in (("os", "opensurfaces") if source == "os" else (source,))]
-    places = [root] if source == "ade20k" else []  # one's own images/ and annotations/ need no folder around them
-    for top in filter(os.path.isdir, tops):
-        places += [top] + sorted(entry.path for entry in os.scandir(top) if entry.is_dir())
-    marks = {layout: mark for layout, (of, mark, _, _) in LAYOUTS.items() if of == source}
-    found = [(n, p) for p in places for n, mark in marks.items() if os.path.exists(os.path.join(p, mark))]
-    if len(found) == 1:
-        return found[0]
-    where = " or ".join(dict.fromkeys(places[:1] + tops))
-    problem = f"no {' or '.join(marks.values())} in {where}, or one folder down; see --root, --data"
-    if found:
-        problem = f"two data sets, {found[0][1]} and {found[1][1]}; move one away, or let --root name one"
-    elif any(os.path.exists(os.path.join(place, "index_ade20k.mat")) for place in places):
-        problem = "2016_07_26 has its names in a MATLAB file; get ADE20K_2021_17_01, the same images with JSON"
-    raise UserError(f"{source}: {problem}")
+class DTD:
+    """Describable Textures Dataset, r1.0.1 (Cimpoi et al., CVPR 2014): a texture for each image."""
+
+    name = "dtd"
+    source = "dtd"
+    folders = ("dtd",)
+    mark = "labels/train1.txt"
+    contents = ("images", "labels")
+    tag_level = "texture"
+    map_level = None
+    levels = ("texture",)
+    void = set()
+    own_table = False
+    same_size = True
+    squares = True
+    has_official = True
+
+    @staticmethod
+    def entries(folder: str, paths: list[str]) -> list[Entry]:
+        """images/TEXTURE/NAME.jpg; train1 and val1 against test1; what no list has belongs to
+        neither.
+        """
+        sides = {}
+        for name, side in (("train1", "train"), ("val1", "train"), ("test1", "val")):
+            for line in read_lines(folder, f"labels/{name}.txt"):
+                sides[f"images/{line.strip()}"] = side
+        entries = []
+        for path in paths:
+            parts = path.split("/")
+            if parts[0] == "images" and len(parts) == 3 and path.lower().endswith(PHOTOS):
+                entries.append(Entry(path, sides.get(path, ""), tag=parts[1]))
+        return entries
+
+    @staticmethod
+    def annotation(folder: str, entry: Entry) -> tuple[str, dict[int, str]]:
+        return entry.tag, {}
+
+    @staticmethod
+    def table(folder: str, numbers: set[int], names: dict[int, str]) -> dict[int, str]:
+        return {}
+
+    @staticmethod
+    def class_names(index: "Index") -> dict[str, dict]:
+        return {"texture": {tag: tag for tag in index.tags if tag}}
 
 
-def list_files(layout: str, folder: str) -> tuple[list[dict[str, str]], str]:
-    """The images of a source with their label files, and a fingerprint of all files' names, sizes and times.
-    Of each image `image`, a path in the folder, `official` (see `Index`), `tag` where the scene or texture is outside
-    of its own files, and the layout's label files; parts only where they exist."""
-    walks = [walk for top in FOLDERS for walk in os.walk(os.path.join(folder, top), followlinks=True)]
-    paths = [path for base, _, names in walks for name in names if os.path.isfile(path := os.path.join(base, name))]
-    paths += [path for name in (*TABLES, "sceneCategories.txt") if os.path.exists(path := os.path.join(folder, name))]
-    stats = {name: os.stat(p) for p in paths if "/." not in (name := os.path.relpath(p, folder).replace(os.sep, "/"))}
-    (_, mark, pattern, templates), files = LAYOUTS[layout], []
-    for path in sorted(stats):
-        if match := re.fullmatch(pattern, path, re.IGNORECASE):
-            entry = {"image": path, "official": (match.groupdict().get("official") or "").lower()}
-            entry |= {kind: match.expand(template) for kind, template in templates.items()}
-            files.append({kind: name for kind, name in entry.items() if kind != "parts" or name in stats})
-    if not files:
-        raise UserError(f"{folder}: has {mark}, but no .jpg or .png photos where layout {layout} has them")
-    masks = {path for path in stats if mark in FOLDERS and re.fullmatch(f"{mark}/.*png", path)}
-    if alone := sorted(masks - {entry.get("labels") for entry in files}):
-        warn(f"{folder}: masks without a photo of their name (.jpg, .png): {len(alone)}, first {alone[0]}")
-    if layout == "sceneparsing":
-        lines = read_lines(folder, "sceneCategories.txt") if "sceneCategories.txt" in stats else []
-        scenes = dict(line.lower().split()[:2] for line in lines if len(line.split()) > 1)
-        for entry in files:
-            entry["tag"] = scenes.get(Path(entry["image"]).stem.lower(), "")
-    if layout == "dtd":  # train1 + val1 against test1; an image in no list belongs to neither
-        sides = {"train1": "train", "val1": "train", "test1": "val"}
-        official = {line.strip(): side for n, side in sides.items() for line in read_lines(folder, f"labels/{n}.txt")}
-        for entry in files:
-            _, entry["tag"], name = entry["image"].split("/")
-            entry["official"] = official.get(f"{entry['tag']}/{name}", "")
-    return files, hash_of([LAYOUTS[layout], sorted((p, s.st_size, s.st_mtime_ns) for p, s in stats.items())])
+DATA_SETS = [ADE20K2021, SceneParsing, OpenSurfaces, DTD]
+
+
+def side_of(folder: str) -> str:
+    """ "train" or "val" for the folders that people name training, train, validation or val."""
+    sides = {"training": "train", "train": "train", "validation": "val", "val": "val"}
+    return sides.get(folder.lower(), "")
+
+
+def without_ending(path: str) -> str:
+    return os.path.splitext(path)[0]
 
 
 def read_lines(*path: str) -> list[str]:
     """The lines of a text file, UTF-8, UTF-16 with its mark, or Latin-1."""
     content = Path(*path).read_bytes()
-    with contextlib.suppress(UnicodeDecodeError):
-        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").splitlines()
-    return content.decode("latin-1").splitlines()
-
-
-def label_numbers(path: str, layout: str, photo_size: tuple[int, int] | None = None) -> np.ndarray:
-    """Class numbers (H, W) int32 of a label picture as the layout encodes them (OpenSurfaces: red); 0 is unlabelled.
-    Raises ValueError if its (width, height) is not `photo_size`, and for colours where there should be numbers."""
-    with Image.open(path) as picture:
-        if photo_size and picture.size != photo_size:
-            sizes = "{} x {} pixels, its photo {} x {}".format(*picture.size, *photo_size)
-            raise ValueError(f"{sizes}; turn it as the photo's EXIF says, or resize with the nearest neighbour")
-        if layout == "sceneparsing" and picture.mode in ("1", "L", "P", "I", "I;16", "I;16B"):
-            return np.asarray(picture).astype(np.int32)
-        channels = np.asarray(picture.convert("RGB")).astype(np.int32)
-    if layout == "sceneparsing" and (channels != channels[..., :1]).any():
-        raise ValueError("a mask in colours; replace each by its number, counted from 1, in a picture of one channel")
-    return channels[..., 0] // 10 * 256 + channels[..., 1] if layout == "ade2021" else channels[..., 0]
-
-
-def open_photo(path: str, box: tuple[int, int] | None = None) -> Image.Image:
-    """A photo of any mode in RGB, turned as its EXIF data say; with a `box` of (width, height) perhaps reduced, but to
-    no less than the box. Raises UserError with its name if it cannot be read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # beyond Pillow's limit on pixels there is an error
-            with Image.open(path) as picture:
-                picture.draft("RGB", box or picture.size)  # libjpeg decodes at 1/2, 1/4 or 1/8 for less work
-                return rgb(ImageOps.exif_transpose(picture))
-    except Exception as e:  # whatever a decoder makes of a damaged file
-        raise UserError(f"{path}: {getattr(e, 'strerror', None) or f'cannot be read as a picture ({e})'}") from None
+        if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            return content.decode("utf-16").splitlines()
+        return content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        return content.decode("latin-1").splitlines()
 
 
-def rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode in 8-bit RGB: transparent pixels on white, 16 bits scaled to 8."""
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
-    if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+# ---------------------------------------------------------------- similar names (section 2.1)
+def merged_names(names: dict[int, str], parts: bool = False) -> dict[int, str]:
+    """Number -> class name, with similar names merged by rule (the released code has hand-made
+    tables).
+
+    The first synonym, in lower case; a plural becomes the singular when both occur; names of parts
+    lose "left" and "right".
+    """
+    first = {}
+    for number, name in names.items():
+        name = name.split(",")[0].strip().lower()
+        if parts:
+            name = re.sub(r"\b(left|right) +", "", name)
+        first[number] = name
+    forms = set(first.values())
+    return {number: singular(name, forms) for number, name in first.items()}
+
+
+def singular(name: str, forms: set[str]) -> str:
+    """The singular of a name, if it is among the forms; else the name."""
+    for plural, ending in ((r"s$", ""), (r"(s|x|z|ch|sh|o)es$", r"\1"), (r"ies$", "y")):
+        form = re.sub(plural, ending, name)
+        if form != name and form in forms:
+            return form
+    return name
 
 
 # ---------------------------------------------------------------- the scan
-def scan(root: str, source: str, cache: str, allow_broken: bool = False) -> Index:
-    """The index of a source: from the cache unless a file was added, removed or changed, else by opening every file.
-    UserError if it is missing or unlabelled, or over one file in twenty is broken without `allow_broken`."""
-    layout, folder = find_folder(root, source)
-    files, fingerprint = list_files(layout, folder)
-    path, index = os.path.join(cache, f"{source}.index.pt"), None
-    with contextlib.suppress(Exception):  # missing or damaged: it is rebuilt
-        stored = torch.load(path, weights_only=True)
-        index = Index(**stored | {"folder": folder}) if stored["fingerprint"] == fingerprint else None
+class Index(NamedTuple):
+    """What one scan of a source found. Class numbers are the source's own."""
+
+    source: str  # what --data calls it
+    layout: str  # the name of its data set
+    folder: str
+    fingerprint: str  # of the names, sizes and times of the source's files
+    images: list[str]  # paths relative to the folder, as the label files'
+    labels: list[str]
+    parts: list[str]  # "" for none
+    sizes: torch.Tensor  # (images, 2), height and width
+    official: list[str]  # "train", "val" or "" for each image
+    tags: list[str]  # the scene or texture of each image, "" for none
+    pixels: torch.Tensor  # (rows, 4): image, class number, part number (0: all of it), pixels
+    names: dict[int, str]  # of classes and parts, by number
+    broken: list[list[str]]  # [path, reason] of the images that were set aside
+
+    @property
+    def data_set(self):
+        return next(data_set for data_set in DATA_SETS if data_set.name == self.layout)
+
+
+def scan(
+    root: str,
+    source: str,
+    cache: str,
+    allow_broken: bool = False,
+    workers: int | None = None,
+) -> Index:
+    """The index of a source: from the cache unless a file was added, removed or changed, else by
+    opening every file, in `workers` processes.
+
+    Raises UserError if it is missing, or over one file in twenty is broken without `allow_broken`,
+    or its masks and its table of classes do not fit.
+    """
+    data_set, folder = find_folder(root, source)
+    stats = list_files(folder, data_set.contents)
+    fingerprint = hash_of([data_set.name, sorted(stats.items())])
+    path = os.path.join(cache, f"{source}.index.pt")
+    index = read_index(path, folder, fingerprint)
     if index is None:
-        index = Index(source, layout, folder, fingerprint, *scan_files(source, layout, folder, files))
-        write_file(path, lambda name: torch.save(index._asdict(), name), "choose another folder with --cache")
-    if index.broken:
-        found = f"{source}: {len(index.broken)} of {len(files)} images set aside, the first: {index.broken[0][1]}"
-        if not index.images or len(index.broken) > 0.05 * len(files) and not allow_broken:
-            raise UserError(found + ("; --allow-broken goes ahead without them" if index.images else "; none is left"))
-        warn(found)
+        entries = data_set.entries(folder, sorted(stats))
+        if not entries:
+            raise UserError(
+                f"{folder}: has {data_set.mark}, but no photos where {data_set.name} has them"
+            )
+        index = scan_files(data_set, folder, fingerprint, entries, workers)
+        write_file(path, functools.partial(torch.save, index._asdict()))
+        # Labels prepared from an earlier state of the data.
+        for outdated in Path(cache).glob(f"{source}-" + 16 * "[0-9a-f]"):
+            shutil.rmtree(outdated, ignore_errors=True)
+    check_broken(index, allow_broken)
     check_numbers(index)
     return index
 
 
-UNLABELLED = "0 and 255 are unlabelled: write 1 for the object, 2 for what is not; or add 1 to every class first"
-zero_pixels = lambda index: int(index.sizes.prod(dim=1).sum() - index.pixels[index.pixels[:, 2] == 0, 3].sum())
+def find_folder(root: str, source: str) -> tuple[type, str]:
+    """(data set, folder) of a source below `root`. Raises UserError for none, and for two."""
+    candidates = [data_set for data_set in DATA_SETS if data_set.source == source]
+    found = []
+    places = []
+    for data_set in candidates:
+        for name in data_set.folders:
+            top = os.path.join(root, name).rstrip("/")
+            places.append(top)
+            inside = [top]
+            if name and os.path.isdir(top):
+                inside += sorted(entry.path for entry in os.scandir(top) if entry.is_dir())
+            for place in inside:
+                if os.path.exists(os.path.join(place, data_set.mark)):
+                    found.append((data_set, place))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(
+            f"{source}: two data sets, {found[0][1]} and {found[1][1]}; move one away, or name one "
+            "with --root"
+        )
+    marks = " or ".join(data_set.mark for data_set in candidates)
+    where = " or ".join(dict.fromkeys(places))
+    raise UserError(
+        f"{source}: no {marks} in {where}, or one folder down; see --root, --data{hint(places)}"
+    )
+
+
+# Folders of other layouts, and how to make ours of them.
+OTHER_LAYOUTS = {
+    "masks": "rename masks/ to annotations/, beside images/",
+    "leftImg8bit": "Cityscapes: move photos to images/, masks to annotations/, by one name",
+    "JPEGImages": "VOC: rename JPEGImages/ to images/ and SegmentationClass/ to annotations/",
+    "trainannot": "CamVid: move train/ to images/training/, its masks to annotations/training/",
+    "labels": "rename labels/ to annotations/, beside images/",
+    "index_ade20k.mat": "2016_07_26 has its names in a MATLAB file; get ADE20K_2021_17_01 instead",
+}
+
+
+def hint(places: list[str]) -> str:
+    """What to do with the data that are there, if they have a layout that people often have."""
+    for place in places:
+        for name, advice in OTHER_LAYOUTS.items():
+            if os.path.exists(os.path.join(place, name)):
+                return f"; {place} has {name}: {advice}"
+    return ""
+
+
+def list_files(folder: str, contents: tuple) -> dict[str, tuple[int, int]]:
+    """Path in the folder -> (size, time of change) of all files that belong to a data set, but for
+    hidden ones. Links are followed.
+    """
+    stats = {}
+    for name in contents:
+        for pattern in (name, f"{name}/**/*"):
+            for path in glob.glob(pattern, root_dir=folder, recursive=True):
+                whole = os.path.join(folder, path)
+                if os.path.isfile(whole):
+                    stat = os.stat(whole)
+                    stats[path.replace(os.sep, "/")] = (stat.st_size, stat.st_mtime_ns)
+    return stats
+
+
+def read_index(path: str, folder: str, fingerprint: str) -> Index | None:
+    """The index in the cache, or None if it is missing, damaged, or of other files."""
+    try:
+        stored = torch.load(path, weights_only=True)
+        index = Index(**{**stored, "folder": folder})
+        return index if index.fingerprint == fingerprint else None
+    except Exception:  # whatever a damaged file makes of the reader
+        return None
+
+
+def scan_files(
+    data_set, folder: str, fingerprint: str, entries: list[Entry], workers: int | None
+) -> Index:
+    """Opens the files of all entries."""
+    if len(entries) < 200:
+        workers = 0  # to start processes takes longer
+    items = loader(Scan(data_set, folder, entries), workers=workers)
+    title = f"scanning {data_set.source}"
+    bar = tqdm(items, total=len(entries), desc=title, unit=" images", disable=None, leave=False)
+    kept = []
+    sizes = []
+    pixels = []
+    names = {}
+    broken = []
+    for entry, record in zip(entries, bar):
+        if record["broken"]:
+            broken.append([entry.image, record["broken"]])
+            continue
+        pixels += [(len(kept), *row) for row in record["pixels"]]
+        names.update(record["names"])
+        sizes.append(record["size"])
+        kept.append(entry._replace(tag=record["tag"]))
+    pixels = torch.tensor(pixels, dtype=torch.int64).reshape(-1, 4)
+    names = data_set.table(folder, set(pixels[:, 1].tolist()), names)
+    if max(names, default=0) > HIGHEST_NUMBER:
+        raise UserError(f"{folder}: its table has a number above {HIGHEST_NUMBER}: {max(names)}")
+    return Index(
+        source=data_set.source,
+        layout=data_set.name,
+        folder=folder,
+        fingerprint=fingerprint,
+        images=[entry.image for entry in kept],
+        labels=[entry.labels for entry in kept],
+        parts=[entry.parts for entry in kept],
+        sizes=torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
+        official=[entry.official for entry in kept],
+        tags=[entry.tag for entry in kept],
+        pixels=pixels,
+        names=names,
+        broken=broken,
+    )
+
+
+@dataclasses.dataclass(eq=False)
+class Scan(Dataset):
+    """Item k is what the files of entry k have, see `scan_entry`."""
+
+    data_set: type
+    folder: str
+    entries: list[Entry]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, k: int) -> dict:
+        return scan_entry(self.data_set, self.folder, self.entries[k])
+
+
+def scan_entry(data_set, folder: str, entry: Entry) -> dict:
+    """Opens every file of one image: `size`, `tag`, `names`, `pixels` as rows (class number, part
+    number, pixels); `broken` says why it cannot be used, "" if it can.
+    """
+    current = entry.image
+    try:
+        with Image.open(os.path.join(folder, entry.image)) as photo:
+            width, height = photo.size
+            if photo.getexif().get(0x0112) in (5, 6, 7, 8):  # turned by a quarter
+                width, height = height, width
+            photo.draft("RGB", (1, 1))  # a JPEG is decoded at an eighth, which notices damage too
+            photo.load()
+            check_depth(photo)
+        current = entry.json or entry.image
+        tag, names = data_set.annotation(folder, entry)
+        pixels = []
+        labels = None
+        if entry.labels:
+            current = entry.labels
+            photo_size = (width, height) if data_set.same_size else None
+            labels = label_numbers(data_set, os.path.join(folder, entry.labels), photo_size)
+            counts = np.bincount(labels.ravel())
+            for number in np.flatnonzero(counts):
+                pixels.append((int(number), 0, int(counts[number])))
+        if entry.parts:
+            current = entry.parts
+            parts = label_numbers(data_set, os.path.join(folder, entry.parts), (width, height))
+            both = (parts > 0) & (labels > 0)
+            pairs = labels[both].astype(np.int64) << 16 | parts[both]
+            for pair, count in zip(*np.unique(pairs, return_counts=True)):
+                pixels.append((int(pair >> 16), int(pair & 0xFFFF), int(count)))
+        return {"broken": "", "size": (height, width), "tag": tag, "names": names, "pixels": pixels}
+    except Exception as e:  # whatever a decoder makes of a damaged file
+        return {"broken": f"{current}: {reason_of(e)}"}
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be used, on one line."""
+    if isinstance(error, FileNotFoundError):
+        return "missing"
+    if isinstance(error, KeyError):
+        return f"has no {error}"
+    if isinstance(error, Image.DecompressionBombError):
+        return "more than 179 megapixels, which Pillow does not open; make it smaller"
+    if type(error) is ValueError:
+        return " ".join(str(error).split())
+    return f"unreadable ({' '.join(str(error).split()) or type(error).__name__})"
+
+
+def label_numbers(data_set, path: str, photo_size: tuple[int, int] | None = None) -> np.ndarray:
+    """Class numbers (H, W) int32 of a label picture.
+
+    Raises ValueError if its (width, height) is not `photo_size`, and for numbers that are none.
+    """
+    with Image.open(path) as picture:
+        if photo_size and picture.size != photo_size:
+            width, height = picture.size
+            raise ValueError(
+                f"{width} x {height} pixels, its photo {photo_size[0]} x {photo_size[1]}; turn it "
+                "as the photo's EXIF data say, or resize it with the nearest neighbour"
+            )
+        numbers = data_set.numbers(picture)
+    if numbers.min() < 0 or numbers.max() > HIGHEST_NUMBER:
+        raise ValueError(f"class numbers from {numbers.min()} to {numbers.max()}, not 0..65535")
+    return numbers
+
+
+def check_broken(index: Index, allow_broken: bool) -> None:
+    """UserError if more than one image in twenty was set aside, a warning if any was."""
+    if not index.broken:
+        return
+    total = len(index.images) + len(index.broken)
+    found = f"{index.source}: {len(index.broken)} of {total} images set aside, the first: "
+    found += index.broken[0][1]
+    if not index.images:
+        raise UserError(f"{found}; none is left")
+    if len(index.broken) > 0.05 * total and not allow_broken:
+        raise UserError(f"{found}; --allow-broken goes ahead without them")
+    warn(found)
 
 
 def check_numbers(index: Index) -> None:
-    """Says which class numbers have no name or no pixel. UserError if one's own masks have no number with a name."""
-    own, names, numbers = index.layout == "sceneparsing", index.names, set(index.pixels[:, 1:3].unique().tolist()) - {0}
-    listed = lambda items: ", ".join(map(str, sorted(items)[:9]))
-    if own and not numbers & names.keys() and not any(index.tags):
-        found = f"no mask has a class ({listed(names) or '1, 2, ..'}), only {listed(numbers) or 0}"
-        raise UserError(f"{index.folder}: {found}; {UNLABELLED}")
-    if unknown := numbers - names.keys() - ({255} if own else set()):
-        images = index.pixels[torch.isin(index.pixels[:, 1:3], torch.tensor([*unknown])).any(dim=1), 0].unique().numel()
-        warn(f"{index.source}: numbers without a name, unlabelled in {images} images: {listed(unknown)}")
-    if own and len(names) <= 40 and len(numbers & names.keys()) > 1:  # a table as small as one's own
-        if unused := ", ".join([name for n, name in names.items() if n not in numbers][:9]):
-            warn(f"{index.source}: no pixel of {unused}")
-        if zero_pixels(index) and (unused or 255 in numbers - names.keys()):
-            warn(f"{index.source}: {zero_pixels(index):,} pixels of 0, unlabelled; a class? add 1 to all but 255")
+    """Warns of numbers without a name, and of classes of one's own table without a pixel; UserError
+    if the masks have no number of the table."""
+    data_set = index.data_set
+    numbers = set(index.pixels[:, 1].tolist())
+    parts = set(index.pixels[:, 2].tolist()) - {0}  # 0: rows of whole objects
+    unknown = sorted((numbers | parts) - index.names.keys() - data_set.void)
+    if data_set.own_table and not numbers & index.names.keys() and not any(index.tags):
+        raise UserError(
+            f"{index.folder}: no mask has a class of {first_of(index.names) or '1, 2, ..'}, only "
+            f"the numbers {first_of(sorted(numbers))}; {CLASSES_ADVICE}"
+        )
+    if unknown:
+        warn(f"{index.source}: numbers without a name, unlabelled: {first_of(unknown)}")
+    unused = [name for number, name in index.names.items() if number not in numbers]
+    if data_set.own_table and unused:
+        message = f"{index.source}: no pixel of {first_of(unused)}"
+        if 0 in numbers - index.names.keys():
+            message += f"; do your numbers start at 0? Then {CLASSES_ADVICE}"
+        warn(message)
 
 
-def scan_files(source: str, layout: str, folder: str, files: list[dict]) -> tuple:
-    """The fields of an `Index` from `images` on."""
-    tasks = [(layout, folder, entry) for entry in files]
-    bar = dict(total=len(tasks), desc=f"scanning {source}", unit=" images", disable=None, leave=False)
-    with multiprocessing.Pool() if len(tasks) >= 200 else contextlib.nullcontext() as pool:  # few are faster without
-        found = pool.imap(scan_image, tasks, chunksize=16) if pool else map(scan_image, tasks)
-        records = [entry | record for entry, record in zip(files, tqdm(found, **bar))]
-    column = lambda key: [record[key] for record in records if "broken" not in record]
-    rows = [(i, *row) for i, of_image in enumerate(column("pixels")) for row in of_image]
-    pixels = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
-    names = {number: name for of_image in column("names") for number, name in of_image.items()}
-    if layout in ("sceneparsing", "os"):
-        names = class_table(layout, folder, pixels[:, 1].tolist())
-    sizes = torch.tensor(column("size"), dtype=torch.int64).reshape(-1, 2)
-    broken = [[record["image"], record["broken"]] for record in records if "broken" in record]
-    return column("image"), sizes, column("official"), column("tag"), pixels, names, broken
+def first_of(items) -> str:
+    """The first nine of several things, as text."""
+    items = list(items)
+    more = [".."] if len(items) > 9 else []
+    return ", ".join([str(item) for item in items[:9]] + more)
 
 
-def scan_image(task: tuple[str, str, dict]) -> dict:
-    """Opens every file of one image: `size`, `tag`, `pixels` per class number, `names`; or why it is `broken`."""
-    layout, folder, files = task
-    current, maps = files["image"], {}
+def unlabelled(index: Index) -> str:
+    """What share of the pixels has no class, a sentence; with what that means where they are 0."""
+    whole = index.pixels[index.pixels[:, 2] == 0]
+    without = whole[~torch.isin(whole[:, 1], torch.tensor(list(index.names)))]
+    share = int(without[:, 3].sum()) / max(1, int(whole[:, 3].sum()))
+    numbers = without[:, 1].unique().tolist()
+    text = f"{index.source}: {share:.1%} of the pixels are unlabelled"
+    if numbers:
+        text += f" (numbers {first_of(numbers)}), neither learned nor evaluated"
+    if index.data_set.own_table and 0 in numbers:
+        text += f"; if 0 is a class, such as background, {CLASSES_ADVICE}"
+    return text
+
+
+# ---------------------------------------------------------------- photos
+def open_photo(path: str, box: tuple[int, int] | None = None) -> Image.Image:
+    """A photo of any mode in RGB, turned as its EXIF data say; with a `box` of (width, height)
+    perhaps reduced, but to no less than the box. Raises UserError with its name if it cannot be
+    read.
+    """
     try:
-        with Image.open(os.path.join(folder, current)) as photo:
-            width, height = photo.size[::-1] if photo.getexif().get(0x0112) in (5, 6, 7, 8) else photo.size
-            photo.draft("RGB", (1, 1))  # a JPEG is decoded at an eighth, which still notices a truncated one
-            photo.load()
-        found = {"size": (height, width), "tag": files.get("tag", ""), "pixels": [], "names": {}}
-        if "json" in files:
-            current = files["json"]
-            annotation = json.loads("\n".join(read_lines(folder, current)))["annotation"]
-            found["tag"] = ([""] + [name for name in annotation["scene"] if name])[-1].strip().lower()
-            found["names"] = {int(o["name_ndx"]): str(o["name"]) for o in annotation["object"]}
-        for kind in files.keys() & {"labels", "parts"}:
-            current = files[kind]
-            photo_size = None if layout == "os" else (width, height)
-            maps[kind] = label_numbers(os.path.join(folder, current), layout, photo_size).astype(np.int64)
-        if "labels" in maps:
-            counts = np.bincount(maps["labels"].ravel())
-            found["pixels"] = [(int(n), 0, int(counts[n])) for n in np.flatnonzero(counts) if n > 0]
-        if "parts" in maps:
-            both = (maps["parts"] > 0) & (maps["labels"] > 0)
-            pairs, counts = np.unique(maps["labels"][both] << 16 | maps["parts"][both], return_counts=True)
-            found["pixels"] += [(int(p >> 16), int(p & 0xFFFF), int(c)) for p, c in zip(pairs, counts)]
-        return found | {"tag": "" if found["tag"] in ("misc", "unknown", "none", "~not labeled") else found["tag"]}
+        with Image.open(path) as picture:
+            picture.draft("RGB", box or picture.size)  # libjpeg decodes at 1/2, 1/4 or 1/8
+            return rgb(upright(picture))
     except Exception as e:  # whatever a decoder makes of a damaged file
-        reasons = {FileNotFoundError: "missing", ValueError: str(e), KeyError: f"has no {e}"}
-        reason = reasons.get(type(e), f"unreadable ({e or type(e).__name__})")
-        return {"broken": f"{current}: {' '.join(reason.split())}"}
+        if isinstance(e, OSError) and e.strerror:
+            raise UserError(f"{path}: {e.strerror}") from None
+        raise UserError(f"{path}: cannot be read as a photo ({reason_of(e)})") from None
 
 
-def class_table(layout: str, folder: str, numbers: list[int]) -> dict[int, str]:
-    """Number -> name. Of SceneParsing or one's own data from objectInfo150.txt, else classes.txt, else "class 1", ..;
-    of OpenSurfaces from its table of substances, whose numbers are red values."""
-    tables = [name for name in TABLES if name.endswith("csv") == (layout == "os")]
-    name = next((name for name in tables if os.path.exists(os.path.join(folder, name))), tables[-1])
-    path = os.path.join(folder, name)
-    if layout == "sceneparsing" and not os.path.exists(path):
-        return {n: f"class {n}" for n in range(1, max({*numbers} - {255, 65535}, default=0) + 1)}
+def upright(picture: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF data say, if they can be read."""
+    picture.load()
     try:
-        lines = read_lines(path)
-        table = dict(enumerate("\n".join(lines).rstrip().split("\n"), start=1))  # classes.txt
-        if layout == "os":
-            table = {int(row["red_color"]): row["substance_name"] for row in csv.DictReader(lines)}
-        elif name == "objectInfo150.txt":
-            rows = [line.split("\t") for line in lines if line.strip()]  # the first may be a header
-            table = {int(row[0]): row[1:][-1] for k, row in enumerate(rows) if k or row[0].strip().isdigit()}
-        if layout != "os" and (wrong := [n for n in table or [0] if n < 1 or not table[n].strip()]):
-            raise ValueError(f"class {wrong[0]} has no name, or is below 1 (unlabelled: add 1 to every class and mask)")
-        return {number: name.strip() for number, name in sorted(table.items()) if name.strip()}
-    except (LookupError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{path}: not a table of classes ({TABLES[name]}): {e}") from None
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # whatever damaged EXIF data make of the reader
+        return picture
+
+
+def rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any mode in 8-bit RGB: transparent pixels on white, 16 bits scaled to 8."""
+    check_depth(picture)
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def check_depth(picture: Image.Image) -> None:
+    """Raises ValueError for deep grey values whose range is not known: below 4096 they may be of 12
+    bits, a guess of ours."""
+    if picture.mode == "F":
+        raise ValueError("floating-point values, whose range is unknown; save it with 8 bits")
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture)
+        low = int(values.min())
+        high = int(values.max())
+        if low < 0 or high > 65535 or 0 < high < 4096:
+            raise ValueError(
+                f"grey values up to {high} in more than 8 bits (12 of 16?); save it with 8 bits"
+            )
 
 
 # ---------------------------------------------------------------- the vocabulary (section 2.1)
-# OpenSurfaces' substances that are kept, and as what (released code); all others are unlabelled.
-KEPT = "brick cardboard ceramic foliage food fur glass hair laminate leather metal mirror painted skin stone tile wood"
-MATERIALS = {name: name for name in [*KEPT.split(), "wallpaper", "wicker"]} | {"concrete": "stone"}
-MATERIALS |= {"plastic clear": "plastic", "plastic opaque": "plastic", "granite marble": "polished stone"}
-MATERIALS |= {"fabric cloth": "fabric", "paper tissue": "paper", "rubber latex": "rubber/latex", "carpet rug": "carpet"}
-
-
-def merged_names(names: dict[int, str], part: bool = False) -> dict[int, str]:
-    """Number -> class name, where similar names are merged by rule (the released code has hand-made tables).
-    The first synonym, in lower case; a plural becomes the singular when both occur; parts lose "left" and "right"."""
-    first = {number: name.split(",")[0].strip().lower() for number, name in names.items()}
-    if part:
-        first = {number: re.sub(r"\b(left|right) +", "", name) for number, name in first.items()}
-    forms, plurals = set(first.values()), ((r"s$", ""), (r"(s|x|z|ch|sh|o)es$", r"\1"), (r"ies$", "y"))
-    singulars = lambda name: (re.sub(plural, end, name) for plural, end in plurals)
-    return {n: next((s for s in singulars(name) if s != name and s in forms), name) for n, name in first.items()}
-
-
-def class_names(index: Index) -> dict[str, dict]:
-    """Level -> {number (or the name of a scene or texture) in the source's files: class name}, after merging."""
-    tags = {tag: tag for tag in index.tags if tag}
-    if index.source == "dtd":
-        return {"texture": tags}
-    if index.source == "os":
-        plain = {number: re.sub("[^a-z]+", " ", name.lower()).strip() for number, name in index.names.items()}
-        return {"material": {number: MATERIALS[name] for number, name in plain.items() if name in MATERIALS}}
-    if index.layout == "sceneparsing":
-        distinct = upernet.distinct_names(list(index.names.values()))
-        return {"scene": tags, "object": dict(zip(index.names, distinct)), "part": {}}
-    named = lambda column: {n: index.names[n] for n in index.pixels[:, column].unique().tolist() if n in index.names}
-    return {"scene": tags, "object": merged_names(named(1)), "part": merged_names(named(2), part=True)}
-
-
 def class_pixels(index: Index) -> dict[str, dict]:
-    """Level -> class -> {image: pixels}, after merging and before any threshold. A class of part is (object, part).
-    Scenes and textures, which have no pixels, count one for each image."""
-    names = class_names(index)
-    level, tag_level = "material" if index.source == "os" else "object", "texture" if index.source == "dtd" else "scene"
-    rows = [(image, tag_level, tag, 1) for image, tag in enumerate(index.tags) if tag]
+    """Level -> class -> {image: pixels}, after merging and before any threshold. A class of part is
+    (object, part). Scenes and textures, which have no pixels, count one for each image."""
+    data_set = index.data_set
+    names = data_set.class_names(index)
+    table = {level: collections.defaultdict(collections.Counter) for level in names}
+    for image, tag in enumerate(index.tags):
+        if tag:
+            table[data_set.tag_level][names[data_set.tag_level][tag]][image] += 1
     for image, number, part, pixels in index.pixels.tolist():
-        if (name := names[level].get(number)) is not None and part == 0:
-            rows.append((image, level, name, pixels))
-        elif name is not None and part in names["part"]:
-            rows.append((image, "part", (name, names["part"][part]), pixels))
-    table: dict[str, dict] = {level: {} for level in names}
-    for image, level, name, pixels in rows:
-        table[level].setdefault(name, collections.Counter())[image] += pixels
+        name = names[data_set.map_level].get(number)
+        if name is None:
+            continue
+        if part == 0:
+            table[data_set.map_level][name][image] += pixels
+        elif part in names["part"]:
+            table["part"][name, names["part"][part]][image] += pixels
     return table
 
 
-def build_vocabulary(indexes: dict[str, Index], minima: dict[str, int], levels: tuple = upernet.LEVELS) -> dict:
-    """Level -> class names (part: object -> part names, "background" first), by the rules of section 2.1.
-    Objects in at least `min_images` images with at least `min_pixels` pixels, largest first; parts of an object in at
-    least `min_part_images` images; scenes in at least `min_scene_images`; materials in at least `min_images`; all
-    textures. SceneParsing's objects, or one's own, are their whole table; UserError for one, if `levels` has object."""
-    least = {"scene": minima["min_scene_images"], "object": minima["min_images"], "part": minima["min_part_images"]}
-    least |= {"material": minima["min_images"], "texture": 1}
-    vocabulary: dict = {}
-    for index in indexes.values():
+def build_vocabulary(
+    indexes: dict[str, Index], minima: dict[str, int], levels: tuple = upernet.LEVELS
+) -> dict:
+    """Level -> class names (part: object -> part names, "background" first).
+
+    Section 2.1: objects in at least `min_images` images with at least `min_pixels` pixels; parts of
+    an object in at least `min_part_images` images; materials in at least `min_images`; all
+    textures. Ours: scenes in at least `min_scene_images`; the largest first. A data set's own table
+    of classes (SceneParsing, your own) is taken as it is. Raises UserError for two sources of one
+    level, and, if `levels` has object, for an own table of which fewer than two classes have
+    pixels.
+    """
+    least = {
+        "scene": minima["min_scene_images"],
+        "object": minima["min_images"],
+        "part": minima["min_part_images"],
+        "material": minima["min_images"],
+        "texture": 1,
+    }
+    vocabulary = {}
+    owner = {}
+    for source, index in indexes.items():
         for level, classes in class_pixels(index).items():
+            if level in owner:
+                raise UserError(
+                    f"--data: {owner[level]} and {source} both label {level}s; name one"
+                )
+            owner[level] = source
             pixels = {name: sum(images.values()) for name, images in classes.items()}
             kept = sorted(name for name, images in classes.items() if len(images) >= least[level])
-            own = level == "object" and index.layout == "sceneparsing"
-            if own:
-                kept = list(class_names(index)["object"].values())
-            elif level in ("object", "part"):
+            if level == "object" and index.data_set.own_table:
+                kept = list(index.data_set.class_names(index)["object"].values())
+                if "object" in levels and len(pixels) < 2:
+                    raise UserError(
+                        f"{index.folder}: fewer than two classes have pixels; background is one "
+                        f"too: {CLASSES_ADVICE}"
+                    )
+            elif level == "object":
+                kept = [name for name in kept if pixels[name] >= minima["min_pixels"]]
                 kept.sort(key=lambda name: -pixels[name])
-                kept = [name for name in kept if level == "part" or pixels[name] >= minima["min_pixels"]]
-            if level == "object" and level in levels and (kept or own) and len(set(kept) & set(pixels)) < 2:
-                raise UserError(f"{index.folder}: no two classes of objects have pixels; {UNLABELLED}")
-            if level == "part":
-                parts_of = lambda name: [part for owner, part in kept if owner == name and part != "background"]
-                parts = {name: parts_of(name) for name in vocabulary.get("object", ())}
-                kept = {name: ["background", *of_object] for name, of_object in parts.items() if of_object}
+            elif level == "part":
+                kept.sort(key=lambda name: -pixels[name])
+                kept = parts_by_object(kept, vocabulary["object"])
             vocabulary[level] = kept
     return {level: names for level, names in vocabulary.items() if names}
 
 
+def parts_by_object(pairs: list[tuple[str, str]], objects: list[str]) -> dict[str, list[str]]:
+    """Object -> its parts, "background" first, of (object, part) pairs; objects without any are
+    left out.
+    """
+    parts = {name: ["background"] for name in objects}
+    for name, part in pairs:
+        if name in parts and part != "background":
+            parts[name].append(part)
+    return {name: names for name, names in parts.items() if len(names) > 1}
+
+
 # ---------------------------------------------------------------- photos and labels
 class Source:
-    """An index read with a vocabulary: `photo(i)` and `labels(i)` of its images, labels as class indices.
-    names: as `class_names` gives them, and those by default. cache, short, longest: where label maps are kept prepared
-    for training, at the largest size that training has. `levels` are those of the source that the vocabulary has."""
+    """An index read with a vocabulary: `photo(i)` and `labels(i)` of its images, labels as class
+    indices.
 
-    def __init__(self, index: Index, vocabulary: dict, names: dict | None = None, cache="", short=600, longest=1200):
-        names = names or class_names(index)
-        self.index, self.short, self.longest = index, short, longest
-        known = lambda v: names.get(v) and set(names["object" if v == "part" else v].values()) & set(vocabulary[v])
-        self.levels = [v for v in SOURCE_LEVELS[index.source] if v in vocabulary and known(v)]
-        self.tag_level = {"ade20k": "scene", "dtd": "texture", "os": None}[index.source]
-        self.map_level = {"ade20k": "object", "dtd": None, "os": "material"}[index.source]
-        position = {v: {n: i for i, n in enumerate(vocabulary.get(v, ()))} for v in (self.tag_level, self.map_level)}
-        self.tags = [position[self.tag_level].get(names.get(self.tag_level, {}).get(tag), -1) for tag in index.tags]
-        # The files' number -> class index, -1 for none; (class index, part number) -> index in the object's list of
-        # parts, 0 for none, with a last row of zeros for class -1.
-        numbers, classes = names.get(self.map_level, {}), position[self.map_level]
-        size = 1 + max(*numbers, *names.get("part", {}), *index.pixels[:, 1:3].unique().tolist(), 0, 0)
-        self.class_of = np.array([classes.get(numbers.get(n), -1) for n in range(size)], np.int16)
-        self.part_of = np.zeros((len(classes) + 1, size), np.uint8)
-        for owner, parts in vocabulary.get("part", {}).items() if "part" in self.levels else ():
-            for number, name in names["part"].items():
-                self.part_of[classes[owner], number] = parts.index(name) if name in parts else 0
-        self.with_parts = set(index.pixels[index.pixels[:, 2] > 0, 0].tolist())
-        content = (index.fingerprint, [(level, vocabulary[level]) for level in self.levels], short, longest)
+    names: level -> {number or tag in the source's files: class name}, by default the data set's
+        own.
+    cache, short, longest: where label maps are kept prepared for training, at its largest size.
+    `levels` are those of the data set of which the vocabulary has classes.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        vocabulary: dict,
+        names: dict | None = None,
+        cache: str = "",
+        short: int = 600,
+        longest: int = 1200,
+    ):
+        self.index = index
+        self.data_set = index.data_set
+        self.short = short
+        self.longest = longest
+        if names is None:
+            names = self.data_set.class_names(index)
+        self.tag_level = self.data_set.tag_level
+        self.map_level = self.data_set.map_level
+        tags = lookup(names, vocabulary, self.tag_level)
+        classes = lookup(names, vocabulary, self.map_level)
+        self.tags = [tags.get(tag, upernet.UNLABELLED) for tag in index.tags]
+        # Number in the files -> class index, -1 for none.
+        self.class_of = np.full(HIGHEST_NUMBER + 1, upernet.UNLABELLED, np.int16)
+        self.class_of[list(classes)] = list(classes.values())
+        self.part_of = part_table(names.get("part", {}), vocabulary)
+        known = {self.tag_level: tags, self.map_level: classes, "part": self.part_of.any()}
+        self.levels = [level for level in self.data_set.levels if known[level]]
+        content = [index.fingerprint, short, longest]
+        content += [(level, vocabulary[level]) for level in self.levels]
         self.prepared_folder = os.path.join(cache, f"{index.source}-{hash_of(content)}")
 
     def photo(self, i: int, box: tuple[int, int] | None = None) -> Image.Image:
@@ -384,308 +945,588 @@ class Source:
         return open_photo(os.path.join(self.index.folder, self.index.images[i]), box)
 
     def labels(self, i: int) -> dict[str, np.ndarray | int]:
-        """Image i's labels at their own size: object, material int16 (H, W), -1 for unlabelled; part uint8 (H, W), the
-        index in the list of parts of the pixel's object, 0 elsewhere; scene, texture an index or -1."""
-        (_, _, pattern, templates), image = LAYOUTS[self.index.layout], self.index.images[i]
-        match, labels = re.fullmatch(pattern, image, re.IGNORECASE), {self.tag_level: self.tags[i]}
-        path = lambda kind: os.path.join(self.index.folder, match.expand(templates[kind]))
-        try:
-            if self.map_level in self.levels:
-                classes = self.class_of[label_numbers(path("labels"), self.index.layout)]
-                labels |= {self.map_level: classes, "part": np.zeros(classes.shape, np.uint8)}
-            if "part" in self.levels and i in self.with_parts:
-                labels["part"] = self.part_of[classes, label_numbers(path("parts"), self.index.layout)]
-        except Exception as e:
-            raise UserError(f"{path('labels')}: no longer readable as labels ({e})") from None
-        return {level: labels[level] for level in self.levels}
+        """Image i's labels at their own size: object, material int16 (H, W), -1 for unlabelled;
+        part uint8 (H, W), the index in the list of parts of the pixel's object, 0 elsewhere; scene,
+        texture an index or -1.
+        """
+        labels = {}
+        if self.tag_level in self.levels:
+            labels[self.tag_level] = self.tags[i]
+        if self.map_level in self.levels:
+            classes = self.class_of[self.numbers(self.index.labels[i])]
+            labels[self.map_level] = classes
+            if "part" in self.levels:
+                labels["part"] = np.zeros(classes.shape, np.uint8)
+                if self.index.parts[i]:
+                    labels["part"] = self.part_of[classes, self.numbers(self.index.parts[i])]
+        return labels
 
-    def prepared(self, i: int) -> np.ndarray:
-        """Image i's label map (h, w, 3) uint8, at most as large as training needs it: R and G are 1 + the class (0 for
-        unlabelled), B is the index in the object's list of parts. Kept as a PNG in the cache, written when missing."""
+    def numbers(self, name: str) -> np.ndarray:
+        """The numbers in a label picture that the scan has found whole."""
+        path = os.path.join(self.index.folder, name)
+        try:
+            return label_numbers(self.data_set, path)
+        except Exception as e:  # whatever a decoder makes of a damaged file
+            raise UserError(f"{path}: no longer readable as labels ({reason_of(e)})") from None
+
+    def prepared(self, i: int) -> dict[str, np.ndarray]:
+        """Image i's label maps as in `labels`, at most as large as training needs them. Kept as
+        pictures in the cache, written when missing; UserError names a damaged one.
+        """
         path = os.path.join(self.prepared_folder, f"{i}.png")
-        with contextlib.suppress(OSError, SyntaxError), Image.open(path) as picture:  # missing or damaged
-            return np.asarray(picture)
-        labels = self.labels(i)
-        classes = labels[self.map_level]
-        size = np.minimum(resized(self.index.sizes[i].tolist(), self.short, self.longest), classes.shape).tolist()
-        rows, columns = (centres(n, 1, n, full) for n, full in zip(size, classes.shape))
-        code, part = (m[rows[:, None], columns] for m in (classes + 1, labels.get("part", np.zeros_like(classes))))
-        code = np.stack([code >> 8, code & 255, part], axis=-1).astype(np.uint8)
-        write_file(path, lambda name: Image.fromarray(code).save(name, "PNG", compress_level=1), "name another --cache")
-        return code
+        parts_path = os.path.join(self.prepared_folder, f"{i}_parts.png")
+        with_parts = "part" in self.levels and self.index.parts[i] != ""
+        if not os.path.exists(path) or (with_parts and not os.path.exists(parts_path)):
+            labels = self.labels(i)
+            size = resized(self.index.sizes[i].tolist(), self.short, self.longest)
+            if with_parts:
+                write_prepared(labels["part"], size, parts_path)
+            write_prepared((labels[self.map_level] + 1).astype(np.uint16), size, path)
+        classes = read_prepared(path).astype(np.int16) - 1
+        maps = {self.map_level: classes}
+        if "part" in self.levels:
+            maps["part"] = np.zeros(classes.shape, np.uint8)
+            if with_parts:
+                maps["part"] = read_prepared(parts_path)
+        return maps
+
+
+def lookup(names: dict, vocabulary: dict, level: str | None) -> dict:
+    """Number or tag in a source's files -> class index, for the classes of a level."""
+    position = {name: k for k, name in enumerate(vocabulary.get(level, ()))}
+    of_level = names.get(level, {})
+    return {key: position[name] for key, name in of_level.items() if name in position}
+
+
+def part_table(names: dict[int, str], vocabulary: dict) -> np.ndarray:
+    """(class index, number in the files) -> index in the object's list of parts, 0 for none: uint8
+    (classes + 1, numbers), whose last row serves class -1."""
+    objects = vocabulary.get("object", ())
+    table = np.zeros((len(objects) + 1, HIGHEST_NUMBER + 1), np.uint8)
+    for owner, parts in vocabulary.get("part", {}).items():
+        of_parts = lookup({"part": names}, {"part": parts}, "part")
+        table[objects.index(owner), list(of_parts)] = list(of_parts.values())
+    return table
+
+
+def write_prepared(labels: np.ndarray, size: tuple[int, int], path: str) -> None:
+    """Writes a label map, made smaller if `size` is, as a picture."""
+    height = min(size[0], labels.shape[0])
+    width = min(size[1], labels.shape[1])
+    # Each pixel's label is the one at its centre.
+    rows = (2 * np.arange(height) + 1) * labels.shape[0] // (2 * height)
+    columns = (2 * np.arange(width) + 1) * labels.shape[1] // (2 * width)
+    picture = Image.fromarray(labels[rows[:, None], columns])
+    write_file(path, lambda name: picture.save(name, "PNG", compress_level=1))
+
+
+def read_prepared(path: str) -> np.ndarray:
+    try:
+        with Image.open(path) as picture:
+            return np.array(picture)
+    except (OSError, SyntaxError, ValueError) as e:  # Pillow's errors for broken PNG chunks
+        raise UserError(f"{path}: a damaged label map ({e}); delete it") from None
 
 
 def resized(size: tuple[int, int], short: int, longest: int) -> tuple[int, int]:
-    """(height, width) with the short side at `short`, or less so that the long side is at most `longest`."""
+    """(height, width) with the short side at `short`, or less so that the long side is at most
+    `longest`.
+    """
     scale = min(short / min(size), longest / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def centres(cells: int, stride: int, n: int, full: int) -> np.ndarray:
-    """Where the centres of `cells` cells of `stride` out of n pixels lie in a map of `full`: labels there, ours."""
-    return (2 * np.arange(cells) + 1) * stride * full // (2 * n)
+def centres(cells: int, start: int, n: int, full: int) -> np.ndarray:
+    """Where the centres of cells of 4 pixels, from pixel `start` of n, are in a map of `full`."""
+    middle = start + 4 * np.arange(cells) + 2
+    return middle * full // n
 
 
-# ---------------------------------------------------------------- batches
-def plan_batches(sizes: dict[str, dict[int, tuple[int, int]]], iterations: int, images: int, seed: int) -> np.ndarray:
-    """The source and the images of each iteration: int32 (iterations, 1 + images); each row holds the source's
-    position in `sizes`, then the image numbers. sizes: of each source, image number -> (height, width).
-    Section 3.1: each iteration draws a source, with probability by its number of images; its images are of one
-    orientation, to keep padding small. Ours: no image repeats before every image of its orientation was used."""
-    rng, plan = np.random.default_rng(seed), np.empty((iterations, 1 + images), np.int32)
-    counts = np.array([len(of_source) for of_source in sizes.values()])
-    plan[:, 0] = rng.choice(len(counts), iterations, p=counts / counts.sum())
-    for position, of_source in enumerate(sizes.values()):
-        numbers, upright = np.array(list(of_source), np.int32), np.array([h > w for h, w in of_source.values()])
-        turned = rng.random(iterations) < upright.mean()
-        for orientation in (True, False):
-            rows, bucket = (plan[:, 0] == position) & (turned == orientation), numbers[upright == orientation]
-            n = rows.sum() * images
-            passes = [rng.permutation(bucket) for _ in range(math.ceil(n / max(1, len(bucket))))]
-            plan[rows, 1:] = np.concatenate([*passes, bucket[:0]])[:n].reshape(-1, images)
+# ---------------------------------------------------------------- batches (section 3.1)
+def orientation_groups(index: Index, images: list[int]) -> list[np.ndarray]:
+    """The images upright and the others: batches of one orientation need little padding."""
+    images = np.array(images, np.int32)
+    upright = (index.sizes[:, 0] > index.sizes[:, 1]).numpy()[images]
+    return [group for group in (images[upright], images[~upright]) if len(group)]
+
+
+def plan_batches(
+    groups: list[tuple[int, np.ndarray]], iterations: int, images: int, seed: int
+) -> np.ndarray:
+    """The source and the images of each iteration: int32 (iterations, 1 + images).
+
+    groups: (position of a source, indices of its images), of which each iteration draws one, with
+        probability by its number of images: section 3.1's draw of a source, and of an orientation.
+    Ours: no image repeats before every image of its group was used.
+    """
+    rng = np.random.default_rng(seed)
+    plan = np.empty((iterations, 1 + images), np.int32)
+    sizes = np.array([len(indices) for _, indices in groups])
+    group_of = rng.choice(len(groups), iterations, p=sizes / sizes.sum())
+    for k, (position, indices) in enumerate(groups):
+        rows = np.flatnonzero(group_of == k)
+        n = len(rows) * images
+        passes = [rng.permutation(indices) for _ in range(1 + n // len(indices))]
+        plan[rows, 0] = position
+        plan[rows, 1:] = np.concatenate(passes)[:n].reshape(-1, images)
     return plan
 
 
-def training_batch(k, sources: list, plan: np.ndarray, sizes: list, longest: int, seed: int, share=(1, 0, 1)) -> dict:
-    """The k-th batch of a stage for one process: a function of plan and seed alone, so that neither the number of
-    workers nor a pause changes it. share: (accumulate, rank, processes). Each iteration has `accumulate` batches, and
-    processes take equal shares of its images. Returns a dict: `source`, `files`, `images` (N, 3, H, W) uint8 with H and
-    W multiples of 32, and the labels as in `upernet.losses`, in small integer types. DTD's images are squares."""
-    accumulate, rank, processes = share
-    iteration, piece = divmod(k, accumulate)
-    position, *numbers = plan[iteration].tolist()
-    source, n = sources[position], len(numbers) // (accumulate * processes)
-    first = (piece * processes + rank) * n
-    numbers, samples = numbers[first : first + n], []
-    # Section 3.1 draws the short side; ours: one for all images of an iteration, so that little is padded.
-    short = int(np.random.default_rng((seed, iteration)).choice(sizes))
-    for place, i in enumerate(numbers, start=first + 1):  # from 1: numpy takes (a, b, 0) for (a, b)
-        rng = np.random.default_rng((seed, iteration, place))
-        if source.index.source == "dtd":
-            picture, size = texture_square(source, i, rng.random()), (TEXTURE_SIZE, TEXTURE_SIZE)
+class Sample(NamedTuple):
+    """One image of a batch: where the window of the batch lies in the photo, resized to `size`."""
+
+    photo: Image.Image
+    labels: dict[str, np.ndarray]
+    size: tuple[int, int]  # (height, width)
+    top: int = 0
+    left: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class TrainingBatches(Dataset):
+    """The batches of one stage for one process. Batch k depends on the plan and the seed alone, so
+    that neither the number of workers nor a pause changes it."""
+
+    sources: list[Source]
+    plan: np.ndarray  # see `plan_batches`; positions are those in `sources`
+    sizes: list[int]  # short sides, of which each iteration draws one
+    longest: int  # no long side is above it
+    seed: int
+    crop: int = 0  # side of squares cut from images of a short side of 0.5 to 2 times it, or 0
+    flip: bool = True  # whether half of the images are mirrored
+    accumulate: int = 1  # batches in each iteration
+    rank: int = 0  # each process takes its share of every batch
+    processes: int = 1
+
+    def __len__(self) -> int:
+        return len(self.plan) * self.accumulate
+
+    def __getitem__(self, k: int) -> dict:
+        """`source`, `files`, `images` (N, 3, H, W) uint8 with H and W multiples of 32, and the
+        labels of the source's levels as in `upernet.losses`, in small integer types.
+        """
+        iteration, batch_of_step = divmod(k, self.accumulate)
+        position, *of_step = self.plan[iteration].tolist()  # for all batches and processes
+        source = self.sources[position]
+        n = len(of_step) // (self.accumulate * self.processes)
+        first = (batch_of_step * self.processes + self.rank) * n
+        indices = of_step[first : first + n]
+
+        # Section 3.1 draws a short side for each image; ours: one for all of an iteration, to pad
+        # less.
+        short = int(np.random.default_rng((self.seed, iteration)).choice(self.sizes))
+        samples = []
+        for place, i in enumerate(indices, start=first + 1):  # numpy takes (a, b, 0) for (a, b)
+            rng = np.random.default_rng((self.seed, iteration, place))
+            samples.append(self.sample(source, i, short, rng))
+
+        if self.crop and not source.data_set.squares:
+            height = width = self.crop
         else:
+            height = pad_to_32(max(sample.size[0] for sample in samples))
+            width = pad_to_32(max(sample.size[1] for sample in samples))
+        images = [padded_image(s.photo, s.size, height, width, s.top, s.left) for s in samples]
+        batch = {
+            "source": source.index.source,
+            "files": [source.index.images[i] for i in indices],
+            "images": torch.from_numpy(np.stack(images)),
+        }
+        if source.tag_level in source.levels:
+            tags = [source.tags[i] for i in indices]
+            batch[source.tag_level] = torch.tensor(tags, dtype=torch.int16)
+        for level in samples[0].labels:
+            maps = [quarter_labels(sample, level, height, width) for sample in samples]
+            batch[level] = torch.from_numpy(np.stack(maps))
+        return batch
+
+    def sample(self, source: Source, i: int, short: int, rng: np.random.Generator) -> Sample:
+        """Image i at the short side `short` (section 3.1), with `crop` a random square of it at a
+        random size (other code bases' augmentation), of textures a square; half of the time
+        mirrored (in the authors' code, not in the paper; of textures ours)."""
+        labels = {}
+        top = left = 0
+        if source.data_set.squares:
+            size = (TEXTURE_SIZE, TEXTURE_SIZE)
+            photo = texture_square(source, i, place=rng.random())
+        else:
+            longest = self.longest
+            if self.crop:
+                short = round(self.crop * rng.uniform(0.5, 2))
+                longest = 4 * short
             size = resized(source.index.sizes[i].tolist(), short, longest)
-            picture = source.photo(i, size[::-1])
-        code = source.prepared(i) if source.map_level in source.levels else None
-        if rng.random() < 0.5:  # in the authors' code, not in the paper
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            code = code if code is None else code[:, ::-1]
-        samples.append((picture, size, code))
-    height, width = (padded(max(side)) for side in zip(*(size for _, size, _ in samples)))
-    images = np.stack([padded_image(picture, size, height, width) for picture, size, _ in samples])
-    files = [source.index.images[i] for i in numbers]
-    batch = {"source": source.index.source, "files": files, "images": torch.from_numpy(images)}
-    if source.tag_level in source.levels:
-        batch[source.tag_level] = torch.tensor([source.tags[i] for i in numbers], dtype=torch.int16)
-    if source.map_level in source.levels:
-        codes = np.zeros((n, height // 4, width // 4, 3), np.uint8)  # 0, unlabelled, in the padding
-        for quarter, (_, size, code) in zip(codes, samples):
-            rows, columns = (centres(math.ceil((s - 2) / 4), 4, s, full) for s, full in zip(size, code.shape))
-            quarter[: len(rows), : len(columns)] = code[rows[:, None], columns]
-        codes = torch.from_numpy(codes).to(torch.int16)
-        batch[source.map_level] = 256 * codes[..., 0] + codes[..., 1] - 1
-        batch |= {"part": codes[..., 2].to(torch.uint8)} if "part" in source.levels else {}
-    return batch
+            if self.crop:
+                top = int(rng.integers(0, max(0, size[0] - self.crop) + 1))
+                left = int(rng.integers(0, max(0, size[1] - self.crop) + 1))
+            photo = source.photo(i, box=size[::-1])
+            if source.map_level in source.levels:
+                labels = source.prepared(i)
+        if self.flip and rng.random() < 0.5:
+            photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            labels = {level: of_level[:, ::-1] for level, of_level in labels.items()}
+        return Sample(photo, labels, size, top, left)
 
 
-def padded_image(picture: Image.Image, size: tuple[int, int], height: int, width: int) -> np.ndarray:
-    """The picture resized to `size`, padded right and below with the mean colour: (3, height, width) uint8."""
+def quarter_labels(sample: Sample, level: str, height: int, width: int) -> np.ndarray:
+    """A level's labels for a window of (height, width), at a quarter of it: each cell's label is
+    the one at its centre; unlabelled (part: 0), in the padding.
+    """
+    labels = sample.labels[level]
+    h, w = sample.size
+    top = sample.top
+    left = sample.left
+    rows = centres(cells_inside(min(h - top, height)), top, h, labels.shape[0])
+    columns = centres(cells_inside(min(w - left, width)), left, w, labels.shape[1])
+    padding = 0 if level == "part" else upernet.UNLABELLED
+    quarter = np.full((height // 4, width // 4), padding, labels.dtype)
+    quarter[: len(rows), : len(columns)] = labels[rows[:, None], columns]
+    return quarter
+
+
+def cells_inside(n: int) -> int:
+    """How many cells of 4 pixels have their centre, 4 k + 2, within n pixels."""
+    return math.ceil((n - 2) / 4)
+
+
+def pad_to_32(n: int) -> int:
+    """Up to a multiple of the network's coarsest stride."""
+    return math.ceil(n / 32) * 32
+
+
+def padded_image(
+    photo: Image.Image, size: tuple[int, int], height: int, width: int, top: int = 0, left: int = 0
+) -> np.ndarray:
+    """A window of (height, width) at (top, left) of the photo resized to `size`, padded right and
+    below with the mean colour: (3, height, width) uint8.
+    """
+    h = min(size[0] - top, height)
+    w = min(size[1] - left, width)
+    across = photo.width / size[1]  # the photo's own pixels for one of the resized photo
+    down = photo.height / size[0]
+    box = (left * across, top * down, (left + w) * across, (top + h) * down)
     canvas = np.full((height, width, 3), MEAN_COLOUR, np.uint8)
-    canvas[: size[0], : size[1]] = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    canvas[:h, :w] = photo.resize((w, h), Image.Resampling.BILINEAR, box=box)
     return np.ascontiguousarray(canvas.transpose(2, 0, 1))
 
 
 def texture_square(source: Source, i: int, place: float) -> Image.Image:
-    """Image i of DTD at a short side of TEXTURE_SIZE, cut to a square at `place` (0 to 1) along the long side."""
-    height, width = resized(source.index.sizes[i].tolist(), TEXTURE_SIZE, 10**6)
-    picture = source.photo(i, (width, height)).resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round(place * (width - TEXTURE_SIZE)), round(place * (height - TEXTURE_SIZE))
-    return picture.crop((left, top, left + TEXTURE_SIZE, top + TEXTURE_SIZE))
+    """Image i at a short side of TEXTURE_SIZE, cut to a square at `place` (0 to 1) of the long
+    side.
+    """
+    side = (TEXTURE_SIZE, TEXTURE_SIZE)
+    photo = source.photo(i, side)
+    return ImageOps.fit(photo, side, Image.Resampling.BILINEAR, centering=(place, place))
 
 
-# ---------------------------------------------------------------- the toy: generated pictures in those layouts
-TOY_COLOURS = {  # ranges of hue, saturation and value
-    "any": ((0, 1), (0.15, 0.65), (0.35, 0.95)), "dull": ((0, 1), (0.05, 0.5), (0.4, 0.95)), "grey": ((0, 1), (0, 0.2), (0.3, 0.75)),
-    "brown": ((0.95, 1.15), (0.15, 0.6), (0.3, 0.8)), "green": ((0.1, 0.4), (0.3, 0.7), (0.35, 0.85)), "dark": ((0, 1), (0, 0.1), (0.2, 0.35)),
-    "blue": ((0.46, 0.64), (0.2, 0.65), (0.5, 0.95)), "dusk": ((0.92, 1.12), (0.15, 0.5), (0.6, 1)), "sand": ((0.03, 0.18), (0.2, 0.6), (0.6, 1)),
-}  # fmt: skip
-# The strokes of each thing: part, substances to pick from, colour (a number: one of several), and points from its feet in
-# heights of the thing, x to the right and y upwards: two corners of a rectangle, a polygon, or after "o" two of an ellipse.
-TOY_THINGS = {
-    "building": [(None, "Brick|Stone|Wood|Painted|Glass|Metal", "dull", -0.34, 0, 0.34, 0.8), ("roof", "Tile|Metal", "any", -0.42, 0.78, -0.22, 1, 0.22, 1, 0.42, 0.78),
-                 *(("window", "Glass", "blue", x, y, x + 0.16, y + 0.16) for x in (-0.28, -0.04, 0.16) for y in (0.34, 0.57)), ("door", "Wood", "any2", -0.1, 0, 0.08, 0.26)],
-    "tree": [("trunk", "Wood", "brown", -0.07, 0, 0.07, 0.5), ("crown", "Foliage", "green", "o", -0.43, 0.32, 0.17, 0.88), ("crown", "Foliage", "green", "o", -0.2, 0.38, 0.44, 1)],
-    "car": [(None, "Metal", "any", -1, 0.16, -1, 0.6, -0.65, 0.62, -0.42, 1, 0.4, 1, 0.7, 0.62, 1.02, 0.55, 1.02, 0.16), ("window", "Glass", "blue", -0.52, 0.62, -0.34, 0.92, 0.32, 0.92, 0.54, 0.62),
-            ("wheel", "Dirt", "dark", "o", -0.83, -0.02, -0.33, 0.46), ("wheel", "Dirt", "dark", "o", 0.33, -0.02, 0.83, 0.46)],
-    "person": [("left leg", "Fabric/Cloth", "any", -0.14, 0, -0.01, 0.45), ("right leg", "Fabric/Cloth", "any", 0.01, 0, 0.14, 0.45),
-               ("torso", "Fabric/Cloth", "any2", -0.21, 0.76, 0.21, 0.76, 0.15, 0.4, -0.15, 0.4), ("head", "Dirt", "sand", "o", -0.12, 0.74, 0.12, 1)],
-    "boat": [("hull", "Wood|Painted", "any", -0.38, 0, -0.58, 0.3, 0.58, 0.3, 0.4, 0), ("sail", "Fabric/Cloth", "any2", -0.03, 0.34, -0.03, 1, -0.42, 0.34), ("sail", "Fabric/Cloth", "any3", 0.03, 0.34, 0.03, 1, 0.42, 0.34)],
-    "lamp": [("base", "Wood", "any", -0.06, 0.04, 0.06, 0.7), ("base", "Wood", "any", -0.2, 0, 0.2, 0.1), ("shade", "Fabric/Cloth|Glass", "sand", -0.34, 0.55, -0.2, 1, 0.2, 1, 0.34, 0.55)],
-    "bed": [("headboard", "Wood", "any", -0.85, 0, -0.64, 1), (None, "Fabric/Cloth", "any2", -0.64, 0.08, 0.85, 0.52), ("pillow", "Fabric/Cloth", "any3", "o", -0.64, 0.44, -0.16, 0.76)],
-    "sofa": [("back", "Fabric/Cloth", "any", -0.9, 0.4, 0.9, 1), ("arm", "Fabric/Cloth", "any2", -1.04, 0.08, -0.76, 0.7), ("arm", "Fabric/Cloth", "any2", 0.76, 0.08, 1.04, 0.7), ("seat", "Fabric/Cloth", "any", -0.76, 0.12, 0.76, 0.48)],
-}  # fmt: skip
-# Each kind of scene: ADE20K's path to it; what is behind and, from a share of the ground's depth on, in front (name,
-# substances, colours); its things: at least, at most, where their feet are (share of that depth), height (of the short side).
-TOY_SCENES = {
-    "street": ("outdoor urban street", {None: ("sky", "Sky", "blue|dusk|grey"), 0: ("road", "Stone|Brick", "grey|brown|dull")},
-               [("building", 1, 3, (0, 0.06), (0.5, 0.7)), ("tree", 0, 2, (0.03, 0.15), (0.5, 0.65)), ("car", 1, 2, (0.4, 0.9), (0.28, 0.4)), ("person", 0, 1, (0.6, 0.95), (0.6, 0.8))]),
-    "beach": ("outdoor natural beach", {None: ("sky", "Sky", "blue|dusk|grey"), 0: ("sea", "Water", "blue"), 0.45: ("sand", "Dirt", "sand")},
-              [("boat", 1, 2, (0.15, 0.35), (0.5, 0.65)), ("tree", 0, 1, (0.5, 0.6), (0.55, 0.75)), ("person", 0, 2, (0.7, 0.95), (0.6, 0.8))]),
-    "bedroom": ("indoor home bedroom", {None: ("wall", "Painted|Brick|Tile", "dull"), 0.3: ("floor", "Wood|Tile|Stone", "brown|dull")},
-                [("lamp", 0, 2, (0.35, 0.5), (0.6, 0.75)), ("bed", 1, 1, (0.6, 0.95), (0.5, 0.65))]),
-    "living_room": ("indoor home living_room", {None: ("wall", "Painted|Brick|Tile", "dull"), 0.3: ("floor", "Wood|Tile|Stone", "brown|dull")},
-                    [("lamp", 0, 2, (0.32, 0.4), (0.6, 0.75)), ("sofa", 1, 1, (0.5, 0.75), (0.45, 0.6)), ("person", 0, 1, (0.7, 0.95), (0.6, 0.8))]),
-}  # fmt: skip
+# ---------------------------------------------------------------- the toy, in those layouts
+TOY_SOURCES = ("ade20k", "os", "dtd")
+TOY_HUES = {"brown": (0, 0.15), "green": (0.15, 0.4), "blue": (0.5, 0.7)}
+TOY_NAMES = """sky road sea sand wall floor building roof window door tree trunk crown car wheel
+    person leg torso head boat hull sail lamp base shade bed headboard pillow sofa back arm seat"""
+# Class numbers of objects and parts go beyond 255, so that they take both colour channels.
+TOY_NUMBERS = {name: 61 * k for k, name in enumerate(TOY_NAMES.split(), start=1)}
 TOY_SYNONYMS = {"car": "car, auto", "building": "building, edifice", "person": "person, individual"}
-TOY_NAMES = ["sky", "road", "sea", "sand", "wall", "floor", *TOY_THINGS]
-TOY_NAMES += dict.fromkeys(part for strokes in TOY_THINGS.values() for part, *_ in strokes if part)
-TOY_NUMBERS = {name: 61 * k for k, name in enumerate(TOY_NAMES, start=1)}  # beyond 255: they take both colour channels
-# The relief of each substance (OpenSurfaces' names) and of each texture (DTD's), in [0, 1]: what tells it from others in
-# any colour. x and y are pixels, u and v periods at an angle of the picture's own, noise(rows, columns) smooth noise.
-TOY_RELIEFS = {
-    "Brick": lambda s: np.where((s.y % 9 < 1.7) | ((s.x + s.y // 9 % 2 * 9) % 18 < 1.7), 1, 0.25 * s.noise(2, 2) + 0.15 * s.noise(9, 18)),
-    "Tile": lambda s: np.where((s.x % 12 < 1.8) | (s.y % 12 < 1.8), 0, 0.75 + 0.15 * s.noise(12, 12)),
-    "Wood": lambda s: 0.5 + 0.3 * np.sin((s.y + 5 * s.noise(20, 40)) * 0.8) + 0.3 * (s.noise(1.5, 25) - 0.5),
-    "Stone": lambda s: 0.4 * s.noise(7, 7) + 0.6 * s.noise(2.5, 2.5),
-    "Fabric/Cloth": lambda s: 0.5 + 0.25 * np.sin(s.x * 0.85) + 0.25 * np.sin(s.y * 0.85),
-    "Metal": lambda s: 0.5 + 0.4 * np.sin(s.x / 1.5) + 0.2 * (s.noise(30, 30) - 0.5),
-    "Foliage": lambda s: ((s.noise(5, 5) - 0.5) * 2.5 + 0.5).clip(0, 1), "Painted": lambda s: 0.5 + 0.06 * (s.noise(15, 15) - 0.5),
-    "Glass": lambda s: 0.25 + 0.6 * (np.sin((s.x + s.y) / 4.2) > 0.55) + 0.1 * s.noise(2, 2),
-    "Sky": lambda s: (1.6 * s.noise(20, 45) - 0.5).clip(0, 1) * 0.9, "Dirt": lambda s: 0.4 + 0.35 * (s.noise(2, 2) - 0.5),
-    "Water": lambda s: 0.5 + 0.35 * np.sin(s.y * 0.7 + 3 * s.noise(6, 12)) * s.noise(3, 10),
-    "banded": lambda s: s.u % 1 < 0.5, "chequered": lambda s: (np.floor(s.u) + np.floor(s.v)) % 2,
-    "bubbly": lambda s: (1.1 - (s.cells()[0] * 1.4) ** 2).clip(0, 1), "cracked": lambda s: s.cells()[1] - s.cells()[0] > 0.11,
-    "grid": lambda s: (s.u % 1 < 0.16) | (s.v % 1 < 0.16), "polka-dotted": lambda s: (s.u % 1 - 0.5) ** 2 + (s.v % 1 - 0.5) ** 2 < 0.1,
-    "spiralled": lambda s: (np.hypot(s.u, s.v) + np.arctan2(s.v, s.u) / (2 * np.pi)) % 1 < 0.5,
-    "zigzagged": lambda s: (s.u + np.abs(s.v % 1 - 0.5) * 1.4) % 1 < 0.5,
-}  # fmt: skip
-TOY_SUBSTANCES = [name for name in TOY_RELIEFS if name[0].isupper()]
-TOY_TEXTURES = [name for name in TOY_RELIEFS if name[0].islower()]
+TOY_SUBSTANCES = """Brick Tile Wood Stone Fabric/Cloth Metal Glass Painted Skin Rubber/Latex
+    Foliage Sky Water Dirt""".split()
+TOY_TEXTURES = "banded blotchy chequered grid polka-dotted swirly veined zigzagged".split()
 
 
-def smooth_noise(rng: np.random.Generator, height: int, width: int, rows: float, columns: float) -> np.ndarray:
-    """Noise in [0, 1], (height, width), with a new value about every `rows` and `columns` pixels."""
-    grid = rng.random((max(2, round(height / rows) + 1), max(2, round(width / columns) + 1))).astype(np.float32)
-    return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
+def smooth_noise(u, v, rng):
+    """Noise in [-1, 1] at the places (u, v), which changes within about one unit."""
+    noise = 0
+    for a, b, phase in rng.uniform(-5, 5, (5, 3)):
+        noise += np.sin(a * u + b * v + phase) / 5
+    return noise
 
 
-def relief(kind: str, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """One of TOY_RELIEFS as float32 (height, width, 1), with random angle, scale and offset."""
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    angle, step = rng.uniform(0, np.pi), rng.uniform(12, 17)
-    u = ((x - width / 2) * np.cos(angle) + (y - height / 2) * np.sin(angle)) / step + rng.uniform(0, 0.5)
-    v = ((y - height / 2) * np.cos(angle) - (x - width / 2) * np.sin(angle)) / step + rng.uniform(0, 0.5)
-    seeds = rng.uniform(-5, 5, (120, 2, 1, 1)) if kind in ("bubbly", "cracked") else None
-    cells = lambda: np.partition(np.hypot(u - seeds[:, 0], v - seeds[:, 1]), (0, 1), axis=0)[:2]  # nearest, second
-    noise = lambda rows, columns: smooth_noise(rng, height, width, rows, columns)
-    surface = argparse.Namespace(x=x + rng.uniform(0, 20), y=y + rng.uniform(0, 20), u=u, v=v, cells=cells, noise=noise)
-    return TOY_RELIEFS[kind](surface).astype(np.float32)[..., None]
+def relief(kind, x, y, rng):
+    """The pattern of a substance or a texture at the pixels (x, y): [0, 1], of the shape of x.
+
+    It alone tells them apart, as most of them have any colour. Substances are upright and fine,
+    textures are coarser, at a random angle.
+    """
+    angle, period = 0, 16  # radians, pixels
+    if kind in TOY_TEXTURES:
+        angle, period = rng.uniform(0, np.pi), rng.uniform(24, 34)
+    u = (x * np.cos(angle) - y * np.sin(angle)) / period
+    v = (x * np.sin(angle) + y * np.cos(angle)) / period
+    match kind:
+        case "Metal" | "banded":
+            return u % 1 < 0.5
+        case "Foliage" | "blotchy":
+            return smooth_noise(u, v, rng) > 0
+        case "Fabric/Cloth" | "chequered":
+            return (u // 0.5 + v // 0.5) % 2
+        case "Tile" | "grid":
+            return (u % 1 > 0.2) & (v % 1 > 0.2)
+        case "polka-dotted":
+            return np.hypot(u % 1 - 0.5, v % 1 - 0.5) < 0.3
+        case "Wood" | "swirly":
+            return (2 * v + smooth_noise(u, v, rng)) % 1 < 0.5
+        case "Stone" | "veined":
+            return abs(smooth_noise(u, v, rng)) > 0.1
+        case "Water" | "zigzagged":
+            return (v + abs(u % 1 - 0.5)) % 1 < 0.5
+        case "Brick":
+            return (v % 1 > 0.2) & ((u + v // 1) % 2 > 0.2)
+        case "Glass":
+            return (u + v) % 2 < 1
+        case "Sky":
+            return 0.5 + smooth_noise(u / 5, v / 3, rng) / 2
+        case "Dirt":
+            return rng.random(x.shape)
+        case "Painted" | "Skin":
+            return 0.8 + 0 * x
+        case "Rubber/Latex":
+            return 0 * x
 
 
-def toy_colour(choices: str, rng: np.random.Generator) -> np.ndarray:
-    """A colour in one of TOY_COLOURS' ranges, (3,) in [0, 255]."""
-    ranges = TOY_COLOURS[rng.choice(choices.split("|")).rstrip("0123456789")]
-    hue, saturation, value = (rng.uniform(*bounds) for bounds in ranges)
-    return 255 * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value))
+class Canvas:
+    """A picture, and the numbers of each pixel's object, part and substance.
+
+    `place` starts an object. Its shapes are then given in units of about 120 pixels from its feet,
+    x to the right and y upwards. Each is of one substance and covers what was there.
+
+    part: None for the object itself.
+    colour: a key of TOY_HUES, or "any" for the hue that all such shapes of the object share.
+    """
+
+    def __init__(self, height, width, rng):
+        self.rng = rng
+        self.picture = np.zeros((height, width, 3), np.uint8)
+        self.numbers = np.zeros((height, width, 3), int)
+
+    def place(self, name, x, y, unit):
+        """Starts an object with its feet at (x, y), fractions of the picture. unit: in pixels."""
+        self.name = name
+        self.hue = self.rng.random()
+        height, width, _ = self.picture.shape
+        self.x = (np.arange(width) - x * width) / unit
+        self.y = (y * height - np.arange(height)[:, None]) / unit
+
+    def paint(self, part, substance, colour, inside):
+        """Paints the pixels `inside`, bool (H, W)."""
+        least, greatest = TOY_HUES.get(colour, (self.hue, self.hue))
+        hsv = self.rng.uniform((least, 0.1, 120), (greatest, 0.6, 250))
+        y, x = np.nonzero(inside)
+        shade = 0.6 + 0.4 * relief(substance, x, y, self.rng)
+        self.picture[y, x] = np.multiply.outer(shade, colorsys.hsv_to_rgb(*hsv))
+        self.numbers[y, x] = (
+            TOY_NUMBERS[self.name],
+            TOY_NUMBERS.get(part, 0),
+            TOY_SUBSTANCES.index(substance) + 1,
+        )
+
+    def box(self, part, substance, colour, x, y, width, height, taper=0):
+        """A rectangle; (x, y) is the middle of its lower edge.
+
+        taper: how far its upper corners are moved inwards.
+        """
+        up = (self.y - y) / height
+        inside = (0 <= up) & (up <= 1) & (abs(self.x - x) < width / 2 - taper * up)
+        self.paint(part, substance, colour, inside)
+
+    def disc(self, part, substance, colour, x, y, radius):
+        """A disc around (x, y)."""
+        self.paint(part, substance, colour, np.hypot(self.x - x, self.y - y) < radius)
+
+    def layer(self, name, substances, colour, top):
+        """Fills the picture with one of the substances from a fraction of its height down."""
+        self.place(name, 0, top, 1)
+        self.box(None, self.rng.choice(substances), colour, 0, -999, 999, 999)
+
+    def scatter(self, name, draw, most, y):
+        """Draws 1 to `most` objects, their feet at a fraction of the height or a little below."""
+        for _ in range(self.rng.integers(1, most + 1)):
+            x, feet, unit = self.rng.uniform((0.1, y, 100), (0.9, y + 0.1, 140))
+            self.place(name, x, feet, unit)
+            draw(self)
 
 
-def toy_scene(stream: int, k: int) -> tuple[str, Image.Image, np.ndarray]:
-    """(kind, picture, each pixel's object, part and substance (3, H, W)) of the k-th scene of a stream."""
-    rng, kind = np.random.default_rng((SEED, stream, k)), list(TOY_SCENES)[k % len(TOY_SCENES)]
-    height, width = (144, 96) if rng.random() < 0.25 else (96, 144)
-    picture, maps = np.zeros((height, width, 3), np.float32), np.zeros((3, height, width), np.int32)
-
-    def stroke(thing: str, part: str | None, substances: str, colour: np.ndarray, shape: str, points: list) -> None:
-        substance, (xs, ys) = str(rng.choice(substances.split("|"))), zip(*points)
-        left, top = max(0, math.floor(min(xs)) - 1), max(0, math.floor(min(ys)) - 1)
-        w, h = min(width, math.ceil(max(xs)) + 2) - left, min(height, math.ceil(max(ys)) + 2) - top
-        if min(w, h) <= 0:
-            return
-        fine = Image.new("L", (4 * w, 4 * h))  # at four times the size, for smooth edges
-        corners = points if shape == "polygon" else [(min(xs), min(ys)), (max(xs), max(ys))]
-        getattr(ImageDraw.Draw(fine), shape)([(4 * float(x - left), 4 * float(y - top)) for x, y in corners], fill=255)
-        cover = np.asarray(fine.resize((w, h), Image.Resampling.BOX))[..., None] / np.float32(255)
-        surface, box = relief(substance, h, w, rng), (slice(top, top + h), slice(left, left + w))
-        picture[box] += cover * (colour * (0.6 + 0.55 * surface) + 30 * (surface > 0.97) - picture[box])
-        numbers = TOY_NUMBERS[thing], TOY_NUMBERS.get(part, 0), TOY_SUBSTANCES.index(substance) + 1
-        maps[:, box[0], box[1]][:, cover[..., 0] > 0.5] = np.array(numbers)[:, None]
-
-    _, layers, things = TOY_SCENES[kind]  # painted from far to near
-    horizon = height * rng.uniform(0.42, 0.6)
-    for depth, (name, substances, colours) in layers.items():
-        top = -2 if depth is None else horizon + depth * (height - horizon)
-        stroke(name, None, substances, toy_colour(colours, rng), "rectangle", [(-2, top), (width + 2, height + 2)])
-    for thing, least, most, depths, heights in things:
-        for depth in sorted(rng.uniform(*depths, rng.integers(least, most + 1))):
-            x, y = rng.uniform(0.1, 0.9) * width, horizon + depth * (height - horizon)
-            tall = rng.uniform(*heights) * min(width, height)
-            wide = tall * rng.uniform(0.85, 1.15) * rng.choice([-1, 1])  # with random width, randomly mirrored
-            colours = {colour: toy_colour(colour, rng) for _, _, colour, *_ in TOY_THINGS[thing]}
-            for part, substances, colour, *points in TOY_THINGS[thing]:
-                shape = "ellipse" if points[0] == "o" else "rectangle" if len(points) == 4 else "polygon"
-                numbers = points[shape == "ellipse" :]
-                corners = [(x + wide * px, y - tall * py) for px, py in zip(numbers[::2], numbers[1::2])]
-                stroke(thing, part, substances, colours[colour], shape, corners)
-    light = 0.85 + 0.3 * smooth_noise(rng, height, width, height, width)[..., None]
-    return kind, Image.fromarray((picture * light).clip(0, 255).astype(np.uint8)), maps
+def draw_building(canvas):
+    walls = canvas.rng.choice(["Brick", "Stone", "Wood", "Painted"])
+    canvas.box(None, walls, "any", 0, 0, 0.72, 0.76)
+    canvas.box("roof", "Tile", "brown", 0, 0.74, 0.88, 0.26, taper=0.2)
+    for x in (-0.18, 0.18):
+        canvas.box("window", "Glass", "blue", x, 0.42, 0.24, 0.26)
+    canvas.box("door", "Wood", "brown", 0, 0, 0.24, 0.36)
 
 
-def toy_files(scenes: int, photos: int, textures: int):
-    """(path, picture or text) of each of the toy's files."""
-    coded = lambda red, green: Image.fromarray(np.stack([red, green, 0 * red], axis=-1).astype(np.uint8))
+def draw_tree(canvas):
+    canvas.box("trunk", "Wood", "brown", 0, 0, 0.16, 0.5)
+    canvas.disc("crown", "Foliage", "green", -0.12, 0.6, 0.27)
+    canvas.disc("crown", "Foliage", "green", 0.12, 0.7, 0.28)
+
+
+def draw_car(canvas):
+    canvas.box("window", "Glass", "blue", 0, 0.36, 0.9, 0.28, taper=0.18)
+    canvas.box(None, "Metal", "any", 0, 0.12, 1.3, 0.28)
+    for x in (-0.38, 0.38):
+        canvas.disc("wheel", "Rubber/Latex", "any", x, 0.14, 0.16)
+
+
+def draw_person(canvas):
+    for x in (-0.08, 0.08):
+        canvas.box("leg", "Fabric/Cloth", "any", x, 0, 0.14, 0.45)
+    canvas.box("torso", "Fabric/Cloth", "any", 0, 0.42, 0.4, 0.36, taper=0.05)
+    canvas.disc("head", "Skin", "brown", 0, 0.87, 0.13)
+
+
+def draw_boat(canvas):
+    canvas.box("sail", "Fabric/Cloth", "any", 0, 0.3, 0.85, 0.65, taper=0.4)
+    canvas.box("hull", "Wood", "any", 0, 0, 0.7, 0.28, taper=-0.2)
+
+
+def draw_lamp(canvas):
+    canvas.box("base", "Metal", "any", 0, 0, 0.15, 0.7)
+    canvas.box("shade", "Fabric/Cloth", "any", 0, 0.6, 0.7, 0.45, taper=0.14)
+
+
+def draw_bed(canvas):
+    canvas.box("headboard", "Wood", "brown", -0.75, 0, 0.2, 0.9)
+    canvas.box(None, "Fabric/Cloth", "any", 0.1, 0.05, 1.5, 0.4)
+    canvas.disc("pillow", "Fabric/Cloth", "any", -0.42, 0.5, 0.2)
+
+
+def draw_sofa(canvas):
+    canvas.box("arm", "Fabric/Cloth", "any", 0, 0, 1.8, 0.54)  # both, behind the rest
+    canvas.box("back", "Fabric/Cloth", "any", 0, 0.3, 1.3, 0.55)
+    canvas.box("seat", "Fabric/Cloth", "any", 0, 0.05, 1.3, 0.32)
+
+
+def draw_street(canvas):
+    canvas.layer("sky", ["Sky"], "blue", 0)
+    canvas.layer("road", ["Stone", "Brick"], "any", 0.5)
+    canvas.scatter("building", draw_building, 3, y=0.5)
+    canvas.scatter("tree", draw_tree, 2, y=0.55)
+    canvas.scatter("car", draw_car, 2, y=0.75)
+    canvas.scatter("person", draw_person, 1, y=0.85)
+
+
+def draw_beach(canvas):
+    canvas.layer("sky", ["Sky"], "blue", 0)
+    canvas.layer("sea", ["Water"], "blue", 0.45)
+    canvas.scatter("boat", draw_boat, 2, y=0.55)
+    canvas.layer("sand", ["Dirt"], "brown", 0.7)
+    canvas.scatter("tree", draw_tree, 1, y=0.75)
+    canvas.scatter("person", draw_person, 2, y=0.85)
+
+
+def draw_room(canvas):
+    canvas.layer("wall", ["Painted", "Brick", "Tile"], "any", 0)
+    canvas.layer("floor", ["Wood", "Tile", "Stone"], "any", 0.65)
+    canvas.scatter("lamp", draw_lamp, 2, y=0.68)
+
+
+def draw_bedroom(canvas):
+    draw_room(canvas)
+    canvas.scatter("bed", draw_bed, 1, y=0.8)
+
+
+def draw_living_room(canvas):
+    draw_room(canvas)
+    canvas.scatter("sofa", draw_sofa, 1, y=0.8)
+
+
+TOY_SCENES = {  # with ADE20K's path to each
+    "outdoor/urban/street": draw_street,
+    "outdoor/natural/beach": draw_beach,
+    "indoor/home/bedroom": draw_bedroom,
+    "indoor/home/living_room": draw_living_room,
+}
+
+
+def toy_scene(stream, k):
+    """The k-th picture of a stream: (scene, picture, numbers as in `Canvas` but (3, H, W))."""
+    rng = np.random.default_rng((SEED, stream, k))
+    sizes = [(192, 288), (192, 288), (288, 192)]  # twice as large, for smooth edges
+    canvas = Canvas(*rng.choice(sizes), rng)
+    scene, draw = list(TOY_SCENES.items())[k % len(TOY_SCENES)]
+    draw(canvas)
+    picture = Image.fromarray(canvas.picture).reduce(2)
+    return scene.split("/"), picture, canvas.numbers[::2, ::2].transpose(2, 0, 1)
+
+
+def label_picture(red, green):
+    """Two maps (H, W) as the channels of a picture; blue is 0."""
+    return Image.fromarray(np.stack([red, green, 0 * red], axis=-1).astype(np.uint8))
+
+
+def ade20k_files(scenes):
+    """(path, picture or text) of scenes with objects and parts as in ADE20K 2021."""
     for k in range(scenes):
-        kind, picture, (objects, parts, _) = toy_scene(0, k)
-        side, short = ("validation", "val") if k % 10 == 9 else ("training", "train")
-        scene = TOY_SCENES[kind][0].split()
-        stem = "/".join(["ade20k/ADE20K_2021_17_01/images/ADE", side, *scene[1:], f"ADE_{short}_{k:08d}"])
+        scene, picture, (objects, parts, _) = toy_scene(0, k)
+        side, short = "training", "train"
+        if k % 10 == 9:
+            side, short = "validation", "val"
+        folder = f"ade20k/ADE20K_2021_17_01/images/ADE/{side}/{scene[1]}/{scene[2]}"
+        stem = f"{folder}/ADE_{short}_{k:08d}"
         yield f"{stem}.jpg", picture
-        for ending, n in (("seg", objects), ("parts_1", parts)):
-            if n.any():
-                yield f"{stem}_{ending}.png", coded(n // 256 * 10, n % 256)
-        present = {name: n for name, n in TOY_NUMBERS.items() if n in np.unique([objects, parts])}
-        named = [{"name_ndx": n, "name": TOY_SYNONYMS.get(name, name)} for name, n in present.items()]
-        yield f"{stem}.json", json.dumps({"annotation": {"scene": scene, "object": named}})
+        yield f"{stem}_seg.png", label_picture(objects // 256 * 10, objects % 256)
+        yield f"{stem}_parts_1.png", label_picture(parts // 256 * 10, parts % 256)
+        names = []
+        for name, number in TOY_NUMBERS.items():
+            if number in objects or number in parts:
+                names.append({"name_ndx": number, "name": TOY_SYNONYMS.get(name, name)})
+        yield f"{stem}.json", json.dumps({"annotation": {"scene": scene, "object": names}})
+
+
+def opensurfaces_files(photos):
+    """(path, picture or text) of photos with substances as in OpenSurfaces."""
     for k in range(1, photos + 1):
-        _, picture, (*_, n) = toy_scene(1, k)
+        _, picture, (_, _, substances) = toy_scene(1, k)
+        labels = label_picture(substances, 0 * substances)
         yield f"os/photos/{k}.jpg", picture
-        larger = n.shape[1] * 3 // 2, n.shape[0] * 3 // 2  # not the photo's size, as in OpenSurfaces
-        yield f"os/photos-labels/{k}.png", coded(n, 0 * n).resize(larger, Image.Resampling.NEAREST)
-    rows = [f"{k},{name},{k}" for k, name in enumerate(TOY_SUBSTANCES, start=1)]
-    yield "os/label-substance-colors.csv", "\n".join(["substance_id,substance_name,red_color", *rows])
-    for k in range(textures * len(TOY_TEXTURES)):
-        rng, kind = np.random.default_rng((SEED, 2, k)), TOY_TEXTURES[k % len(TOY_TEXTURES)]
-        values = rng.permutation([rng.uniform(0.1, 0.4), rng.uniform(0.7, 1)])
-        tints = [255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.1, 0.8), v)) for v in values]
-        share = relief(kind, *rng.integers(84, 113, 2), rng)
-        picture = Image.fromarray((tints[0] * (1 - share) + tints[1] * share).astype(np.uint8))
-        stem = f"dtd/images/{kind}/{kind}_{k // len(TOY_TEXTURES):04d}"
-        yield f"{stem}.jpg", picture.filter(ImageFilter.GaussianBlur(0.6))
-    for name, first, step in (("train1", 0, 2), ("val1", 1, 4), ("test1", 3, 4)):
-        listed = [f"{kind}/{kind}_{n:04d}.jpg\n" for kind in TOY_TEXTURES for n in range(first, textures, step)]
-        yield f"dtd/labels/{name}.txt", "".join(listed)
+        # Larger than the photo, as they are in OpenSurfaces.
+        yield f"os/photos-labels/{k}.png", ImageOps.scale(labels, 1.5, Image.Resampling.NEAREST)
+    table = "substance_id,substance_name,red_color"
+    for k, name in enumerate(TOY_SUBSTANCES, start=1):
+        table += f"\n{k},{name},{k}"
+    yield "os/label-substance-colors.csv", table
+
+
+def dtd_files(textures):
+    """(path, picture or text) of close-ups as in DTD, so many of each texture."""
+    names = []
+    for kind in TOY_TEXTURES:
+        for k in range(textures):
+            rng = np.random.default_rng((SEED, 2, k))
+            y, x = np.indices(rng.integers(168, 226, 2))
+            pattern = relief(kind, x, y, rng).astype(int)  # 0 and 1
+            colours = np.uint8([rng.integers(0, 110, 3), rng.integers(140, 256, 3)])
+            picture = Image.fromarray(rng.permutation(colours)[pattern])
+            names.append(f"{kind}/{kind}_{k:04d}.jpg")
+            yield f"dtd/images/{names[-1]}", picture.reduce(2)
+    for k, side in enumerate(["train1", "val1", "test1"]):
+        yield f"dtd/labels/{side}.txt", "\n".join(names[k::3])
 
 
 def make_toy(folder: str, scenes: int = 400, photos: int = 320, textures: int = 100) -> None:
-    """Writes the toy's ade20k/, os/ and dtd/ under `folder` if it does not exist, always the same files, or none."""
+    """Writes the toy's ade20k/, os/ and dtd/ below `folder`, always the same, unless it exists.
+
+    Atomic: a temporary folder, then a rename.
+    """
     if os.path.isdir(folder):
         return
     say(f"generating the toy data in {folder}")
-    os.makedirs(parent := os.path.dirname(os.path.abspath(folder)), exist_ok=True)
+    parent = os.path.dirname(os.path.abspath(folder))
+    os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".toy-", dir=parent) as temporary:
-        for name, content in toy_files(scenes, photos, textures):
+        files = [*ade20k_files(scenes), *opensurfaces_files(photos), *dtd_files(textures)]
+        for name, content in files:
             path = Path(temporary, "toy", name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content) if isinstance(content, str) else content.save(path, quality=92)
-        os.path.isdir(folder) or os.rename(os.path.join(temporary, "toy"), folder)  # another process may be quicker
+            if isinstance(content, str):
+                path.write_text(content)
+            else:
+                content.save(path, quality=92)
+        if not os.path.isdir(folder):  # another process may have been faster
+            os.rename(f"{temporary}/toy", folder)
 
 
-# ---------------------------------------------------------------- what the scripts share: messages and files
-is_main_process = lambda: os.environ.get("RANK", "0") == "0"  # the one of torchrun's, or the only one, that prints
-warn = lambda message: say(message, sys.stderr)
-
-
-class UserError(ValueError):
-    """A mistake that the user can mend: scripts print it as one line and exit with status 2."""
+# ---------------------------------------------------------------- shared by the scripts: files
+def is_main_process() -> bool:
+    """Whether this process prints and writes: the only one, or torchrun's first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(message: str, file=None) -> None:
@@ -693,28 +1534,90 @@ def say(message: str, file=None) -> None:
         print(message, file=file, flush=True)
 
 
-def write_file(path: str, write, advice: str = "") -> None:
-    """Atomic write: `write(name)` fills a temporary file, which then replaces `path`. UserError if that fails."""
-    temporary = os.path.join(os.path.dirname(path), f".{os.getpid()}.{os.path.basename(path)}")
+def warn(message: str) -> None:
+    say(message, sys.stderr)
+
+
+def hash_of(content) -> str:
+    return hashlib.sha256(repr(content).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def write_file(path: str, write) -> None:
+    """Atomic write: `write(name)` fills a temporary file, which then replaces `path`. UserError if
+    that fails.
+    """
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{os.getpid()}.{name}")
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        os.makedirs(folder or ".", exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # PyTorch's own file writer raises RuntimeError on a full disk
-        raise UserError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}) {advice}") from None
+    except (OSError, RuntimeError) as e:  # PyTorch's own writer raises RuntimeError on a full disk
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{path}: cannot be written ({reason}); see --cache, --out") from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
 
 
 def write_json(content: dict, path: str) -> None:
-    write_file(path, lambda name: Path(name).write_text(json.dumps(content, indent=1, allow_nan=False)))
+    text = json.dumps(content, indent=1, allow_nan=False)
+    write_file(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
-# ---------------------------------------------------------------- what the scripts share: options
+# ---------------------------------------------------------------- shared by the scripts: pictures
+PANEL = 380  # width of a panel of a sheet or plot, pixels
+
+
+def save_picture(picture: Image.Image, path: str) -> None:
+    write_file(path, lambda name: picture.save(name, "PNG", compress_level=3))
+
+
+def sheet_of(rows: list[list[Image.Image]], margin: int = 10) -> Image.Image:
+    """Pictures on white, row by row, in columns of one width."""
+    rows = [row for row in rows if row]
+    column = margin + max(picture.width for row in rows for picture in row)
+    heights = [margin + max(picture.height for picture in row) for row in rows]
+    width = margin + column * max(len(row) for row in rows)
+    sheet = Image.new("RGB", (width, margin + sum(heights)), "white")
+    y = margin
+    for row, height in zip(rows, heights):
+        for k, picture in enumerate(row):
+            sheet.paste(picture, (margin + k * column, y))
+        y += height
+    return sheet
+
+
+def plot(title: str, unit: str, right: float, top: float, curves: list) -> Image.Image:
+    """A panel with axes from 0 to `right` and 0 to `top`. curves: (xs, ys, colour) of points."""
+    left = 52
+    upper = 30
+    width = PANEL - 66
+    height = 160
+    picture = Image.new("RGB", (PANEL, upper + height + 30), "white")
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(13)
+    draw.text((left, 8), f"{title}, by {unit}", "black", font)
+    for share, anchor in ((0, "la"), (0.5, "ma"), (1, "ra")):
+        x = left + share * width
+        y = upper + (1 - share) * height
+        draw.line((left, y, left + width, y), "#dddddd")
+        draw.text((left - 6, y), f"{share * top:.2g}", "black", font, "rm")
+        draw.text((x, upper + height + 6), f"{share * right:.0f}", "black", font, anchor)
+    for xs, ys, colour in curves:
+        for x, y in zip(xs, ys):
+            px = left + x / right * width
+            py = upper + (1 - min(1, y / top)) * height
+            draw.ellipse((px - 1.5, py - 1.5, px + 1.5, py + 1.5), colour)
+    return picture
+
+
+# ---------------------------------------------------------------- shared by the scripts: options
 class Option(NamedTuple):
+    """A line of a script's table of options."""
+
     name: str  # without the dashes
-    kind: object  # a function of the text, a tuple of choices, or bool for a flag
+    kind: object  # a function of the text, a tuple of choices, list for files, bool for a flag
     default: object
     help: str
     toy: object = None  # the default with --data toy, where it is another
@@ -722,17 +1625,42 @@ class Option(NamedTuple):
     least: float = 1  # of a number, or of the numbers of a list
     below: float = 1e9
 
+    @property
+    def key(self) -> str:
+        return self.name.replace("-", "_")
 
+
+# The thresholds are section 2.1's, but for that of scenes.
 DATA_OPTIONS = [
     Option("data", str, "toy", "toy, or a comma list of ade20k,os,dtd"),
     Option("root", str, "data", "folder of ade20k/, os/, dtd/", resume=True),
-    Option("cache", str, None, "where indexes and prepared labels go (<root>/.cache)", resume=True),
-    Option("min-images", int, 50, "keep objects and materials in so many images (own data: all)", 20),
-    Option("min-pixels", int, 50000, "keep objects of so many pixels (own data: all)", 5000),
+    Option("cache", str, None, "for indexes and prepared labels (<root>/.cache)", resume=True),
+    Option(
+        "min-images", int, 50, "keep objects, materials in so many images (own data: all)", toy=20
+    ),
+    Option("min-pixels", int, 50000, "keep objects of so many pixels (own data: all)", toy=5000),
     Option("min-part-images", int, 20, "keep parts in so many images"),
     Option("min-scene-images", int, 10, "keep scenes of so many images"),
-    Option("allow-broken", bool, False, "go ahead although over one file in twenty is broken", resume=True),
+    Option("allow-broken", bool, False, "go on if over one file in twenty is broken", resume=True),
 ]
+WORKERS_OPTION = Option(
+    "workers", int, None, "processes that read images (one a core, at most 8)", resume=True, least=0
+)
+
+
+def levels_of(text: str) -> list[str]:
+    levels = [level.strip() for level in text.split(",")]
+    for level in levels:
+        if level not in upernet.LEVELS:
+            raise argparse.ArgumentTypeError(f"'{level}' is not one of {', '.join(upernet.LEVELS)}")
+    return levels
+
+
+def short_sides(text: str) -> list[int]:
+    return [int(size) for size in text.split(",")]
+
+
+LEVELS_OPTION = Option("levels", levels_of, None, f"comma list of {','.join(upernet.LEVELS)} (all)")
 DEVICE_OPTIONS = [
     Option("compile", bool, False, "torch.compile the network", resume=True),
     Option("device", str, "auto", "cuda, mps, cpu, or cuda:1, ..", resume=True),
@@ -743,90 +1671,182 @@ class Parser(argparse.ArgumentParser):
     """Options from a table. A mistake is one line on stderr, and --help has a line an option."""
 
     def __init__(self, description: str, options: list[Option], usage: str = "%(prog)s [options]"):
-        wide = lambda prog: argparse.HelpFormatter(prog, max_help_position=31)
-        super().__init__(description=description, formatter_class=wide, usage=usage, allow_abbrev=False)
-        self.options = {o.name.replace("-", "_"): o for o in options}
-        shown = lambda value: ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        for o in options:
-            defaults = [shown(o.default)] if o.default not in (None, False) else []
-            defaults += [f"toy {shown(o.toy)}"] if o.toy is not None else []
-            kinds = {bool: {"action": "store_true", "default": None}, list: {"nargs": "+", "metavar": "FILE"}}
-            kind = kinds.get(o.kind, {"type": o.kind, "metavar": "N" if o.kind in (int, float) else o.name.upper()})
-            if isinstance(o.kind, tuple):
-                kind = {"choices": o.kind, "type": type(o.kind[0])}
-            self.add_argument(f"--{o.name}", help=o.help + (f" ({'; '.join(defaults)})" if defaults else ""), **kind)
+        super().__init__(
+            description=description,
+            formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=31),
+            usage=usage,
+            allow_abbrev=False,
+            add_help=False,
+        )
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+        self.options = {option.key: option for option in options}
+        for option in options:
+            text = option.help
+            defaults = []
+            if option.default not in (None, False):
+                defaults.append(as_text(option.default))
+            if option.toy is not None:
+                defaults.append(f"toy {as_text(option.toy)}")
+            if defaults:
+                text += f" ({'; '.join(defaults)})"
+            self.add_argument(f"--{option.name}", help=text, **argparse_kind(option))
 
-    def complete(self, given: argparse.Namespace, stored: dict = {}) -> argparse.Namespace:
-        """All options: as given, else as `stored`, else the toy's default with --data toy, else the default."""
-        known = {key: value for key, value in stored.items() if key in self.options and value is not None}
-        known |= {key: value for key, value in vars(given).items() if value is not None}
-        for key, value in vars(given).items():
-            numbers = [n for n in (value if isinstance(value, list) else [value]) if type(n) in (int, float)]
-            if numbers and not (o := self.options[key]).least <= min(numbers) <= max(numbers) < o.below:
-                raise UserError(f"--{o.name} {value}: from {o.least:g} on, and below {o.below:g}")
-        toy = known.get("data", self.options["data"].default) == "toy"
-        defaults = {key: o.toy if toy and o.toy is not None else o.default for key, o in self.options.items()}
-        return argparse.Namespace(**defaults | known)
+    def complete(self, given: argparse.Namespace, stored: dict | None = None) -> argparse.Namespace:
+        """All options: as given, else as `stored`, else the toy's default with --data toy, else the
+        default. Raises UserError for numbers out of range."""
+        chosen = {}
+        for key, value in {**(stored or {}), **given_options(given)}.items():
+            if key in self.options and value is not None:
+                chosen[key] = value
+        is_toy = chosen.get("data", self.options["data"].default) == "toy"
+        args = argparse.Namespace(**vars(given))
+        for key, option in self.options.items():
+            default = option.default
+            if is_toy and option.toy is not None:
+                default = option.toy
+            setattr(args, key, chosen.get(key, default))
+        for key, value in given_options(given).items():
+            option = self.options.get(key)
+            numbers = value if isinstance(value, list) else [value]
+            for number in numbers:
+                if type(number) in (int, float) and not option.least <= number < option.below:
+                    raise UserError(
+                        f"--{option.name} {number}: from {option.least:g} on, and below "
+                        f"{option.below:g}"
+                    )
+        return args
 
     def run(self, command, *arguments) -> None:
         """Calls `command`; what a user can mend becomes one line and status 2."""
+        # Text that a terminal cannot show must not end a program.
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         try:
             command(*arguments)
-        except (UserError, OSError, RuntimeError, MemoryError) as e:
-            if isinstance(e, MemoryError) or re.search("out of memory|allocate memory", str(e)):
-                self.error("out of memory; a lower --size, or --resume with a lower --batch-size, higher --accumulate")
-            if worker := re.search("DataLoader worker.{0,40}", str(e)):  # raised wherever the program is then
-                self.error(f"a process that reads images ended ({worker[0]}); --resume, perhaps with fewer --workers")
-            if not isinstance(e, (UserError, OSError)):
-                raise
-            self.error(f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e))
         except KeyboardInterrupt:
             self.exit(130, f"{self.prog}: interrupted\n")
+        except (UserError, OSError, RuntimeError, MemoryError) as e:
+            message = message_of(e)
+            if message is None:
+                raise
+            self.error(message)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
     def format_help(self) -> str:
-        return re.sub("\n\n+", "\n", super().format_help())
+        return re.sub(r"\n+(options:\n)?", "\n", super().format_help())
 
     def error(self, message: str):
-        message = message.rsplit("UserError: ", 1)[-1]  # without the traceback from a worker of a DataLoader
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n" if is_main_process() else None)
+        if is_main_process():
+            self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+        self.exit(2)
 
 
-hash_of = lambda content: hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-data_root = lambda args: os.path.join(args.root, "toy") if args.data == "toy" else args.root
-cache_folder = lambda args: args.cache or os.path.join(data_root(args), ".cache")
+def argparse_kind(option: Option) -> dict:
+    """The arguments of `add_argument` for an option. Its default is None: not given."""
+    if option.kind is bool:
+        return {"action": "store_true", "default": None}
+    if option.kind is list:
+        return {"nargs": "+", "metavar": "FILE"}
+    if isinstance(option.kind, tuple):
+        return {"choices": option.kind, "type": type(option.kind[0])}
+    metavar = "N" if option.kind in (int, float) else option.name.upper()
+    return {"type": option.kind, "metavar": metavar}
+
+
+def as_text(value) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value)
+
+
+def given_options(given: argparse.Namespace) -> dict:
+    return {key: value for key, value in vars(given).items() if value is not None}
+
+
+def message_of(error: Exception) -> str | None:
+    """What to tell the user, or None for a mistake of the program's own."""
+    text = str(error)
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
+        return (
+            "out of memory; a lower --size, or --resume with a lower --batch-size and a higher "
+            "--accumulate"
+        )
+    killed = re.search(r"DataLoader worker.{0,40}", text)
+    if killed:
+        return f"a process that reads images was killed ({killed[0]}); perhaps take fewer --workers"
+    if "UserError: " in text:  # raised in a process that reads images, with its traceback
+        return text.rsplit("UserError: ", 1)[1]
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else text
+    if re.search("InvalidCxxCompiler|C compiler|C\\+\\+ compiler", text + type(error).__name__):
+        return "--compile: torch.compile needs a C++ compiler; install one, or leave --compile out"
+    return None
+
+
+def minima(args: argparse.Namespace) -> dict[str, int]:
+    """The thresholds of `build_vocabulary`."""
+    return {key: value for key, value in vars(args).items() if key.startswith("min_")}
+
+
+def data_root(data: str, root: str) -> str:
+    return os.path.join(root, "toy") if data == "toy" else root
+
+
+def cache_folder(data: str, root: str, cache: str | None) -> str:
+    return cache or os.path.join(data_root(data, root), ".cache")
 
 
 def named_sources(data: str) -> list[str]:
-    """The sources that `--data` names. Raises UserError for any other name."""
-    names = list(SOURCE_LEVELS) if data == "toy" else list(dict.fromkeys(name.strip() for name in data.split(",")))
-    if unknown := [name for name in names if name not in SOURCE_LEVELS]:
-        raise UserError(f"--data {data}: '{unknown[0]}' is not one of toy, {', '.join(SOURCE_LEVELS)}")
+    """The sources that --data names. Raises UserError for any other name."""
+    known = list(dict.fromkeys(data_set.source for data_set in DATA_SETS))
+    if data == "toy":
+        return list(TOY_SOURCES)
+    names = list(dict.fromkeys(name.strip() for name in data.split(",")))
+    for name in names:
+        if name not in known:
+            raise UserError(f"--data {data}: '{name}' is not one of toy, {', '.join(known)}")
     return names
 
 
-def open_indexes(args: argparse.Namespace) -> tuple[dict[str, Index], dict[str, int]]:
-    """The index of every source that the options name, and the vocabulary's minima; makes the toy if asked for."""
-    if args.data == "toy":
-        if os.path.isdir(os.path.join(args.root, "annotations")):
-            raise UserError(f"--root {args.root}: holds data of your own; --data ade20k reads them")
-        make_toy(data_root(args))
-    indexes = {n: scan(data_root(args), n, cache_folder(args), args.allow_broken) for n in named_sources(args.data)}
-    return indexes, {key: value for key, value in vars(args).items() if key.startswith("min_")}
+def open_indexes(
+    data: str,
+    root: str,
+    cache: str | None,
+    allow_broken: bool = False,
+    workers: int | None = None,
+) -> dict[str, Index]:
+    """The index of every source that the options name; makes the toy if it is asked for and
+    missing.
+    """
+    if data == "toy":
+        if os.path.isdir(os.path.join(root, "annotations")):
+            raise UserError(f"--root {root}: holds data of your own; --data ade20k reads them")
+        make_toy(data_root(data, root))
+    folder = cache_folder(data, root, cache)
+    indexes = {}
+    for source in named_sources(data):
+        indexes[source] = scan(data_root(data, root), source, folder, allow_broken, workers)
+    return indexes
 
 
-# ---------------------------------------------------------------- what the scripts share: device and processes
-autocast = lambda device, amp: torch.autocast(device.type, amp) if amp else contextlib.nullcontext()
-PATIENCE = datetime.timedelta(hours=2)  # how long processes wait for the first one, which scans and splits
+# ---------------------------------------------------------------- shared by the scripts: processes
+# How long other processes wait for the first one's scan and split.
+PATIENCE = datetime.timedelta(hours=2)
 
 
 def join_processes() -> None:
-    """Joins the processes that torchrun started, if it did. Only the main process prints from then on."""
+    """Joins the processes that torchrun started, if it did. Only the main process prints from then
+    on.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
-    # torchrun's store outlives a group that failed, and the new one must not find the old one's addresses in it.
+    # torchrun's store outlives a group that failed; a new one must not find the old one's
+    # addresses.
     store, rank, processes = next(dist.rendezvous("env://", timeout=PATIENCE))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -836,33 +1856,49 @@ def join_processes() -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of `--device`, or under torchrun this process's GPU. Raises UserError if it is not available."""
+    """The device of --device, or under torchrun this process's GPU. Raises UserError if there is
+    none.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
     try:
         device = torch.device(name)
         if device.type == "cuda":  # set first, or every process opens a context on GPU 0
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else device.index or 0)
+            index = int(os.environ.get("LOCAL_RANK", device.index or 0))
+            device = torch.device("cuda", index)
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
-        return device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise UserError(f"--device {name}: not available ({str(e).splitlines()[0]})") from None
+        reason = str(e).splitlines()[0]
+        raise UserError(f"--device {name}: not available ({reason})") from None
+    return device
 
 
 def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """The type of mixed precision for `--amp`; None is off. auto: on CUDA, bf16 where the GPU has it, else fp16."""
+    """The type of mixed precision for --amp; None is off. auto: on CUDA bf16 where the GPU has it,
+    else fp16.
+    """
     if name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bf16 else torch.float16
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
 
 
-def from_main_process(function):
-    """What `function()` returns, or raises, in the main process, in every process."""
-    result: list = [None]
+def autocast(device: torch.device, amp: torch.dtype | None):
+    """The context in which a network runs in mixed precision, if any."""
+    return torch.autocast(device.type, amp) if amp else contextlib.nullcontext()
+
+
+def from_main_process(function, *arguments):
+    """What `function(*arguments)` returns, or raises, in the main process, in every process."""
+    result = [None]
     if is_main_process():
         try:
-            result = [function()]
+            result = [function(*arguments)]
         except Exception as e:
             result = [e]
     if dist.is_initialized():
@@ -872,45 +1908,66 @@ def from_main_process(function):
     return result[0]
 
 
-def ignore_signals(_) -> None:
-    """For the processes that read images: a signal to the group is the main process's business."""
+def ignore_signals(*_) -> None:
+    """For processes that read images: a signal to the group is the main process's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def in_order(function, numbers: range, workers: int | None = None, pinned: bool = False) -> DataLoader:
-    """`function(k)` for each number, computed ahead by `workers` processes: by default one a core, 8 at most, the cores
-    shared among this machine's processes."""
+def default_workers() -> int:
+    """One process a core, at most 8, the cores shared among this machine's processes."""
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    how = dict(num_workers=max(1, min(8, cores)) if workers is None else workers, worker_init_fn=ignore_signals)
-    return DataLoader(numbers, None, collate_fn=function, pin_memory=pinned, **how)
+    return max(1, min(8, cores))
+
+
+def loader(
+    dataset: Dataset, first: int = 0, workers: int | None = None, pinned=False
+) -> DataLoader:
+    """The items in their order, from `first` on, read ahead by `workers` processes."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(first, len(dataset)),
+        num_workers=default_workers() if workers is None else workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=pinned,
+    )
 
 
 # ---------------------------------------------------------------- the command
 def report(args: argparse.Namespace) -> None:
-    indexes, minima = open_indexes(args)
-    vocabulary = build_vocabulary(indexes, minima)
+    indexes = open_indexes(args.data, args.root, args.cache, args.allow_broken, args.workers)
+    vocabulary = build_vocabulary(indexes, minima(args))
     for source, index in indexes.items():
         height, width = index.sizes.double().median(dim=0).values.int().tolist()
-        print(f"{source}: {len(index.images)} images in {index.folder} ({index.layout}), median {width} x {height}")
+        print(
+            f"{source}: {len(index.images)} images in {index.folder} ({index.layout}), median "
+            f"{width} x {height}"
+        )
         for level, classes in class_pixels(index).items():
-            names, pixels = vocabulary.get(level, ()), {name: sum(images.values()) for name, images in classes.items()}
-            noun = "objects" if level == "part" else "class" if len(names) == 1 else "classes"
-            unit = "images" if level in ("scene", "texture") else "pixels"
-            found = f"{len(names)} {noun}, {sum(pixels.values()):,} {unit} labelled: {', '.join([*names][:8])}"
-            none = "no class is large enough: see the --min- options" if classes else "no labels"
-            print(f"  {level:9s}{found if names else none}")
-            if index.layout == "sceneparsing" and level == "object" and len(names) <= 40:
-                print(f"      0 {'(unlabelled; a class? add 1)':30s}{zero_pixels(index):14,} pixels")
-                for k, name in zip(index.names, names):
+            names = vocabulary.get(level, ())
+            unit = "images" if level in upernet.TAGS else "pixels"
+            total = sum(sum(images.values()) for images in classes.values())
+            found = f"{len(names)} classes, {total:,} {unit} labelled: {first_of(names)}"
+            if classes and not names:
+                found = "no class is large enough: see the --min- options"
+            print(f"  {level:9s}{found}")
+            if level == "object" and index.data_set.own_table:
+                for number, name in zip(index.names, names):
                     images = classes.get(name, {})
-                    print(f"    {k:3d} {name:30s}{sum(images.values()):14,} pixels in {len(images)} images")
+                    pixels = sum(images.values())
+                    print(f"    {number:5d} {name:30s}{pixels:14,} pixels in {len(images)} images")
+        if index.data_set.map_level == "object":
+            print(f"  {unlabelled(index)}")
         for _, reason in index.broken:
             print(f"  set aside  {reason}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("Scans data sets: what is there, in which classes, and what is broken.", DATA_OPTIONS)
+    parser = Parser(
+        "Scans data sets: what is there, in which classes, and what is broken.",
+        [*DATA_OPTIONS, WORKERS_OPTION],
+    )
     given = parser.parse_args(argv)
     parser.run(lambda: report(parser.complete(given)))
 

@@ -1,144 +1,265 @@
-"""Metrics (section 2.2), tables and pictures of a trained UPerNet; photos; and section 4.2's relations.
+"""Metrics (section 2.2) and pictures of a trained UPerNet; photos; section 4.2's relations.
 
-python evaluate.py ckpt.pt --json m.json --pictures d   # on the validation images of the checkpoint's own data
-python evaluate.py ckpt.pt --photo a.jpg b.png          # class maps and one picture per photo: every level
-python evaluate.py ckpt.pt --relations r.json           # section 4.2: which objects, materials, .. go together
+python evaluate.py ckpt.pt --json m.json --pictures d   # on the run's own validation images
+python evaluate.py ckpt.pt --photo a.jpg b.png          # class maps and a picture of each photo
+python evaluate.py ckpt.pt --size 300,450,600 --flip    # means over sizes and mirror images
+python evaluate.py ckpt.pt --relations r.json           # section 4.2
 torchrun --nproc_per_node=8 evaluate.py ckpt.pt         # several GPUs share the images
-python evaluate.py --release FILES --photo a.jpg        # the authors' weights (with --labels), mmsegmentation's"""
+python evaluate.py --release FILES --photo a.jpg        # others' weights
+"""
 
-import argparse, colorsys, csv, functools, math, os, re
+import argparse
+import colorsys
+import csv
+import dataclasses
+import math
+import os
+import re
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
-from torchvision.utils import draw_segmentation_masks
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import balance_split, datasets, upernet
-from datasets import Index, Option, Source, UserError
-from upernet import LEVELS, UPerNet
+import balance_split
+import datasets
+import upernet
+from datasets import PANEL, Index, Option, Source, UserError, save_picture, sheet_of
+from upernet import LEVELS, TAGS, UPerNet
 
 SHOWN = 12  # images of each source in pictures
 
 
-# ---------------------------------------------------------------- metrics
+# ---------------------------------------------------------------- metrics (section 2.2)
 class Metrics:
-    """Section 2.2's metrics, from confusion matrices (truth, prediction) that are counted image by image.
-    Object, material: pixel accuracy and mean IoU over labelled pixels. Part: within the true object's region, for the
-    objects of an image that have an annotated part, background as a class (mIoU-bg), averaged over an object's parts
-    first, then over objects. Scene, texture: top-1. A class without a labelled pixel is in no mean."""
+    """Section 2.2's metrics, from confusion matrices (truth, prediction) counted image by image.
 
-    def __init__(self, vocabulary: dict):
+    Object, material: pixel accuracy and mean IoU over labelled pixels. Part: within the true
+    object's region, for the objects of an image that have an annotated part, background as a class
+    (mIoU-bg), averaged over an object's parts first, then over objects. Scene, texture: top-1. A
+    class without a labelled pixel is in no mean.
+    """
+
+    def __init__(self, vocabulary: dict, levels: list[str]):
         self.vocabulary = vocabulary
-        sizes = {level: len(names) for level, names in vocabulary.items() if level != "part"}
-        sizes |= {("part", name): len(parts) for name, parts in vocabulary.get("part", {}).items()}
-        self.confusion = {key: torch.zeros(n, n, dtype=torch.int64) for key, n in sizes.items()}
-        self.levels: set[str] = set()  # that were evaluated
+        self.confusion = {}  # level -> (classes, classes)
+        self.of_parts = {}  # object -> (parts, parts)
+        for level in levels:
+            if level == "part":
+                for name, parts in vocabulary["part"].items():
+                    self.of_parts[name] = torch.zeros(len(parts), len(parts), dtype=torch.int64)
+            else:
+                classes = len(vocabulary[level])
+                self.confusion[level] = torch.zeros(classes, classes, dtype=torch.int64)
 
-    def add(self, level: str, predicted: Tensor, truth: Tensor, key=None) -> None:
+    def add(self, level: str, predicted: Tensor, truth: Tensor) -> None:
         """Class indices of any shape, an image's or a pixel map's; truth -1 is unlabelled."""
-        self.levels.add(level)
-        confusion, labelled = self.confusion[key or level], truth >= 0
-        k = len(confusion)
-        pairs = truth[labelled].long() * k + predicted[labelled].long()
-        confusion += torch.bincount(pairs, minlength=k * k).view(k, k).cpu()
+        count(self.confusion[level], predicted, truth)
 
-    def add_parts(self, logits: Tensor, objects: Tensor, parts: Tensor, part_slices: dict, filled: tuple) -> None:
-        """Parts of one image: logits (sum of part counts, h, w), true objects and parts (H, W); see `class_map`."""
-        self.levels.add("part")
+    def add_parts(
+        self, scores: Tensor, objects: Tensor, parts: Tensor, part_slices: dict, filled: tuple
+    ) -> None:
+        """Parts of one image: scores (sum of part counts, h, w), true objects and parts (H, W);
+        `filled` as in `class_map`.
+        """
         for index in torch.unique(objects[parts > 0]).tolist():
             inside = objects == index
-            predicted = class_map(logits[part_slices[index]], filled, tuple(objects.shape))
-            self.add("part", predicted[inside], parts[inside], ("part", self.vocabulary["object"][index]))
+            predicted = class_map(scores[part_slices[index]], filled, tuple(objects.shape))
+            name = self.vocabulary["object"][index]
+            count(self.of_parts[name], predicted[inside], parts[inside])
 
     def merge(self) -> None:
         """Sums what all processes have counted, in each of them."""
-        everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (self.confusion, self.levels))
-        self.confusion = {key: sum(confusion[key] for confusion, _ in everyone) for key in self.confusion}
-        self.levels = set().union(*(levels for _, levels in everyone))
+        for confusion in (*self.confusion.values(), *self.of_parts.values()):
+            dist.all_reduce(confusion)
 
     def results(self) -> dict:
-        """Fractions in [0, 1], None where nothing is labelled: the format of `evaluate.py --json`."""
-        results: dict = {}
-        for level in sorted(self.levels, key=LEVELS.index):
-            names, table = self.vocabulary[level], self.confusion.get(level)
-            if level == "part":
-                tables = {name: self.confusion["part", name] for name in names}
-                iou = {name: dict(zip(names[name], class_iou(table))) for name, table in tables.items()}
-                means = mean([mean(list(of_parts.values())) for of_parts in iou.values()])
-                results[level] = {"pixel_accuracy": accuracy(tables.values()), "mean_iou_bg": means, "iou": iou}
-            elif level in ("scene", "texture"):
-                results[level] = {"top1": accuracy([table]), "n": int(table.sum())}
+        """Fractions in [0, 1], None where nothing is labelled: what `evaluate.py --json` writes."""
+        results = {}
+        for level, confusion in self.confusion.items():
+            if level in TAGS:
+                results[level] = {"top1": accuracy([confusion]), "n": int(confusion.sum())}
             else:
-                iou = dict(zip(names, class_iou(table)))
-                results[level] = {"pixel_accuracy": accuracy([table]), "mean_iou": mean(list(iou.values())), "iou": iou}
-        return results
+                iou = class_iou(confusion)
+                results[level] = {
+                    "pixel_accuracy": accuracy([confusion]),
+                    "mean_iou": mean(iou),
+                    "iou": dict(zip(self.vocabulary[level], iou)),
+                }
+        if self.of_parts:
+            results["part"] = self.part_results()
+        return {level: results[level] for level in LEVELS if level in results}
+
+    def part_results(self) -> dict:
+        iou = {}
+        of_object = []
+        for name, confusion in self.of_parts.items():
+            of_its_parts = class_iou(confusion)
+            iou[name] = dict(zip(self.vocabulary["part"][name], of_its_parts))
+            of_object.append(mean(of_its_parts))
+        return {
+            "pixel_accuracy": accuracy(self.of_parts.values()),
+            "mean_iou_bg": mean(of_object),
+            "iou": iou,
+        }
+
+
+def count(confusion: Tensor, predicted: Tensor, truth: Tensor) -> None:
+    """Adds (truth, prediction) pairs to a confusion matrix; truth -1 is unlabelled."""
+    classes = len(confusion)
+    labelled = truth >= 0
+    pairs = truth[labelled].long() * classes + predicted[labelled].long()
+    confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()
 
 
 def class_iou(confusion: Tensor) -> list[float | None]:
     """Intersection over union of each class; None for one that has no labelled pixel."""
-    intersection, labelled = confusion.diag(), confusion.sum(dim=1)
+    intersection = confusion.diag()
+    labelled = confusion.sum(dim=1)
     union = labelled + confusion.sum(dim=0) - intersection
-    return [i / u if n else None for i, u, n in zip(intersection.tolist(), union.tolist(), labelled.tolist())]
+    iou = (intersection.double() / union).tolist()
+    return [value if n else None for value, n in zip(iou, labelled.tolist())]
 
 
 def accuracy(confusions) -> float | None:
-    correct, total = (sum(int(f(c)) for c in confusions) for f in (torch.trace, torch.sum))
-    return correct / total if total else None
+    """The share of right predictions in all of the matrices."""
+    right = sum(int(confusion.trace()) for confusion in confusions)
+    total = sum(int(confusion.sum()) for confusion in confusions)
+    return right / total if total else None
 
 
 def mean(values: list[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
+    known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
-# ---------------------------------------------------------------- from logits to classes
-def class_map(logits: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Tensor:
+# ---------------------------------------------------------------- from a photo to scores
+class View(NamedTuple):
+    """A photo as the network sees it, at one size, perhaps mirrored."""
+
+    pixels: Tensor  # (1, 3, H, W) uint8, padded
+    filled: tuple[int, int]  # the (height, width) of it that the photo fills
+    mirrored: bool = False
+
+
+def network_input(photo: Image.Image, full: tuple[int, int], test_size: tuple) -> View:
+    """A photo at `UPerNet.test_size`. full: its (height, width), which may be smaller here."""
+    short, longest, multiple = test_size
+    size = datasets.resized(full, short, longest)
+    if multiple is None:  # ours: padded, as training does
+        height, width = (datasets.pad_to_32(n) for n in size)
+    else:
+        size = tuple(math.ceil(n / multiple) * multiple for n in size)
+        height, width = (max(32, n) for n in size)
+    pixels = datasets.padded_image(photo, size, height, width)
+    return View(torch.from_numpy(pixels)[None], size)
+
+
+def views_of(
+    photo: Image.Image, full: tuple[int, int], test_size: tuple, sizes: list | None, flip: bool
+) -> list[View]:
+    """The photo at each short side of `sizes` (default: that of `test_size`), with `flip` each
+    mirrored too.
+    """
+    short, longest, multiple = test_size
+    views = []
+    for size in sizes or [short]:
+        at_size = (size, max(size, longest), multiple)
+        views.append(network_input(photo, full, at_size))
+        if flip:
+            view = network_input(ImageOps.mirror(photo), full, at_size)
+            views.append(view._replace(mirrored=True))
+    return views
+
+
+def predict(
+    net: UPerNet, views: list[View], levels: list[str], amp: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    """(level -> scores of one image, `filled` of the maps among them for `class_map`).
+
+    Scene, texture: probabilities (K,), the mean over the views. Maps (K, h, w): of one view the
+    network's logits, float32; of several the mean of their probabilities, each one's softmax
+    resized to a quarter of the largest view.
+    """
+    device = next(net.parameters()).device
+    height = max(math.ceil(view.filled[0] / 4) for view in views)
+    width = max(math.ceil(view.filled[1] / 4) for view in views)
+    total = {}
+    for view in views:
+        with torch.inference_mode(), datasets.autocast(device, amp):
+            logits = net(view.pixels.to(device) / 255, levels)
+        for level, value in logits.items():
+            value = value[0].float()
+            if level in TAGS or len(views) > 1:
+                value = probabilities(value, level, net.part_slices) / len(views)
+            if level not in TAGS and len(views) > 1:
+                value = upsample(value, view.filled, (height, width))
+                if view.mirrored:
+                    value = value.flip(2)
+            total[level] = total[level] + value if level in total else value
+    if len(views) == 1:
+        return total, views[0].filled
+    return total, (4 * height, 4 * width)
+
+
+def probabilities(logits: Tensor, level: str, part_slices: dict[int, slice]) -> Tensor:
+    """The softmax of logits (K, ..) over the classes; of parts over those of each object."""
+    if level != "part":
+        return logits.softmax(dim=0)
+    return torch.cat([logits[channels].softmax(dim=0) for channels in part_slices.values()])
+
+
+# ---------------------------------------------------------------- from scores to classes
+def upsample(maps: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Maps (K, h, w), a cell for 4x4 pixels of the input -> (K, *size), float32, without the
+    padding.
+
+    filled: the (height, width) of the input that the picture takes; `size`: the one asked for.
+    Where the maps cover just that, `F.interpolate(maps[None], size, mode="bilinear")[0]`; else a
+    cell takes 4 * size / filled pixels, and what lies beyond the picture is cut off.
+    """
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    scales = []
+    for cells, n, full in zip(maps.shape[1:], filled, size):
+        scales.append(None if 4 * cells == n else 4 * full / n)
+    # F.interpolate takes either a size or scales, this both.
+    return torch.ops.aten.upsample_bilinear2d(maps[None], size, False, *scales)[0]
+
+
+def class_map(scores: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """The best class of every pixel, (height, width) int64; ties go to the lowest index.
-    logits: (K, h, w) at a quarter of the padded input; `filled` is the (height, width) of the input that the picture
-    took before padding, `size` the one asked for. Without padding this is exactly
-    `F.interpolate(logits[None], size, mode="bilinear")[0].argmax(dim=0)`, without ever holding all those logits."""
-    logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
-    scales = [None if 4 * cells == n else 4 * full / n for cells, n, full in zip(logits.shape[1:], filled, size)]
-    two_axes, one_axis = torch.ops.aten.upsample_bilinear2d, torch.ops.aten.upsample_linear1d
-    if sum(size) <= 128:  # PyTorch has another way of rounding for them
-        return two_axes(logits[None], size, False, *scales)[0].argmax(dim=0)
-    # An upsampled value lies between the four cells around it. So a class whose highest of the four is everywhere below
-    # another class's lowest (by more than rounding) wins nowhere.
-    lowest = highest = logits
-    for axis, cells in ((1, logits.shape[1]), (2, logits.shape[2])):
-        n = max(1, cells - 1)
-        lowest = torch.minimum(lowest.narrow(axis, 0, n), lowest.narrow(axis, cells - n, n))
-        highest = torch.maximum(highest.narrow(axis, 0, n), highest.narrow(axis, cells - n, n))
-    bound = lowest.amax(dim=0) - 1e-5 * logits.abs().amax()
-    possible = (highest < bound).flatten(1).all(dim=1).logical_not().nonzero().flatten()
-    best, value = torch.zeros(size, dtype=torch.int64, device=logits.device), logits.new_empty(size)
-    top = logits.new_full(size, -torch.inf)
-    for k in possible.tolist():
-        if logits.is_cpu:  # the same sums, quicker: a row's pixels lie side by side on each axis
-            wide = one_axis(logits[k, None], size[1:], False, scales[1])  # (1, h, width)
-            one_axis.out(wide.mT, size[:1], False, scales[0], out=value.mT[None])
-        else:
-            value = two_axes(logits[None, k, None], size, False, *scales)[0, 0]
+
+    `upsample(scores, filled, size).argmax(dim=0)`, a class at a time: little memory at any size.
+    """
+    scores = scores.detach().contiguous()
+    best = torch.zeros(size, dtype=torch.int64, device=scores.device)
+    top = upsample(scores[:1], filled, size)[0]
+    for k in range(1, len(scores)):
+        value = upsample(scores[k : k + 1], filled, size)[0]
         best.masked_fill_(value > top, k)
         torch.maximum(top, value, out=top)
     return best
 
 
-def part_map(logits: Tensor, objects: Tensor, part_slices: dict[int, slice], filled: tuple[int, int]) -> Tensor:
-    """The best part of every pixel among those of the object that `objects` (H, W) has there, as `part_channels`."""
+def part_map(scores: Tensor, objects: Tensor, part_slices: dict, filled: tuple) -> Tensor:
+    """The best part of every pixel among those of the object that `objects` (H, W) has there, as
+    `part_channels`."""
     parts = torch.zeros_like(objects)
-    for index in part_slices.keys() & set(torch.unique(objects).tolist()):
-        best = class_map(logits[part_slices[index]], filled, tuple(objects.shape))
-        parts = torch.where(objects == index, best, parts)
+    present = torch.unique(objects).tolist()
+    for index, channels in part_slices.items():
+        if index in present:
+            best = class_map(scores[channels], filled, tuple(objects.shape))
+            parts = torch.where(objects == index, best, parts)
     return part_channels(objects, parts, part_slices)
 
 
 def part_channels(objects: Tensor, parts: Tensor, part_slices: dict[int, slice]) -> Tensor:
-    """(object, index in its list of parts) of every pixel -> channel of the part logits, -1 for background: (H, W)."""
+    """(object, index in its list of parts) of every pixel -> channel of the part logits, -1 for
+    background: (H, W)."""
     channels = torch.full_like(objects, -1)
     for index in torch.unique(objects[parts > 0]).tolist():
         here = (objects == index) & (parts > 0)
@@ -148,146 +269,263 @@ def part_channels(objects: Tensor, parts: Tensor, part_slices: dict[int, slice])
 
 def class_names(vocabulary: dict) -> dict[str, list[str]]:
     """Level -> class names; for part a name for every channel of the part logits, "car: wheel"."""
-    parts = {"part": [f"{name}: {part}" for name, parts in vocabulary.get("part", {}).items() for part in parts]}
-    return vocabulary | parts if "part" in vocabulary else vocabulary
+    names = dict(vocabulary)
+    if "part" in vocabulary:
+        names["part"] = []
+        for name, parts in vocabulary["part"].items():
+            names["part"] += [f"{name}: {part}" for part in parts]
+    return names
 
 
 # ---------------------------------------------------------------- evaluation
-def network_input(picture: Image.Image, full: tuple[int, int], test_size: tuple) -> tuple[torch.Tensor, tuple]:
-    """(image (1, 3, H, W) uint8, the (height, width) of it that the picture fills), at `UPerNet.test_size`.
-    full: (height, width) of the picture, which may be smaller here."""
-    short, longest, multiple = test_size
-    size = tuple(math.ceil(n / (multiple or 1)) * (multiple or 1) for n in datasets.resized(full, short, longest))
-    height, width = (max(32, n) if multiple else datasets.padded(n) for n in size)
-    return torch.from_numpy(datasets.padded_image(picture, size, height, width))[None], size
+@dataclasses.dataclass(eq=False)
+class EvaluationImages(Dataset):
+    """Images to evaluate on: item k is a dict of `views`, see `views_of`, and the labels at their
+    own size as tensors, see `Source.labels`. Textures are squares cut from the middle."""
+
+    sources: dict[str, Source]
+    images: list[tuple[str, int]]  # (source, image index)
+    test_size: tuple
+    sizes: list[int] | None = None
+    flip: bool = False
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, k: int) -> dict:
+        name, i = self.images[k]
+        source = self.sources[name]
+        if source.data_set.squares:
+            side = datasets.TEXTURE_SIZE
+            photo = datasets.texture_square(source, i, place=0.5)
+            views = views_of(photo, (side, side), (side, side, None), None, self.flip)
+        else:
+            full = tuple(source.index.sizes[i].tolist())
+            short, longest, _ = self.test_size
+            largest = max(self.sizes or [short])
+            box = datasets.resized(full, largest, max(largest, longest))
+            photo = source.photo(i, box[::-1])
+            views = views_of(photo, full, self.test_size, self.sizes, self.flip)
+        labels = source.labels(i)
+        return {
+            "views": views,
+            **{level: torch.as_tensor(value) for level, value in labels.items()},
+        }
 
 
-def evaluation_image(k: int, sources: dict[str, Source], images: list[tuple[str, int]], test_size: tuple) -> dict:
-    """The k-th of the (source, image number)s: `file`, `images` and `size` as from `network_input`, and the labels
-    at their own size as from `Source.labels`, as tensors. DTD's images are squares of TEXTURE_SIZE."""
-    name, i = images[k]
-    source, full, side = sources[name], tuple(sources[name].index.sizes[i].tolist()), datasets.TEXTURE_SIZE
-    if name == "dtd":
-        full, test_size, picture = (side, side), (side, side, None), datasets.texture_square(source, i, 0.5)
-    else:
-        picture = source.photo(i, datasets.resized(full, *test_size[:2])[::-1])
-    pixels, size = network_input(picture, full, test_size)
-    labels = {level: torch.as_tensor(value) for level, value in source.labels(i).items()}
-    return {"file": source.index.images[i], "images": pixels, "size": size, **labels}
+def evaluate(
+    net: UPerNet,
+    vocabulary: dict,
+    sources: dict[str, Source],
+    images: list[tuple[str, int]],
+    levels: list[str] | None = None,
+    amp: torch.dtype | None = None,
+    pictures: str | None = None,
+    sizes: list[int] | None = None,
+    flip: bool = False,
+) -> dict:
+    """The metrics of `net` on the (source, image number)s, in the format of `evaluate.py --json`.
 
-
-def evaluate(net: UPerNet, vocabulary: dict, sources: dict, images: list, levels=None, amp=None, pictures=None) -> dict:
-    """The metrics of `net` on the (source, image number)s, in the format of `evaluate.py --json`. Sets eval mode.
-    Images are resized to `net.test_size`, predictions evaluated at the label maps' own size. In the folder `pictures`,
-    if given, up to SHOWN images of each source are shown, truth beside prediction. Processes share the images."""
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device, metrics = next(net.eval().parameters()).device, Metrics(vocabulary)
+    Images are seen as in `views_of`, predictions evaluated at the label maps' own size. In the
+    folder `pictures`, if given, up to SHOWN images of each source are shown, truth beside
+    prediction. Processes share the images. Sets eval mode.
+    """
+    net.eval()
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    device = next(net.parameters()).device
     levels = [level for level in (levels or LEVELS) if level in vocabulary]
     images = [(name, i) for name, i in images if set(sources[name].levels) & set(levels)]
-    shown = set()
-    for name in sources if pictures else ():
-        of_source = [pair for pair in images if pair[0] == name]
-        shown |= set(of_source[:: max(1, len(of_source) // SHOWN)][:SHOWN])
+    labelled = set()
+    for name, _ in images:
+        labelled.update(sources[name].levels)
+    metrics = Metrics(vocabulary, [level for level in levels if level in labelled])
+    shown = images_to_show(images) if pictures else set()
     images = images[rank::processes]
-    item = functools.partial(evaluation_image, sources=sources, images=images, test_size=net.test_size)
-    loader = datasets.in_order(item, range(len(images)), None if len(images) > 500 else 0)
-    bar = dict(desc="evaluating", unit=" images", disable=None if rank == 0 else True, leave=False)
-    for pair, image in zip(images, tqdm(loader, total=len(images), **bar)):
-        source, filled = sources[pair[0]], image["size"]
+    dataset = EvaluationImages(sources, images, net.test_size, sizes, flip)
+    items = datasets.loader(dataset, workers=None if len(images) > 500 else 0)
+    bar = tqdm(
+        items,
+        total=len(images),
+        desc="evaluating",
+        unit=" images",
+        disable=None if rank == 0 else True,
+        leave=False,
+    )
+    for (name, i), item in zip(images, bar):
+        source = sources[name]
         asked = [level for level in source.levels if level in levels]
-        with torch.inference_mode(), datasets.autocast(device, amp):
-            logits = net(image["images"].to(device) / 255, levels=asked)
-        logits = {level: value[0].float() for level, value in logits.items()}
-        labels = {level: image[level].to(device) for level in source.levels}
-        maps = {}  # object, material: the class of each pixel
-        for level in asked:
-            if level == "part":
-                metrics.add_parts(logits["part"], labels["object"], labels["part"], net.part_slices, filled)
-            elif level in ("scene", "texture"):
-                metrics.add(level, logits[level].argmax(), labels[level])
-            else:
-                maps[level] = class_map(logits[level], filled, tuple(labels[level].shape))
-                metrics.add(level, maps[level], labels[level])
-        if pair in shown:
+        scores, filled = predict(net, item["views"], asked, amp)
+        labels = {level: item[level].to(device) for level in source.levels}
+        maps = add_image(metrics, scores, labels, net.part_slices, filled)
+        if (name, i) in shown:
             if "part" in asked:
                 objects = labels["object"].long()
-                maps["part"] = part_map(logits["part"], maps.get("object", objects), net.part_slices, filled)
+                seen = maps.get("object", objects)
+                maps["part"] = part_map(scores["part"], seen, net.part_slices, filled)
                 labels["part"] = part_channels(objects, labels["part"].long(), net.part_slices)
-            name = os.path.splitext(image["file"])[0].replace("/", "_")[-80:]
-            sheet = comparison(source.photo(pair[1]), maps, logits, labels, vocabulary)
-            save_picture(sheet, os.path.join(pictures, f"{pair[0]}_{name}.png"))
+            tags = {level: scores[level].cpu().numpy() for level in asked if level in TAGS}
+            sheet = comparison(source.photo(i), maps, tags, labels, vocabulary)
+            stem = datasets.without_ending(source.index.images[i]).replace("/", "_")[-80:]
+            save_picture(sheet, os.path.join(pictures, f"{name}_{stem}.png"))
     if processes > 1:
         metrics.merge()
     return metrics.results()
 
 
-def table(results: dict, amp: torch.dtype | None = None, untrained: dict | None = None) -> str:
-    """The metrics as text: levels first, then the best and worst ten classes; `untrained` adds that network's."""
-    percent = lambda value: "     -" if value is None else f"{100 * value:6.2f}"
-    titles = {"pixel_accuracy": "pixel accuracy", "mean_iou": "mean IoU", "mean_iou_bg": "mIoU-bg", "top1": "top-1"}
-    precision = str(amp or torch.float32).removeprefix("torch.")
-    lines = [f"{'level':10s}{'metric':16s}{'%':>7s}{'  untrained' if untrained else ''}   ({precision})"]
-    for level, metrics in results.items():
-        for metric in [metric for metric in titles if metric in metrics]:
-            beside = f"     {percent(untrained[level][metric])}" if untrained else ""
-            lines.append(f"{level:10s}{titles[metric]:16s} {percent(metrics[metric])}{beside}")
-    for level, metrics in results.items():
-        iou = metrics.get("iou", {})
+def add_image(
+    metrics: Metrics, scores: dict, labels: dict, part_slices: dict, filled: tuple
+) -> dict[str, Tensor]:
+    """Counts what `predict` saw in an image; returns the class of each pixel, of object and
+    material.
+    """
+    maps = {}
+    for level in scores:
         if level == "part":
-            iou = {f"{name}: {part}": v for name, parts in iou.items() for part, v in parts.items()}
-        ranked = sorted(((name, v) for name, v in iou.items() if v is not None), key=lambda pair: -pair[1])
-        rows = [f"  {name[:38]:38s} {percent(v)}" for name, v in ranked]
-        rows[10:-10] = [f"  .. {len(rows) - 20} more, in --json"] if len(rows) > 20 else rows[10:-10]
-        if absent := len(iou) - len(ranked):
-            rows.append(f"  without a labelled pixel in these images, and in no mean: {absent}")
-        lines += ["", f"IoU of each {level}, %", *rows] if rows else []
+            truth = (labels["object"], labels["part"])
+            metrics.add_parts(scores["part"], *truth, part_slices, filled)
+        elif level in TAGS:
+            metrics.add(level, scores[level].argmax(), labels[level])
+        elif level in labels:
+            maps[level] = class_map(scores[level], filled, tuple(labels[level].shape))
+            metrics.add(level, maps[level], labels[level])
+    return maps
+
+
+def images_to_show(images: list[tuple[str, int]]) -> set[tuple[str, int]]:
+    """Up to SHOWN images of each source, evenly spaced."""
+    shown = set()
+    for source in {name for name, _ in images}:
+        of_source = [pair for pair in images if pair[0] == source]
+        step = max(1, len(of_source) // SHOWN)
+        shown.update(of_source[::step][:SHOWN])
+    return shown
+
+
+def table(results: dict, amp: torch.dtype | None = None, untrained: dict | None = None) -> str:
+    """The metrics as text: levels first, then the best and worst ten classes; `untrained` adds
+    those of such a network.
+    """
+    titles = {
+        "pixel_accuracy": "pixel accuracy",
+        "mean_iou": "mean IoU",
+        "mean_iou_bg": "mIoU-bg",
+        "top1": "top-1",
+    }
+    precision = str(amp or torch.float32).removeprefix("torch.")
+    beside = "  untrained" if untrained else ""
+    lines = [f"level     metric                %{beside}   ({precision})"]
+    for level, metrics in results.items():
+        for metric, title in titles.items():
+            if metric in metrics:
+                line = f"{level:10s}{title:16s} {percent(metrics[metric])}"
+                if untrained:
+                    line += f"     {percent(untrained[level][metric])}"
+                lines.append(line)
+    for level, metrics in results.items():
+        rows = class_rows(level, metrics.get("iou", {}))
+        if rows:
+            lines += ["", f"IoU of each {level}, %", *rows]
     return "\n".join(lines)
 
 
+def class_rows(level: str, iou: dict) -> list[str]:
+    """The best and worst ten classes of a level, and how many have none."""
+    if level == "part":
+        of_parts = {}
+        for name, parts in iou.items():
+            for part, value in parts.items():
+                of_parts[f"{name}: {part}"] = value
+        iou = of_parts
+    known = [(name, value) for name, value in iou.items() if value is not None]
+    known.sort(key=lambda pair: -pair[1])
+    rows = [f"  {name[:38]:38s} {percent(value)}" for name, value in known]
+    if len(rows) > 20:
+        rows = [*rows[:10], f"  .. {len(rows) - 20} more, in --json", *rows[-10:]]
+    absent = len(iou) - len(known)
+    if absent:
+        rows.append(f"  without a labelled pixel in these images, and in no mean: {absent}")
+    return rows
+
+
+def percent(value: float | None) -> str:
+    return "     -" if value is None else f"{100 * value:6.2f}"
+
+
 # ---------------------------------------------------------------- photos
-def parse(net: UPerNet, photo, levels: list[str] | None = None, amp: torch.dtype | None = None) -> dict:
-    """All that the network sees in a photo, a PIL image or a uint8 array (H, W, 3), at its size. Sets eval mode.
-    object, material, texture_map: (H, W) class indices; part: (H, W) channels of the part logits within the predicted
-    object, -1 for none; scene, texture: (K,) probabilities. Resized and padded to `net.test_size`, as in training."""
+def parse(
+    net: UPerNet,
+    photo: Image.Image | np.ndarray,
+    levels: list[str] | None = None,
+    amp: torch.dtype | None = None,
+    sizes: list[int] | None = None,
+    flip: bool = False,
+) -> dict[str, np.ndarray]:
+    """All that the network sees in a photo, at the photo's size. Sets eval mode.
+
+    photo: a PIL image, which is turned as its EXIF data say, or a uint8 array (H, W, 3), RGB.
+    sizes, flip: short sides and mirror images to average over, by default `net.test_size` alone.
+    Returns a dict: object, material, texture_map: (H, W) class indices; part: (H, W) channels of
+    the part logits within the predicted object, -1 for none; scene, texture: (K,) probabilities.
+    Raises ValueError for another array.
+    """
     if not isinstance(photo, Image.Image):
         photo = np.asarray(photo)
         if photo.dtype != np.uint8 or photo.shape[2:] != (3,):
             raise ValueError(f"a photo of shape {photo.shape}, {photo.dtype}: not (H, W, 3) uint8")
         photo = Image.fromarray(photo)
-    device, full, seen = next(net.eval().parameters()).device, (photo.height, photo.width), {}
-    pixels, filled = network_input(datasets.rgb(photo), full, net.test_size)
-    levels = list(net.classes) if levels is None else levels
-    with torch.inference_mode(), datasets.autocast(device, amp):
-        logits = net(pixels.to(device) / 255, ["object", *levels] if "part" in levels else levels)
-    for level, value in logits.items():
-        if level in ("scene", "texture"):
-            seen[level] = value[0].float().softmax(dim=0)
+    photo = datasets.rgb(datasets.upright(photo))
+    net.eval()
+    if levels is None:
+        levels = list(net.classes)
+    needed = list(dict.fromkeys(["object", *levels])) if "part" in levels else levels
+    full = (photo.height, photo.width)
+    views = views_of(photo, full, net.test_size, sizes, flip)
+    scores, filled = predict(net, views, needed, amp)
+    seen = {}
+    for level, value in scores.items():
+        if level in TAGS:
+            seen[level] = value
         elif level != "part":
-            seen[level] = class_map(value[0], filled, full)
-    if "part" in logits:
-        seen["part"] = part_map(logits["part"][0], seen["object"], net.part_slices, filled)
-    return {level: value.cpu().numpy() for level, value in seen.items() if level.removesuffix("_map") in levels}
+            seen[level] = class_map(value, filled, full)
+    if "part" in levels:
+        seen["part"] = part_map(scores["part"], seen["object"], net.part_slices, filled)
+    if "object" not in levels:
+        seen.pop("object", None)
+    return {level: value.cpu().numpy() for level, value in seen.items()}
 
 
-def write_photo(photo: Image.Image, seen: dict, vocabulary: dict, path: str, numbers: dict | None = None) -> list[str]:
-    """Writes what `parse` saw: <path>_upernet.png, a picture of all levels; <path>_upernet.npz, the arrays and
-    <level>_names; and of object and material <path>_<level>.png, masks with each class's number in the data's own
-    table, `numbers[level]`, by default 1..K. The picture's panels have the photo's size, up to PANEL_PIXELS."""
-    names, written = class_names(vocabulary), [f"{path}_upernet.png", f"{path}_upernet.npz"]
-    arrays = {level: value.astype(np.int16 if value.ndim == 2 else np.float32) for level, value in seen.items()}
-    arrays |= {f"{level}_names": np.array(of_level) for level, of_level in names.items()}
+def write_photo(
+    photo: Image.Image, seen: dict, vocabulary: dict, path: str, numbers: dict | None = None
+) -> list[str]:
+    """Writes what `parse` saw, and returns the names of the files.
+
+    <path>_upernet.png: all levels, in panels of the photo's size, up to PANEL_SIDE;
+    <path>_upernet.npz: the arrays, and <level>_names; <path>_object.png, <path>_material.png: masks
+    with each class's number in the data's own table, `numbers[level]`, by default 1..K.
+    """
+    names = class_names(vocabulary)
+    written = [f"{path}_upernet.png", f"{path}_upernet.npz"]
+    arrays = {f"{level}_names": np.array(of_level) for level, of_level in names.items()}
+    for level, value in seen.items():
+        arrays[level] = value.astype(np.int16 if value.ndim == 2 else np.float32)
     datasets.write_file(written[1], lambda name: np.savez_compressed(name, **arrays))
-    scale = min(1, math.sqrt(PANEL_PIXELS / (photo.width * photo.height)), PANEL_SIDE / max(photo.size))
-    photo = photo.resize(tuple(max(1, round(n * scale)) for n in photo.size))
-    panels = [tag_panel("photo", photo, {v: seen[v] for v in ("scene", "texture") if v in seen}, vocabulary)]
+    small = photo.copy()
+    small.thumbnail((PANEL_SIDE, PANEL_SIDE))
+    tags = {level: seen[level] for level in TAGS if level in seen}
+    panels = [tag_panel("photo", small, tags, vocabulary)]
     for level in ("object", "part", "material", "texture_map"):
         if level in seen:
             named = level.removesuffix("_map")
-            panels.append(map_panel(f"{named}s", photo, seen[level], names[named]))
-        if level in ("object", "material") and level in seen:
-            written.append(f"{path}_{level}.png")
-            table = np.array((numbers or {}).get(level) or range(1, len(names[level]) + 1))
+            panels.append(map_panel(f"{named}s", small, seen[level], names[named]))
+    for level in ("object", "material"):
+        if level in seen:
+            of_level = range(1, len(names[level]) + 1)
+            if numbers and level in numbers:
+                of_level = numbers[level]
+            table = np.array(of_level)
             mask = table[seen[level]].astype(np.uint8 if table.max() < 256 else np.uint16)
+            written.append(f"{path}_{level}.png")
             save_picture(Image.fromarray(mask), written[-1])
     save_picture(sheet_of([panels[:3], panels[3:]]), written[0])
     return written
@@ -296,18 +534,29 @@ def write_photo(photo: Image.Image, seen: dict, vocabulary: dict, path: str, num
 # ---------------------------------------------------------------- relations: section 4.2, table 4
 class Relations:
     """Counts, over what the network sees in many photos, which concepts go together.
-    scene-object: the share of a scene's photos in which an object shows up (one pixel is enough); those of at least
-    30%. object-material, part-material, material-texture: of the pixels of the first, the share of the second; the
-    three largest of at least 10% (the paper drops "small" ones: the number is ours), scaled to sum to one."""
 
-    KINDS = {"scene-object": "{} is composed of {}", "object-material": "{} is made of {}"}  # in table 4's words
-    KINDS |= {"part-material": "{} is made of {}", "material-texture": "{} is {}"}
+    scene-object: the share of a scene's photos in which an object shows up (one pixel is enough);
+    those of at least 30%. object-material, part-material, material-texture: of the pixels of the
+    first, the share of the second; the three largest of at least 10% (the paper drops "small" ones:
+    the number is ours), scaled to sum to one.
+    """
 
-    def __init__(self, vocabulary: dict, levels):
+    KINDS = {  # in the words of table 4
+        "scene-object": "{} is composed of {}",
+        "object-material": "{} is made of {}",
+        "part-material": "{} is made of {}",
+        "material-texture": "{} is {}",
+    }
+
+    def __init__(self, vocabulary: dict, levels: list[str]):
         self.names = class_names(vocabulary)
         self.photos = np.zeros(len(vocabulary.get("scene", ())), np.int64)  # of each scene
-        pairs = [kind.split("-") for kind in self.KINDS if set(kind.split("-")) <= vocabulary.keys() & set(levels)]
-        self.counts = {f"{a}-{b}": np.zeros((len(self.names[a]), len(self.names[b])), np.int64) for a, b in pairs}
+        self.counts = {}  # kind -> (first concepts, second concepts)
+        for kind in self.KINDS:
+            first, second = kind.split("-")
+            if {first, second} <= vocabulary.keys() & set(levels):
+                shape = (len(self.names[first]), len(self.names[second]))
+                self.counts[kind] = np.zeros(shape, np.int64)
 
     def add(self, seen: dict[str, np.ndarray]) -> None:
         """What `parse` saw in one photo."""
@@ -318,341 +567,555 @@ class Relations:
                 self.photos[scene] += 1
                 counts[scene, np.unique(seen["object"])] += 1
             else:
-                rows, columns = seen[first].astype(np.int64), seen["texture_map" if second == "texture" else second]
-                flat = (rows * counts.shape[1] + columns)[rows >= 0]
-                counts += np.bincount(flat, minlength=counts.size).reshape(counts.shape)
+                rows = seen[first].astype(np.int64)
+                columns = seen["texture_map" if second == "texture" else second]
+                inside = rows >= 0  # not background
+                pairs = rows[inside] * counts.shape[1] + columns[inside]
+                counts += np.bincount(pairs, minlength=counts.size).reshape(counts.shape)
 
     def results(self) -> dict[str, dict[str, dict[str, float]]]:
         """Kind -> first concept -> {second concept: share}, largest first."""
-        results: dict = {kind: {} for kind in self.counts}
+        results = {}
         for kind, counts in self.counts.items():
-            of_scenes, (first, second) = kind == "scene-object", (self.names[level] for level in kind.split("-"))
+            first, second = kind.split("-")
+            of_scenes = kind == "scene-object"
             totals = self.photos if of_scenes else counts.sum(axis=1)
+            results[kind] = {}
             for row in np.flatnonzero(totals):
                 shares = counts[row] / totals[row]
-                order = [k for k in np.argsort(-shares, kind="stable") if shares[k] >= (0.3 if of_scenes else 0.1)]
-                if not of_scenes:
-                    order = order[:3]
-                    shares = shares / (shares[order].sum() or 1)
-                results[kind] |= {first[row]: {second[k]: float(shares[k]) for k in order}} if order else {}
+                order = np.argsort(-shares, kind="stable")
+                if of_scenes:
+                    order = order[shares[order] >= 0.3]
+                else:
+                    order = order[shares[order] >= 0.1][:3]
+                    shares = shares / max(shares[order].sum(), 1e-9)
+                if len(order):
+                    name = self.names[first][row]
+                    found = {self.names[second][k]: float(shares[k]) for k in order}
+                    results[kind][name] = found
         return results
 
     def report(self, path: str) -> None:
         """Writes the results as JSON, and prints them in the words of table 4."""
-        for kind, concepts in self.results().items():
+        results = self.results()
+        for kind, concepts in results.items():
             for first, shares in concepts.items():
-                words = [name if kind == "scene-object" else f"{name} ({share:.0%})" for name, share in shares.items()]
-                listed = " and ".join(([", ".join(words[:-1])] if words[1:] else []) + words[-1:])
+                words = list(shares)
+                if kind != "scene-object":
+                    words = [f"{name} ({share:.0%})" for name, share in shares.items()]
+                listed = words[-1]
+                if len(words) > 1:
+                    listed = f"{', '.join(words[:-1])} and {words[-1]}"
                 print(self.KINDS[kind].format(first, listed))
-        datasets.write_json(self.results(), path)
+        datasets.write_json(results, path)
         print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------- pictures
-PANEL = 380  # width of a panel of a comparison, pixels
-PANEL_PIXELS, PANEL_SIDE = 15e6, 20000  # of a panel of a photo, at most: sheets of six larger ones Pillow won't open
+PANEL_SIDE = 1600  # of a photo's panel, pixels at most
 OPACITY = 0.6  # of the classes' colours on the photo
 
 
 def class_colour(k: int) -> tuple[int, int, int]:
-    """The colour of a class, the same in every picture: hues a golden section apart, of three strengths."""
-    colour = colorsys.hsv_to_rgb(k * 0.618 % 1, (1, 0.6, 0.8)[k % 3], (0.95, 1, 0.7)[k // 2 % 3])
-    return tuple(round(255 * c) for c in colour)
+    """The colour of a class, the same in every picture: hues a golden section apart, of another
+    strength every five classes, so that a small table has no two alike.
+    """
+    saturation, value = ((1, 0.95), (0.7, 0.6), (0.45, 1))[k // 5 % 3]
+    red, green, blue = colorsys.hsv_to_rgb(k * 0.618 % 1, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def overlay(photo: Image.Image, classes: np.ndarray) -> Image.Image:
     """The photo with each class (H, W), -1 for none, in its colour and outlined in white."""
-    classes = np.asarray(Image.fromarray(classes.astype(np.int32)).resize(photo.size, Image.Resampling.NEAREST))
-    shown, present = torch.from_numpy(np.array(photo).transpose(2, 0, 1)), np.unique(classes[classes >= 0]).tolist()
-    if present:
-        masks = torch.from_numpy(np.stack([classes == c for c in present]))
-        shown = draw_segmentation_masks(shown, masks, alpha=OPACITY, colors=[class_colour(c) for c in present])
-    picture = shown.numpy().transpose(1, 2, 0).copy()
+    classes = Image.fromarray(classes.astype(np.int32)).resize(photo.size, Image.Resampling.NEAREST)
+    classes = np.asarray(classes)
+    picture = np.array(photo)
+    colours = np.array([class_colour(k) for k in range(max(0, classes.max()) + 1)])
+    inside = classes >= 0
+    mixed = (1 - OPACITY) * picture[inside] + OPACITY * colours[classes[inside]]
+    picture[inside] = mixed.round()
     picture[:, 1:][classes[:, 1:] != classes[:, :-1]] = 255
     picture[1:][classes[1:] != classes[:-1]] = 255
     return Image.fromarray(picture)
 
 
-def panel(title: str, picture: Image.Image | None, entries: list[tuple]) -> Image.Image:
-    """A titled picture with a legend below: (colour or None, text, length of a bar in [0, 1] or None) a line."""
-    width = max(PANEL, picture.width if picture else 0)
-    size = max(14, min(2 * picture.width, 3 * picture.height) // 80) if picture else 14  # of the text
-    line, gap, font = round(1.4 * size), 3 * size // 14, ImageFont.load_default(size)
-    y = line + 4 + (picture.height + 6 if picture else 0)
-    sheet = Image.new("RGB", (width, y + line * len(entries)), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((0, 2), title, fill="black", font=font)
+class Line(NamedTuple):
+    """A line of a legend."""
+
+    text: str
+    colour: tuple[int, int, int] | None = None
+    bar: float | None = None  # its length, in [0, 1]
+
+
+def panel(title: str, picture: Image.Image | None, lines: list[Line]) -> Image.Image:
+    """A titled picture with a legend below."""
+    width = max(PANEL, picture.width) if picture else PANEL
+    size = 14  # of the text
     if picture:
-        sheet.paste(picture, (0, line + 4))
-    for colour, text, bar in entries:
-        if bar is not None:
-            left = width * 2 // 3
-            draw.rectangle([left, y + gap, left + (width // 3 - 2) * bar, y + line - gap - 1], fill="#6688bb")
-        if colour is not None:
-            blended = tuple(round(OPACITY * c + (1 - OPACITY) * 128) for c in colour)  # as it looks on the photo
-            draw.rectangle([0, y + gap, size - 2, y + line - gap - 1], fill=blended, outline="black")
-        while draw.textlength(text, font=font) > (width if bar is None else width * 2 // 3) - size - 14:
-            text = text[:-2].rstrip(" .") + "\u2026"
-        draw.text((0 if text.endswith(":") else size + gap + 1, y + 1), text, fill="black", font=font)
-        y += line
+        size = max(14, min(2 * picture.width, 3 * picture.height) // 80)
+    step = round(1.4 * size)
+    height = step + 4 + step * len(lines)
+    if picture:
+        height += picture.height + 6
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size)
+    draw.text((0, 2), title, fill="black", font=font)
+    y = step + 4
+    if picture:
+        sheet.paste(picture, (0, y))
+        y += picture.height + 6
+    for line in lines:
+        draw_line(draw, line, y, width, size, font)
+        y += step
     return sheet
 
 
-def map_panel(title: str, photo: Image.Image, classes: np.ndarray, names: list[str], most: int = 12) -> Image.Image:
-    """A level's overlay with a legend of what is there, largest first."""
+def draw_line(draw: ImageDraw.ImageDraw, line: Line, y: int, width: int, size: int, font) -> None:
+    """A line of a legend at the height y, its text cut to the width."""
+    gap = 3 * size // 14
+    bottom = y + round(1.4 * size) - gap - 1
+    right = width
+    if line.bar is not None:
+        right = width * 2 // 3
+        draw.rectangle(
+            [right, y + gap, right + (width // 3 - 2) * line.bar, bottom], fill="#6688bb"
+        )
+    if line.colour is not None:
+        # As it looks on a photo of middle grey.
+        on_photo = tuple(round(OPACITY * c + (1 - OPACITY) * 128) for c in line.colour)
+        draw.rectangle([0, y + gap, size - 2, bottom], fill=on_photo, outline="black")
+    text = line.text
+    while draw.textlength(text, font=font) > right - size - 14:
+        text = text[:-2].rstrip(" .") + "\u2026"
+    x = 0 if text.endswith(":") else size + gap + 1
+    draw.text((x, y + 1), text, fill="black", font=font)
+
+
+def map_panel(title: str, photo: Image.Image, classes: np.ndarray, names: list[str]) -> Image.Image:
+    """A level's overlay with a legend of what is there, largest first, twelve at most."""
     numbers, pixels = np.unique(classes[classes >= 0], return_counts=True)
     order = np.argsort(-pixels, kind="stable")
-    shown = [(int(numbers[k]), pixels[k] / classes.size) for k in order[:most] if pixels[k] >= 0.001 * classes.size]
-    entries = [(class_colour(k), f"{names[k]}  {share:.1%}", None) for k, share in shown]
-    entries += [(None, f"and {len(order) - len(shown)} smaller", None)] if len(order) > len(shown) else []
-    entries += [(None, f"none  {none:.1%}", None)] if (none := (classes < 0).mean()) >= 0.001 else []
-    return panel(title, overlay(photo, classes), entries or [(None, "nothing", None)])
+    lines = []
+    for k in order[:12]:
+        share = pixels[k] / classes.size
+        if share >= 0.001:
+            number = int(numbers[k])
+            lines.append(Line(f"{names[number]}  {share:.1%}", class_colour(number)))
+    if len(order) > len(lines):
+        lines.append(Line(f"and {len(order) - len(lines)} smaller"))
+    without = (classes < 0).mean()
+    if without >= 0.001:
+        lines.append(Line(f"none  {without:.1%}"))
+    return panel(title, overlay(photo, classes), lines)
 
 
-def tag_panel(title: str, photo: Image.Image | None, scores: dict[str, np.ndarray], vocabulary: dict) -> Image.Image:
-    """The photo with the best five guesses of scene (and texture) as bars; scores are probabilities (K,)."""
-    entries: list[tuple] = []
-    for level, values in scores.items():
-        best = [k for k in np.argsort(-values, kind="stable")[:5] if values[k] >= 0.005]
-        entries += [(None, f"{level}:", None)]
-        entries += [(None, f"{vocabulary[level][k]}  {values[k]:.0%}", float(values[k])) for k in best]
-    return panel(title, photo, entries)
+def tag_panel(
+    title: str, photo: Image.Image | None, tags: dict[str, np.ndarray], vocabulary: dict
+) -> Image.Image:
+    """The photo with the best five guesses of scene (and texture) as bars; tags are probabilities
+    (K,).
+    """
+    lines = []
+    for level, values in tags.items():
+        lines.append(Line(f"{level}:"))
+        for k in np.argsort(-values, kind="stable")[:5]:
+            if values[k] >= 0.005:
+                text = f"{vocabulary[level][k]}  {values[k]:.0%}"
+                lines.append(Line(text, bar=float(values[k])))
+    return panel(title, photo, lines)
 
 
-def comparison(photo: Image.Image, maps: dict, logits: dict, labels: dict, vocabulary: dict) -> Image.Image:
-    """One validation image: the truth in the upper row, the prediction in the lower (in one row without scores)."""
-    photo, names = photo.resize((PANEL, max(1, round(photo.height * PANEL / photo.width)))), class_names(vocabulary)
-    scores = {level: logits[level].softmax(dim=0).cpu().numpy() for level in ("scene", "texture") if level in logits}
-    known = [f"true {level}: {names[level][int(labels[level])]}" for level in scores if labels[level] >= 0]
-    above = [tag_panel(", ".join(["photo", *known]), photo, {}, names)]
-    below = [tag_panel("prediction", None, scores, names)]
+def comparison(
+    photo: Image.Image, maps: dict, tags: dict, labels: dict, vocabulary: dict
+) -> Image.Image:
+    """One validation image: the truth in the upper row, the prediction in the lower (without tags
+    all in one row).
+    """
+    photo = photo.resize((PANEL, max(1, round(photo.height * PANEL / photo.width))))
+    names = class_names(vocabulary)
+    title = "photo"
+    for level in tags:
+        if labels[level] >= 0:
+            title += f", true {level}: {names[level][int(labels[level])]}"
+    truth = [tag_panel(title, photo, {}, names)]
+    prediction = []
     for level in maps:
-        above.append(map_panel(f"{level}s, truth", photo, labels[level].cpu().numpy(), names[level]))
-        below.append(map_panel(f"{level}s, prediction", photo, maps[level].cpu().numpy(), names[level]))
-    return sheet_of([above, below] if scores else [above + below[1:]])
+        true_map = labels[level].cpu().numpy()
+        truth.append(map_panel(f"{level}s, truth", photo, true_map, names[level]))
+        seen = maps[level].cpu().numpy()
+        prediction.append(map_panel(f"{level}s, prediction", photo, seen, names[level]))
+    if not tags:
+        return sheet_of([truth + prediction])
+    return sheet_of([truth, [tag_panel("prediction", None, tags, names), *prediction]])
 
 
-def sheet_of(rows: list[list[Image.Image]], margin: int = 10) -> Image.Image:
-    """Pictures on white, row by row."""
-    rows = [row for row in rows if row]
-    cell, heights = max(p.width for row in rows for p in row), [max(p.height for p in row) + margin for row in rows]
-    sheet = Image.new("RGB", ((cell + margin) * max(map(len, rows)) + margin, sum(heights) + margin), "white")
-    for r, row in enumerate(rows):
-        for k, p in enumerate(row):
-            sheet.paste(p, (margin + k * (cell + margin), margin + sum(heights[:r])))
-    return sheet
+# ---------------------------------------------------------------- networks and images
+class Network(NamedTuple):
+    """What is evaluated."""
+
+    net: UPerNet
+    vocabulary: dict
+    arguments: dict  # of the run that trained it
+    split: dict | None  # its validation images, None of released networks
+    trained: dict  # its training images
 
 
-def save_picture(picture: Image.Image, path: str) -> None:
-    datasets.write_file(path, lambda name: picture.save(name, "PNG", compress_level=3))
+def open_network(checkpoint: str | None, release: list | None, labels: str | None) -> Network:
+    """The network of a checkpoint, or of --release. Raises UserError for files that are neither."""
+    if bool(checkpoint) == bool(release):
+        raise UserError("name a checkpoint (runs/toy/ckpt.pt, say), or give --release")
+    try:
+        if checkpoint:
+            net, content = upernet.read_checkpoint(checkpoint)
+            arguments = content.get("arguments", {})
+            split = content.get("split", {})
+            return Network(net, content["vocabulary"], arguments, split, content.get("trained", {}))
+        if len(release) == 1 and not labels:
+            net, vocabulary = upernet.load_mmseg(release[0])
+            return Network(net, vocabulary, {"root": "data"}, None, {})
+        if len(release) == 2 and labels:
+            net, vocabulary = upernet.load_release(*release, labels)
+            numbers = {}
+            for level, names in vocabulary.items():
+                if "background" in names:  # the authors' has number 0
+                    numbers[level] = list(range(len(names)))
+            return Network(net, vocabulary, {"root": "data", "numbers": numbers}, None, {})
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    raise UserError(
+        "--release: encoder and decoder need --labels, the authors' class tables; or give one file"
+    )
 
 
-def plot(title: str, series: dict[str, tuple], top: float, right: int, unit: str, marks: list = []) -> Image.Image:
-    """A panel of points, colour -> (xs in [0, right], ys in [0, top]); `marks` are heights with a red line."""
-    left, up, width, height = 52, 30, PANEL - 66, 160
-    picture = Image.new("RGB", (PANEL, up + height + 30), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
-    at = lambda x, y: (left + width * x / right, up + height * (1 - min(1, y / top)))
-    for tick, anchor in ((0, "la"), (0.5, "ma"), (1, "ra")):
-        draw.line([at(0, tick * top), at(right, tick * top)], fill="#dddddd")
-        draw.text((left - 6, at(0, tick * top)[1]), f"{tick * top:.2g}", fill="black", font=font, anchor="rm")
-        text = f"{tick * right:.0f}" + (f" {unit}" if tick == 1 else "")
-        draw.text((left + width * tick, up + height + 6), text, fill="black", font=font, anchor=anchor)
-    for mark in marks:
-        draw.line([at(0, mark), at(right, mark)], fill="#cc3333")
-    for colour, (xs, ys) in series.items():
-        for x, y in zip(xs, ys):
-            px, py = at(float(x), float(y))
-            draw.ellipse([px - 1.5, py - 1.5, px + 1.5, py + 1.5], fill=colour)
-    draw.text((left, 8), title, fill="black", font=font)
-    return picture
+def released_names(labels: str | None, index: Index, vocabulary: dict) -> dict[str, dict] | None:
+    """The names of a source for a released network, in the form of `class_names` of its data set.
 
-
-# ---------------------------------------------------------------- networks and the images to evaluate
-def released_names(labels: str | None, index: Index, vocabulary: dict) -> dict[str, dict]:
-    """`datasets.class_names` for a released network. Without a folder `labels`, SceneParsing's numbers are its classes;
-    the authors' label_assignment.csv maps the numbers and scenes of ADE20K 2021, and OpenSurfaces'."""
-    tables = labels and os.path.isdir(labels)
-    if bool(tables) == (index.layout == "sceneparsing"):
-        wanted = "ADE20K_2021_17_01, not SceneParsing" if tables else "ADEChallengeData2016 (SceneParsing)"
+    Without a folder `labels`, SceneParsing's numbers are its classes; the authors'
+    label_assignment.csv maps the numbers and scenes of ADE20K 2021, and OpenSurfaces'. None for
+    textures.
+    """
+    if index.data_set.squares:
+        return None
+    has_tables = labels is not None and os.path.isdir(labels)
+    if has_tables == index.data_set.own_table:
+        wanted = "ADE20K_2021_17_01" if has_tables else "ADEChallengeData2016 (SceneParsing)"
         raise UserError(f"{index.folder}: this network is measured on {wanted}")
-    if not tables:
-        if (own := len(index.names)) != (n := len(vocabulary["object"])):
-            raise UserError(f"{index.folder}: has {own} classes; this network is measured on data with its own {n}")
-        return {"object": dict(enumerate(vocabulary["object"], start=1))}
-    plain = lambda name: re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")
-    names: dict[str, dict] = {level: {} for level in datasets.SOURCE_LEVELS[index.source]}
-    path = os.path.join(labels, "label_assignment.csv")
+    if has_tables:
+        return assigned_names(os.path.join(labels, "label_assignment.csv"), index, vocabulary)
+    if len(index.names) != len(vocabulary["object"]):
+        raise UserError(
+            f"{index.folder}: has {len(index.names)} classes; this network is measured on data "
+            f"with its own {len(vocabulary['object'])}"
+        )
+    return {"object": dict(zip(sorted(index.names), vocabulary["object"]))}
+
+
+def assigned_names(path: str, index: Index, vocabulary: dict) -> dict[str, dict]:
+    """Level -> {number or scene in the source's files: class}, of the authors' table of labels."""
+    names = {level: {} for level in index.data_set.levels}
+    scenes = {}
     try:
         for row in csv.DictReader(datasets.read_lines(path)):
-            level, label = row["category"], int(row["broden_label"])
-            if row["dataset"] == index.source and level in names and label >= (0 if level == "scene" else 1):
-                key = plain(row["raw_name"].removesuffix("-s")) if level == "scene" else int(row["raw_label"])
-                names[level][key] = row["broden_name"] if level == "part" else vocabulary[level][label]
+            level = row["category"]
+            label = int(row["broden_label"])
+            if row["dataset"] != index.source or level not in names:
+                continue
+            if level == "scene" and label >= 0:
+                scenes[plain_scene(row["raw_name"].removesuffix("-s"))] = vocabulary[level][label]
+            elif level == "part" and label >= 1:
+                names[level][int(row["raw_label"])] = row["broden_name"]
+            elif label >= 1:
+                names[level][int(row["raw_label"])] = vocabulary[level][label]
     except (OSError, KeyError, ValueError, IndexError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not the authors' table of labels ({e})") from None
     if "scene" in names:
-        scenes = names["scene"]
-        names["scene"] = {tag: scenes.get(plain(tag)) for tag in index.tags if tag}
-        if unknown := [tag for tag in index.tags if tag and names["scene"][tag] is None]:
-            datasets.say(f"{index.source}: {len(unknown)} images of scenes unknown to it: {str(unknown[:5])[1:-1]}")
+        names["scene"] = {tag: scenes.get(plain_scene(tag)) for tag in index.tags if tag}
+        unknown = [tag for tag in index.tags if tag and names["scene"][tag] is None]
+        if unknown:
+            first = datasets.first_of(unknown)
+            datasets.say(f"{index.source}: {len(unknown)} images of scenes unknown to it: {first}")
     return names
 
 
-def open_sources(args, vocabulary: dict, released: bool) -> dict[str, Source]:
-    """The sources of --data that have labels of the network's levels and classes. UserError if none has."""
+def plain_scene(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def open_sources(
+    indexes: dict[str, Index],
+    network: Network,
+    labels: str | None,
+    levels: list[str],
+) -> dict[str, Source]:
+    """The sources that have labels of the network's levels and classes. UserError if none has."""
     sources = {}
-    for name, index in datasets.from_main_process(lambda: datasets.open_indexes(args)[0]).items():
-        names = released_names(args.labels, index, vocabulary) if released and name != "dtd" else None
-        source = Source(index, vocabulary, names)
-        if not set(source.levels) & set(args.levels or LEVELS):
-            continue
-        sources[name] = source
-        if not released and index.layout == "sceneparsing" and "object" in vocabulary:
-            own = datasets.class_names(index)["object"].values()
-            if unknown := ", ".join([of_class for of_class in own if of_class not in vocabulary["object"]][:9]):
-                datasets.warn(f"{name}: classes that this network does not know, left out: {unknown}")
+    for name, index in indexes.items():
+        names = None
+        if network.split is None:
+            names = released_names(labels, index, network.vocabulary)
+        source = Source(index, network.vocabulary, names)
+        if set(source.levels) & set(levels):
+            sources[name] = source
+            if names is None and "object" in source.levels:
+                warn_of_unknown(index, network.vocabulary["object"])
     if not sources:
-        raise UserError(f"--data {args.data}: has no labels of the levels or classes of this network")
+        raise UserError("--data: has no labels of the levels or classes of this network")
     return sources
 
 
-def images_to_evaluate(sources: dict[str, Source], vocabulary: dict, split: dict | None, args) -> list[tuple[str, int]]:
-    """The (source, image number)s: those that --split names, else the checkpoint's validation images, `split`; for a
-    released network, without one, see `balance_split.validation_images`. Never makes a split."""
+def warn_of_unknown(index: Index, classes: list[str]) -> None:
+    """Names the classes of one's own table that the network lacks."""
+    if not index.data_set.own_table:
+        return
+    lower = {name.lower(): name for name in classes}
+    unknown = []
+    for name in index.data_set.class_names(index)["object"].values():
+        if name not in classes:
+            alike = lower.get(name.lower())
+            unknown.append(f"{name} (the network has {alike})" if alike else name)
+    if unknown:
+        datasets.warn(
+            f"{index.source}: classes that this network does not know, left out: "
+            f"{datasets.first_of(unknown)}"
+        )
+
+
+def images_to_evaluate(
+    sources: dict[str, Source], network: Network, args: argparse.Namespace
+) -> list[tuple[str, int]]:
+    """The (source, image number)s: those that --split names, else the checkpoint's validation
+    images; of a released network those of split.json, else ADE20K's validation folder and all of
+    OpenSurfaces. Never makes a split.
+    """
     images = []
     for name, source in sources.items():
-        own = set(source.index.images) if split is None else set(split.get(name, ()))
-        chosen = own
-        if split is None or args.split:
-            chosen = set(balance_split.validation_images(source.index, vocabulary, args, make=False))
-        numbers = [i for i, image in enumerate(source.index.images) if image in chosen]
-        if n := len(chosen) - len(numbers):
-            datasets.say(f"{name}: {n} of {len(chosen)} validation images are missing")
-        if n := sum(source.index.images[i] not in own for i in numbers):
-            datasets.say(f"{name}: {n} of {len(numbers)} images did not validate the checkpoint: it may know them")
+        index = source.index
+        if args.split is None and network.split is not None:
+            chosen = set(network.split.get(name, ()))
+        else:
+            chosen = set(chosen_images(index, args))
+        numbers = [i for i, image in enumerate(index.images) if image in chosen]
+        missing = len(chosen) - len(numbers)
+        if missing:
+            datasets.say(f"{name}: {missing} of {len(chosen)} images are missing")
+        known = set(network.trained.get(name, ())) & chosen
+        if network.split and not network.trained:  # a checkpoint of an earlier edition
+            known = chosen - set(network.split.get(name, ()))
+        if known and is_own_data(network, args):
+            datasets.say(f"{name}: {len(known)} of {len(numbers)} images have trained this network")
         images += [(name, i) for i in numbers]
     if not images:
-        raise UserError("no validation images to evaluate: see --split (official, balanced), --data, --root")
+        raise UserError(
+            "no images to evaluate: see --split (official, balanced, all), --data, --root"
+        )
     return images
 
 
+def is_own_data(network: Network, args: argparse.Namespace) -> bool:
+    """Whether the data are those that the network was trained on, by their folder."""
+    root = network.arguments.get("root")
+    return root is not None and os.path.abspath(args.root) == os.path.abspath(root)
+
+
+def chosen_images(index: Index, args: argparse.Namespace) -> list[str]:
+    """The images of a source that --split names; without it those of split.json, or, with a word,
+    the official ones, all if it has none.
+    """
+    if args.split == "all":
+        return index.images
+    path = balance_split.split_path(args.data, args.root, args.cache)
+    in_file = index.source in balance_split.read_split(path)["sources"]
+    if args.split is None and not in_file:
+        taken = "its validation folder" if index.data_set.has_official else "all images"
+        datasets.say(f"{index.source}: not in {path}; taking {taken}")
+        if not index.data_set.has_official:
+            return index.images
+        return balance_split.official_validation(index)
+    if args.split == "official" and index.data_set.has_official:
+        return balance_split.official_validation(index)
+    command = balance_split.split_command(index.source, args.data, args.root, args.cache)
+    return balance_split.balanced_validation(index, {}, path, command, make=False)
+
+
 # ---------------------------------------------------------------- the command
-def levels_of(text: str) -> list[str]:
-    levels = [level.strip() for level in text.split(",")]
-    if unknown := sorted(set(levels) - set(LEVELS)):
-        raise argparse.ArgumentTypeError(f"'{unknown[0]}' is not one of {', '.join(LEVELS)}")
-    return levels
+def photos_in(paths: list[str]) -> list[str]:
+    """The photos among files and folders, without earlier results of ours."""
+    photos = []
+    for path in paths:
+        inside = [path]
+        if os.path.isdir(path):
+            names = sorted(os.listdir(path))
+            inside = [os.path.join(path, n) for n in names if n.lower().endswith(datasets.PHOTOS)]
+            others = len(names) - len(inside)
+            if not inside:
+                raise UserError(
+                    f"{path}: no photo in this folder ({others} other files or folders)"
+                )
+            if others:
+                print(f"{path}: {others} other files or folders are passed over")
+        photos += [name for name in inside if not is_result(name)]
+    if not photos:
+        raise UserError("--photo: only pictures that this program wrote")
+    return list(dict.fromkeys(photos))
 
 
-def parse_photos(args, net: UPerNet, vocabulary: dict, numbers: dict | None, amp, relations: Relations | None) -> None:
-    """--photo: a picture and the maps of each photo. Raises UserError at the end for those that cannot be read."""
-    paths, failed = [], []
-    for path in args.photo:
-        inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
-        bases = [name.removesuffix("_upernet.npz") for name in inside]
-        earlier = {f"{base}_{kind}.png" for base in bases for kind in ("upernet", "object", "material")}
-        photos = [f for f in inside if f not in earlier and re.search(r"\.(png|jpe?g)$", f, re.I)]
-        paths += [os.path.join(path, f) for f in photos] or [path]
-    stems = [os.path.splitext(os.path.basename(path))[0] for path in paths]
-    if twice := [stem for stem in stems if stems.count(stem) > 1]:
-        raise UserError(
-            f"--photo: two files named {twice[0]} have one result, {twice[0]}_upernet.png; parse them apart"
-        )
-    for path, stem in zip(paths, stems):
+def result_names(folder: str, stem: str) -> list[str]:
+    """The pictures that `write_photo` may write."""
+    endings = ("_upernet.png", "_object.png", "_material.png")
+    return [os.path.abspath(os.path.join(folder, stem + ending)) for ending in endings]
+
+
+def is_result(path: str) -> bool:
+    """Whether a picture is what `write_photo` wrote: beside an array of the same photo."""
+    stem = datasets.without_ending(path)
+    for ending in ("_upernet", "_object", "_material"):
+        if stem.endswith(ending) and os.path.exists(stem.removesuffix(ending) + "_upernet.npz"):
+            return True
+    return False
+
+
+def parse_photos(
+    network: Network,
+    photos: list[str],
+    folder: str,
+    levels: list[str] | None,
+    amp: torch.dtype | None,
+    sizes: list[int] | None,
+    flip: bool,
+    relations: Relations | None,
+) -> None:
+    """A picture and the maps of each photo. Raises UserError at the end for those that cannot be
+    read.
+    """
+    failed = []
+    taken = set()
+    others = {os.path.abspath(path) for path in photos}
+    for path in photos:
         try:
             photo = datasets.open_photo(path)
         except UserError as e:
-            failed.append(f"{path}: no .jpg or .png in this folder" if os.path.isdir(path) else str(e))
+            failed.append(str(e))
             continue
-        seen = parse(net, photo, args.levels, amp)
-        path = os.path.join(args.pictures or ".", stem)
-        print("wrote " + ", ".join(write_photo(photo, seen, vocabulary, path, numbers)))
+        name = os.path.basename(path)
+        stem = datasets.without_ending(name)
+        if stem in taken:  # of another ending
+            stem = name
+        # Of another folder; nor may a mask replace a photo.
+        while stem in taken or not others.isdisjoint(result_names(folder, stem)):
+            stem += "_"
+        taken.add(stem)
+        seen = parse(network.net, photo, levels, amp, sizes, flip)
+        numbers = network.arguments.get("numbers")
+        target = os.path.join(folder, stem)
+        print("wrote " + ", ".join(write_photo(photo, seen, network.vocabulary, target, numbers)))
         if relations:
             relations.add(seen)
-    if relations:
-        relations.report(args.relations)
     if failed:
         raise UserError("; ".join(failed))
 
 
-def open_network(given) -> tuple[UPerNet, dict, dict, dict | None]:
-    """(network, vocabulary, the arguments it was trained with, its validation images) of a checkpoint, or of --release,
-    of which there are no validation images."""
-    if bool(given.checkpoint) == bool(given.release):
-        raise UserError("name a checkpoint (runs/toy/ckpt.pt, say) before the options, or give --release")
-    try:
-        if given.checkpoint:
-            net, checkpoint = upernet.read_checkpoint(given.checkpoint)
-            return net, *(checkpoint.get(key, {}) for key in ("vocabulary", "arguments", "split"))
-        if len(given.release) == 1 and not given.labels:
-            return *upernet.load_mmseg(given.release[0]), {"root": "data"}, None
-        if len(given.release) == 2 and given.labels:
-            net, vocabulary = upernet.load_release(*given.release, given.labels)
-            numbers = {level: range(len(names)) for level, names in vocabulary.items() if "background" in names}
-            return net, vocabulary, {"root": "data", "numbers": numbers}, None  # the authors' background is number 0
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    raise UserError("--release: encoder and decoder need --labels, the authors' class tables; or give one file")
-
-
-def run(parser: datasets.Parser, given) -> None:
+def command(parser: datasets.Parser, given: argparse.Namespace) -> None:
     datasets.join_processes()
     device = datasets.pick_device(given.device or "auto")
-    net, vocabulary, trained, split = open_network(given)
-    stored = {key: trained.get(key) for key in ("data", "root", "cache", "allow_broken")}
-    args = parser.complete(given, stored | {"cache": None} if given.root else stored)
-    net, amp = net.to(device), datasets.pick_amp(args.amp, device)
-    if args.size:
-        net.test_size = (args.size, max(args.size, net.test_size[1]), net.test_size[2])
-    if unknown := sorted(set(args.levels or ()) - set(vocabulary)):
-        raise UserError(f"--levels: no head for {', '.join(unknown)}; this network has {', '.join(vocabulary)}")
+    network = open_network(given.checkpoint, given.release, given.labels)
+    net = network.net.to(device)
+    stored = {key: network.arguments.get(key) for key in ("data", "root", "cache", "allow_broken")}
+    if given.root:
+        stored["cache"] = None
+    args = parser.complete(given, stored)
+    amp = datasets.pick_amp(args.amp, device)
+    levels = args.levels or [level for level in LEVELS if level in network.vocabulary]
+    unknown = sorted(set(levels) - set(network.vocabulary))
+    if unknown:
+        has = ", ".join(network.vocabulary)
+        raise UserError(f"--levels: no head for {', '.join(unknown)}; this network has {has}")
     if args.compile:
         net.compile()
-    relations = Relations(vocabulary, args.levels or LEVELS) if args.relations else None
+    relations = Relations(network.vocabulary, levels) if args.relations else None
     if relations and (dist.is_initialized() or not relations.counts):
         raise UserError("--relations: needs two levels that it relates, and a single process")
-    if args.photo and (args.json or dist.is_initialized()):
-        raise UserError("--photo: not with --json (photos have no labels), nor with torchrun")
     if args.photo:
-        return parse_photos(args, net, vocabulary, trained.get("numbers"), amp, relations)
-    if args.data is None:
-        raise UserError("--data: name the sources to evaluate on, ade20k,os for one")
-    sources = open_sources(args, vocabulary, released=split is None)
-    images = images_to_evaluate(sources, vocabulary, split, args)
-    results = evaluate(net, vocabulary, sources, images, args.levels, amp, args.pictures)
-    print(table(results, amp))
-    if args.json and datasets.is_main_process():
-        datasets.write_json(results, args.json)
-    for written in filter(None, (args.json, args.pictures)):
-        print(f"wrote {written}")
+        if args.json or dist.is_initialized():
+            raise UserError("--photo: not with --json (photos have no labels), nor with torchrun")
+        photos = photos_in(args.photo)
+        folder = args.pictures or "."
+        parse_photos(network, photos, folder, args.levels, amp, args.size, args.flip, relations)
+    else:
+        evaluate_images(network, args, levels, amp, relations)
     if relations:
-        for name, i in tqdm(images, desc="relations", unit=" images", disable=None, leave=False):
-            if name != "dtd":  # squares of texture, without things in them
-                relations.add(parse(net, sources[name].photo(i), args.levels, amp))
         relations.report(args.relations)
 
 
+def evaluate_images(
+    network: Network,
+    args: argparse.Namespace,
+    levels: list[str],
+    amp: torch.dtype | None,
+    relations: Relations | None,
+) -> None:
+    """Prints the metrics on labelled images, and writes what the options ask for."""
+    if args.data is None:
+        raise UserError("--data: name the sources to evaluate on, ade20k,os for one")
+    indexes = datasets.from_main_process(
+        datasets.open_indexes, args.data, args.root, args.cache, args.allow_broken, args.workers
+    )
+    sources = open_sources(indexes, network, args.labels, levels)
+    images = images_to_evaluate(sources, network, args)
+    net = network.net
+    results = evaluate(
+        net, network.vocabulary, sources, images, levels, amp, args.pictures, args.size, args.flip
+    )
+    print(table(results, amp))
+    if args.json and datasets.is_main_process():
+        datasets.write_json(results, args.json)
+    for written in (args.json, args.pictures):
+        if written:
+            print(f"wrote {written}")
+    if relations:
+        for name, i in tqdm(images, desc="relations", unit=" images", disable=None, leave=False):
+            if not sources[name].data_set.squares:  # close-ups, without things in them
+                photo = sources[name].photo(i)
+                relations.add(parse(net, photo, levels, amp, args.size, args.flip))
+
+
+OPTIONS = [
+    Option(
+        "release", list, None, "released weights: encoder and decoder, or mmsegmentation's file"
+    ),
+    Option("labels", str, None, "the authors' class tables: joint_dataset, or object150_info.csv"),
+    Option("photo", list, None, "photos, or folders of them, to parse"),
+    Option("pictures", str, None, f"folder for pictures, {SHOWN} a source (of photos: default .)"),
+    Option("json", str, None, "write the metrics there, as fractions (null: nothing labelled)"),
+    Option("relations", str, None, "count section 4.2's relations over the images, into this file"),
+    datasets.LEVELS_OPTION,
+    Option(
+        "size",
+        datasets.short_sides,
+        None,
+        "short side, or a comma list to average (training's)",
+        least=32,
+    ),
+    Option("flip", bool, False, "average over the mirror images too"),
+    Option("split", ("balanced", "official", "all"), None, "images (the checkpoint's validation)"),
+    Option("amp", ("off", "auto", "bf16", "fp16"), "off", "float32, or mixed precision"),
+    datasets.WORKERS_OPTION,
+    *datasets.DEVICE_OPTIONS,
+]
+
+
 def main(argv: list[str] | None = None) -> None:
-    options = [
-        Option("release", list, None, "released weights: the authors' encoder and decoder, or mmsegmentation's one"),
-        Option("labels", str, None, "the authors' class tables: joint_dataset, or object150_info.csv"),
-        Option("photo", list, None, "photos, or folders of them, to parse instead of validation images"),
-        Option("pictures", str, None, f"folder for pictures, of {SHOWN} images a source (of photos: default .)"),
-        Option("json", str, None, "write the metrics there, as fractions (null: nothing labelled)"),
-        Option("relations", str, None, "count section 4.2's relations over the images, into this file"),
-        Option("levels", levels_of, None, f"comma list of {','.join(LEVELS)} (all)"),
-        Option("size", int, None, "short side, pixels (the middle one of training's --sizes)", least=32),
-        Option("split", ("balanced", "official"), None, "validation images (the checkpoint's own)"),
-        Option("amp", ("off", "auto", "bf16", "fp16"), "off", "float32 (on Ampere with TF32 convolutions), or less"),
-        *datasets.DEVICE_OPTIONS,
-    ]
-    for o in datasets.DATA_OPTIONS:
-        ignored = "no effect on a trained network" if o.name.startswith("min") else f"{o.help}; default: as trained"
-        options.append(o._replace(default=None, toy=None, help=ignored))
-    parser = datasets.Parser("Metrics and pictures of a network; photos.", options, "%(prog)s ckpt.pt [options]")
-    parser.add_argument("checkpoint", nargs="?", metavar="ckpt.pt", help="a checkpoint of train.py")
-    parser.run(run, parser, parser.parse_args(argv))
+    options = list(OPTIONS)
+    for option in datasets.DATA_OPTIONS:
+        text = f"{option.help}; default: as trained"
+        if option.key.startswith("min_"):
+            text = "no effect on a trained network"
+        options.append(option._replace(default=None, toy=None, help=text))
+    parser = datasets.Parser(
+        "Metrics and pictures of a network; photos.", options, "%(prog)s ckpt.pt [options]"
+    )
+    parser.add_argument("checkpoint", nargs="?", metavar="ckpt.pt", help="of train.py")
+    parser.run(command, parser, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,479 +1,1103 @@
 """Training of UPerNet on sources that each label only some of the levels (section 3.1).
 
-    python train.py                                             # the toy, made on the spot: minutes on a CPU
+    python train.py                                             # the toy, made on the spot
     python train.py --data ade20k,dtd,os                        # the real data, under ./data
     torchrun --nproc_per_node=8 train.py --data ade20k,dtd,os   # several GPUs
 
-Each iteration draws one source and updates only the path to its labels; textures come last, on the frozen network."""
+Each iteration draws one source and updates only the path to its labels; textures come last, on the
+frozen network.
+"""
 
-import contextlib, functools, json, math, os, shlex, signal, sys, time
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import balance_split, datasets, evaluate, resnet, upernet
+import balance_split
+import datasets
+import evaluate
+import resnet
+import upernet
 from datasets import Option, Source, UserError
-from upernet import LEVELS, LOSS_WEIGHTS, UPerNet, losses
-
-TEXTURE_IMAGES = 8  # for each of --batch-size in the texture stage: they have a fiftieth of the area (our choice)
+from upernet import LEVELS, LOSS_WEIGHTS, UPerNet
 
 
-def update(model: nn.Module, part_slices: dict, batches: list[dict], optimizer, scaler, device, amp) -> dict:
-    """Takes one step on batches of one source, averaging their gradients; returns the loss of each of its levels.
-    Only the path to these levels moves, and nothing else at all: `levels=` keeps the rest out of the forward pass, so
-    that its batch-norm statistics stay, and out of the backward pass, so that its gradients stay None, and SGD leaves
-    parameters without a gradient alone, their weight decay and momentum too (in the released code both act). A level
-    without a label in this batch is on the path: its gradients are zero, and decay and momentum act.
-    Raises FloatingPointError, before the step, if a process's loss is not finite; with fp16 the step is left out."""
+# ---------------------------------------------------------------- one step, and the loop
+def update(
+    model: nn.Module,
+    part_slices: dict[int, slice],
+    batches: list[dict],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    device: torch.device,
+    amp: torch.dtype | None,
+) -> dict[str, float]:
+    """Takes one step on batches of one source, averaging their gradients; returns each level's
+    loss.
+
+    Only the path to the source's levels moves, and nothing else at all: `levels=` keeps the rest
+    out of the forward pass, so that its batch-norm statistics stay, and out of the backward pass,
+    so that its gradients stay None, and SGD leaves parameters without a gradient alone, their
+    weight decay and momentum too (in the released code both act). A level without a label in this
+    batch is on the path: its gradients are zero, and decay and momentum act. In fp16 the scaler
+    skips a step whose gradients overflow. Without it, raises FloatingPointError before the step if
+    the loss is not finite in any process.
+    """
     optimizer.zero_grad(set_to_none=True)
-    values, statistics = [], [buffer.clone() for buffer in model.buffers()] if scaler.is_enabled() else []
+    values = {}
     for k, batch in enumerate(batches):
         levels = [level for level in LEVELS if level in batch]
+        images = batch["images"].to(device, non_blocking=True) / 255
         labels = {level: batch[level].to(device, non_blocking=True) for level in levels}
-        waits = hasattr(model, "no_sync") and k < len(batches) - 1  # gradients are exchanged with the last batch's
-        with model.no_sync() if waits else contextlib.nullcontext():
+        with without_exchange(model, is_last=k == len(batches) - 1):
             with datasets.autocast(device, amp):
-                logits = model(batch["images"].to(device, non_blocking=True) / 255, levels=levels)
-            loss = losses(logits, labels, part_slices)
-            total = sum(LOSS_WEIGHTS[level] * value for level, value in loss.items()) / len(batches)
-            scaler.scale(total).backward()
-        values.append(torch.stack([value.detach() for value in loss.values()]))
-    means = torch.stack(values).mean(dim=0).tolist()  # one transfer for all the losses
-    overflow = anywhere(not all(map(math.isfinite, means)))
-    if overflow:  # with fp16 the scaler keeps the weights, this the batch-norm statistics
-        for buffer, before in zip(model.buffers(), statistics):
-            buffer.copy_(before)
-    if overflow and not scaler.is_enabled():
-        raise FloatingPointError(f"{batches[0]['source']}: {', '.join(f for batch in batches for f in batch['files'])}")
+                logits = model(images, levels=levels)
+            loss = upernet.losses(logits, labels, part_slices)
+            total = sum(LOSS_WEIGHTS[level] * value for level, value in loss.items())
+            scaler.scale(total / len(batches)).backward()
+        for level, value in loss.items():
+            values[level] = values.get(level, 0) + value.detach() / len(batches)
+    values = {level: value.item() for level, value in values.items()}
+    is_finite = all(math.isfinite(value) for value in values.values())
+    if not scaler.is_enabled() and largest_of_processes(not is_finite):
+        files = [file for batch in batches for file in batch["files"]]
+        raise FloatingPointError(f"{batches[0]['source']}: {', '.join(files)}")
     scaler.step(optimizer)
     scaler.update()
-    return dict(zip(loss, means))
+    return values
 
 
-def train(parser: datasets.Parser, given) -> None:
-    # Read: options, data, and the checkpoint to resume or the weights to start from.
-    datasets.join_processes()
-    processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    args, checkpoint, start = datasets.from_main_process(lambda: settle(parser, given))
-    files = "ckpt.pt", "log.jsonl", "best.pt", "metrics.json"
-    path, log, best_path, metrics_path = (os.path.join(args.out, name) for name in files)
-    measured = datasets.from_main_process(lambda: os.path.exists(metrics_path))
-    if checkpoint and checkpoint["stage"] == "done" and measured:
-        quoted = shlex.quote(path)
-        ways = f"python evaluate.py {quoted} evaluates it, --weights {quoted} --out NEW --lr RATE trains on"
-        return print(f"{args.out}: this run is finished; {ways}")
-    device = datasets.pick_device(args.device)
-    amp = datasets.pick_amp(args.amp, device)
-    sources, vocabulary, split, of_data = datasets.from_main_process(lambda: open_data(args, checkpoint))
-    training, validation = {}, []
-    for name, source in sources.items():
-        validates = set(split[name])
-        sizes = [(1, 1)] * len(source.index.images) if name == "dtd" else source.index.sizes.tolist()  # DTD: squares
-        training[name] = {i: size for i, size in enumerate(sizes) if source.index.images[i] not in validates}
-        validation += [(name, i) for i, image in enumerate(source.index.images) if image in validates]
-        print(f"{name}: {len(training[name])} images to train on, {len(validates)} to validate on ({args.split} split)")
-        if not training[name] or args.split == "official" and not validates:
-            raise UserError(f"{name}: none to {'validate' if training[name] else 'train'} on; see --split")
-    counts = {v: sum(len(p) - 1 for p in n.values()) if v == "part" else len(n) for v, n in vocabulary.items()}
-    print("classes: " + ", ".join(f"{n} {level}" for level, n in counts.items()))
-    stages = plan_stages(args, training, processes)
-    order, lengths = [*stages, "done"], {name: iterations for name, (_, iterations, _) in stages.items()}
-    kept = {"iters": lengths.get("main", 0), "texture_iters": lengths.get("texture", 0), "group": torchrun_group()}
-    kept |= {key: os.path.abspath(value) for key in ("root", "cache") if (value := getattr(args, key))}
-    arguments = vars(args) | of_data | kept
+def without_exchange(model: nn.Module, is_last: bool):
+    """The context in which processes do not average gradients before the last batch."""
+    if isinstance(model, DistributedDataParallel) and not is_last:
+        return model.no_sync()
+    return contextlib.nullcontext()
 
-    # Build: the network, in every process as in the main one.
-    def build() -> UPerNet:
-        torch.manual_seed(args.seed)
-        network = {"classes": upernet.class_counts(vocabulary), "pool": (start or [{}])[0].get("pool", "prroi")}
-        network |= {key: getattr(args, key) for key in ("backbone", "channels", "fpn", "stem", "output_stride")}
-        net = UPerNet(**network, **{key: not getattr(args, f"no_{key}") for key in ("ppm", "fusion", "head_conv")})
-        net.test_size = (sorted(args.sizes)[len(args.sizes) // 2], args.max_size, None)
-        return net.to(device)
 
-    net = build()
-    if args.batch_size == 1 and (datasets.padded(min(args.sizes)) < 64 or net.network["pool"] == "pspnet"):
-        raise UserError("--batch-size 1: batch norm needs --sizes above 32, and two images with pspnet's pooling")
-    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    stage, first = (checkpoint["stage"], checkpoint["iteration"]) if checkpoint else (order[0], 0)
-    earlier = sum(lengths[name] for name in order[: order.index(stage)])
-    lines = datasets.from_main_process(lambda: cut_log(log, earlier + first))
-    best = max([-1.0, *(headline(line["metrics"]) for line in lines if "metrics" in line)])
-    if checkpoint:
-        net.load_state_dict(checkpoint["model"])
-        torch.set_rng_state(checkpoint["random"].cpu())
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # empty if it was not fp16
-        print(f"{args.out}: resumes the {stage} stage after {first} iterations")
-    else:  # DistributedDataParallel gives the other processes the main one's weights
-        datasets.from_main_process(lambda: load_start(net, vocabulary, args.weights, start))
-    if device.type == "cuda" and processes > 1:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    if args.compile:
-        net.compile()
-
-    def save(stage: str, iteration: int, optimizer=None, to: str = path) -> None:
-        content = {"model": net.state_dict(), "network": net.network, "vocabulary": vocabulary, "split": split}
-        content |= {"optimizer": optimizer.state_dict() if optimizer else {}, "scaler": scaler.state_dict()}
-        content |= {"stage": stage, "iteration": iteration, "random": torch.get_rng_state(), "arguments": arguments}
-        if rank == 0:
-            advice = "(the last one is kept; make room, or choose another folder with --out)"
-            datasets.write_file(to, lambda name: torch.save(content, name), advice)
-            draw_curves(log, lengths, args.out)
-
-    def validate(network: UPerNet, pictures: str | None = None) -> dict:
-        for value in network.state_dict().values() if dist.is_initialized() else ():
-            dist.broadcast(value, 0)  # the main process's batch-norm statistics: on CPUs each has its own
-        return evaluate.evaluate(network, vocabulary, sources, validation, pictures=pictures)
-
-    if not checkpoint:
-        save(stage, first)
-    with noted_signals() as noted:
-        for name in order[order.index(stage) : -1]:
-            of_stage, iterations, batch_size = stages[name]
-            # Section 3: textures are learned last, and only their head is trained.
-            for key, parameter in net.named_parameters():
-                parameter.requires_grad_(key.startswith("heads.texture.") == (name == "texture"))
-            optimizer = torch.optim.SGD(parameter_groups(net), lr=args.lr, momentum=0.9)
-            if first:
-                optimizer.load_state_dict(checkpoint["optimizer"])
-            unused = len(of_stage) > 1 or (name == "main" and "object" not in vocabulary)  # off a step's path
-            model = DistributedDataParallel(net, find_unused_parameters=unused) if processes > 1 else net
-            settings = {"sizes": args.sizes, "longest": args.max_size, "seed": args.seed}
-            settings |= {"sources": [sources[n] for n in of_stage], "share": (args.accumulate, rank, processes)}
-            plan = datasets.plan_batches(of_stage, iterations, batch_size * args.accumulate * processes, args.seed)
-            make_batch = functools.partial(datasets.training_batch, plan=plan, **settings)
-            numbers, pinned = range(first * args.accumulate, iterations * args.accumulate), device.type == "cuda"
-            batches, saved = iter(datasets.in_order(make_batch, numbers, args.workers, pinned)), time.monotonic()
-            overflows = left_out = 0  # fp16 steps: in a row, in all
-            every = 0.1 if sys.stdout.isatty() else 30  # seconds between updates of the bar
-            bar = tqdm(desc=name, total=iterations, initial=first, disable=rank > 0, file=sys.stdout, mininterval=every)
-            for iteration in range(first, iterations):
+def train(run: "Run") -> None:
+    """Trains the stages that are left, saving on the way."""
+    for stage in run.stages_left():
+        model, optimizer = run.prepare(stage)
+        batches = iter(run.batches(stage))
+        with progress_bar(stage, run.iteration) as bar:
+            for iteration in range(run.iteration, stage.iterations):
                 began = time.perf_counter()
-                if name == "main":
-                    net.train()
-                else:  # frozen: no gradient passes forward's `detach`, and eval mode keeps the batch-norm statistics
-                    net.eval()
-                    net.heads["texture"].train()
-                lr = args.lr * (1 - iteration / iterations) ** 0.9  # section 3.1: poly; a policy for each stage is ours
+                set_mode(run.net, stage)
+                # Section 3.1: poly; a policy for each stage is ours.
+                lr = run.lr * (1 - iteration / stage.iterations) ** 0.9
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                of_step, scale = [next(batches) for _ in range(args.accumulate)], scaler.get_scale()
-                try:
-                    loss = update(model, net.part_slices, of_step, optimizer, scaler, device, amp)
-                    overflows = overflows + 1 if scaler.get_scale() < scale else 0
-                    left_out += overflows > 0
-                    if overflows == 20:
-                        raise FloatingPointError("20 fp16 steps in a row overflowed")
-                except FloatingPointError as e:
-                    where = f"the loss is not finite at iteration {iteration} of the {name} stage ({e})"
-                    raise UserError(f"{where}; {path} is the last good checkpoint; try a lower --lr") from None
-                line = {"stage": name, "iteration": iteration, "source": of_step[0]["source"], "lr": lr}
-                line["loss"] = {level: value if math.isfinite(value) else None for level, value in loss.items()}
-                line["seconds"] = round(time.perf_counter() - began, 4)
-                bar.set_postfix_str(", ".join(f"{level} {value:.2f}" for level, value in loss.items()), refresh=False)
+                of_step = [next(batches) for _ in range(run.accumulate)]
+                slices = run.net.part_slices
+                scale = run.scaler.get_scale()
+                loss = update(model, slices, of_step, optimizer, run.scaler, run.device, run.amp)
+                run.iteration = iteration + 1
+
+                if run.scaler.get_scale() < scale:
+                    bar.write(
+                        f"iteration {iteration}: fp16 gradients overflow, the step is skipped"
+                    )
+                bar.set_postfix(loss, refresh=False)
                 bar.update()
-                done = iteration + 1
-                if args.eval_every and done % args.eval_every == 0 and (name, done) != (order[-2], iterations):
-                    metrics = validate(net)
-                    print(f"after {done} iterations of the {name} stage:\n{evaluate.table(metrics)}")
-                    line["metrics"] = {v: {k: x for k, x in m.items() if k != "iou"} for v, m in metrics.items()}
-                    if headline(metrics) > best:
-                        best = headline(metrics)
-                        save(name, done, optimizer, best_path)
-                if rank == 0:
-                    with open(log, "a") as file:
-                        file.write(json.dumps(line) + "\n")
-                received = anywhere(noted[0] if noted else 0)
-                due = done % args.save_every == 0 if args.save_every else time.monotonic() - saved > 600
-                if received or (due and done < iterations):
-                    save(name, done, optimizer)
-                    saved = time.monotonic()
-                if received:
-                    bar.close()
-                    print(f"stopped and saved after {done} iterations of the {name} stage; this resumes it:")
-                    print(f"{launcher(processes)} train.py --resume --out {shlex.quote(args.out)}", flush=True)
-                    raise SystemExit(128 + received)
-            bar.close()
-            del batches
-            if left_out:
-                print(f"{name}: left out {left_out} steps that overflowed in fp16")
-            first = 0
-            save(order[order.index(name) + 1], first)
-    # Evaluate.
-    print(f"wrote {path}" + (", and beside it log.jsonl and curves.png" if stages else ""))
-    if validation:
-        results = validate(net, os.path.join(args.out, "pictures"))
-        if args.eval_every and headline(results) > best:
-            save("done", 0, to=best_path)
-        print(evaluate.table(results, untrained=validate(build()) if args.data == "toy" else None))
-        if rank == 0:
-            datasets.write_json(results, metrics_path)
-        print(f"wrote {metrics_path}, and pictures/ beside it")
-    print(f"next: python evaluate.py {shlex.quote(path)} --photo YOUR.jpg")
+                line = {
+                    "stage": stage.name,
+                    "iteration": iteration,
+                    "source": of_step[0]["source"],
+                    "lr": lr,
+                    "loss": finite(loss),
+                    "seconds": round(time.perf_counter() - began, 4),
+                }
+                if run.is_validation_due():
+                    line["metrics"] = run.validate_on_the_way(optimizer)
+                run.write_log(line)
+                run.save_if_due(optimizer)
+        run.finish_stage()
 
 
-# ---------------------------------------------------------------- what the loop is made of
-def parameter_groups(net: nn.Module) -> list[dict]:
-    """The trainable parameters; no weight decay on biases and norms (as released)."""
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    decayed, spared = ([p for p in parameters if (p.ndim > 1) == decays] for decays in (True, False))
-    return [{"params": decayed, "weight_decay": 1e-4}, {"params": spared, "weight_decay": 0.0}]
-
-
-def plan_stages(args, sizes: dict[str, dict], processes: int) -> dict[str, tuple[dict, int, int]]:
-    """Stage -> (training images of its sources, iterations, images per process and batch); by default 5 iterations per
-    training image at 16 images a step, the paper's 100k for ADE20K's 20k images, then 5 passes over DTD (ours)."""
-    textures = {name: images for name, images in sizes.items() if name == "dtd"}
-    others = {name: images for name, images in sizes.items() if name != "dtd"}
-    step = args.batch_size * args.accumulate * processes
-    iters = math.ceil(5 * 16 * sum(map(len, others.values())) / step) if args.iters is None else args.iters
-    passes = math.ceil(5 * sum(map(len, textures.values())) / (step * TEXTURE_IMAGES))
-    passes = passes if args.texture_iters is None else args.texture_iters
-    main, texture = (others, iters, args.batch_size), (textures, passes, args.batch_size * TEXTURE_IMAGES)
-    return {name: stage for name, stage in (("main", main), ("texture", texture)) if stage[0] and stage[1]}
-
-
-def open_data(args, checkpoint: dict | None) -> tuple[dict[str, Source], dict, dict[str, list[str]], dict[str, dict]]:
-    """(sources, vocabulary, validation images, what else a checkpoint keeps of the data: fingerprints of images and
-    labels, the numbers of one's own class table). UserError for a resumed run whose data have changed."""
-    (indexes, minima), levels = datasets.open_indexes(args), args.levels or LEVELS
-    indexes = {name: index for name, index in indexes.items() if set(datasets.SOURCE_LEVELS[name]) & set(levels)}
-    content = lambda i: [i.images, i.sizes.tolist(), i.tags, i.names, i.pixels.tolist()]
-    of_data = {"fingerprints": {name: datasets.hash_of(content(index)) for name, index in indexes.items()}}
-    of_data["numbers"] = {"object": list(i.names) for i in indexes.values() if i.layout == "sceneparsing"}
-    if checkpoint:
-        vocabulary, split, stored = (checkpoint[key] for key in ("vocabulary", "split", "arguments"))
-        if of_data["fingerprints"] != stored.get("fingerprints"):
-            raise UserError(f"{args.out}: images, masks or names changed; --weights {args.out}/ckpt.pt trains on them")
+def set_mode(net: UPerNet, stage: "Stage") -> None:
+    """Training mode; in the texture stage for the texture head alone, so that the frozen network
+    keeps its batch-norm statistics (section 3).
+    """
+    if stage.name == "main":
+        net.train()
     else:
-        everything = datasets.build_vocabulary(indexes, minima, levels)  # a split does not depend on --levels
-        vocabulary = {level: names for level, names in everything.items() if level in levels}
-        if without := [name for name in indexes if not set(datasets.SOURCE_LEVELS[name]) & set(vocabulary)]:
-            raise UserError(f"{without[0]}: no class is large enough to be kept; lower the --min- options")
-        choose = lambda index: balance_split.validation_images(index, everything, args)
-        split = {name: choose(index) for name, index in indexes.items()}
-    cache = datasets.cache_folder(args), max(args.sizes), args.max_size
-    return {n: Source(index, vocabulary, None, *cache) for n, index in indexes.items()}, vocabulary, split, of_data
+        net.eval()
+        net.heads["texture"].train()
 
 
-# ---------------------------------------------------------------- the weights to start from
-def read_start(weights: str) -> tuple[dict, dict, dict] | None:
-    """(UPerNet's arguments, vocabulary, state dict) of the file that --weights names: one of our checkpoints, one of
-    mmsegmentation's, or a backbone's state dict, which has neither of the first two. None for imagenet and none."""
-    if weights in ("imagenet", "none"):
-        return None
-    try:
-        content = upernet.read_file(weights)
-        if "model" in content or "decode_head.conv_seg.weight" in content.get("state_dict", content):
-            net, vocabulary = (upernet.load if "model" in content else upernet.load_mmseg)(weights)
-            sizes = {key: v for key, v in content.get("arguments", {}).items() if key in ("sizes", "max_size")}
-            return net.network | sizes, vocabulary, net.state_dict()
-    except ValueError as e:
-        raise UserError(f"--weights {e}; it takes imagenet, none, or a file") from None
-    return {}, {}, {f"backbone.{key}": value for key, value in content.items() if not str(key).startswith("fc.")}
+def progress_bar(stage: "Stage", first: int) -> tqdm:
+    seconds = 0.1 if sys.stdout.isatty() else 30  # between updates
+    return tqdm(
+        desc=stage.name,
+        total=stage.iterations,
+        initial=first,
+        disable=not datasets.is_main_process(),
+        file=sys.stdout,
+        mininterval=seconds,
+    )
 
 
-def load_start(net: UPerNet, vocabulary: dict, weights: str, start: tuple | None) -> None:
-    """Loads what fits into `net`, classifiers class by class, by name, and says what starts over."""
-    if weights == "imagenet":
-        try:
-            resnet.load_imagenet(net.backbone)
-        except (OSError, RuntimeError, ValueError) as e:
-            raise UserError(f"--weights imagenet: not available ({e}); give --weights none, or a file") from None
-    if start is None:
-        return
-    _, their_vocabulary, state = start
-    ours, state = net.state_dict(), {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    loaded = {key: state[key] for key, value in ours.items() if key in state and state[key].shape == value.shape}
-    notes = []
-    for level in [level for level in net.heads if level in their_vocabulary]:
-        names, theirs = (evaluate.class_names(v)[level] for v in (vocabulary, their_vocabulary))
-        keys = [f"heads.{level}.classifier.{kind}" for kind in ("weight", "bias")]
-        fits = all(state[key].shape[1:] == ours[key].shape[1:] for key in keys)  # of the same width
-        common = [name for name in names if name in theirs] if fits else []
-        for key in keys:
-            loaded.pop(key, None)
-            if common:
-                loaded[key] = ours[key].cpu().clone()
-                loaded[key][[names.index(n) for n in common]] = state[key][[theirs.index(n) for n in common]].cpu()
-        new = ", ".join([name for name in names if name not in common][:9])
-        notes.append(f"{len(common)} of {len(names)} {level} classes kept by name" + (new and f", not {new}"))
-    if not any(key.endswith("weight") for key in loaded):
-        raise UserError(f"--weights {weights}: nothing in it fits this network (first key: {next(iter(state), None)})")
-    net.load_state_dict(loaded, strict=False)
-    module = lambda key: ".".join(key.split(".")[:2]) if key.startswith(("heads", "backbone.")) else key.split(".")[0]
-    for keys, others, note in ((ours, loaded, "start over"), (state, ours, "left out")):
-        if names := list(dict.fromkeys(module(key) for key in keys if key not in others)):
-            notes.append(", ".join(names[:6] + [".."] * (len(names) > 6)) + f" {note}")
-    datasets.say(f"{weights}: {len(loaded)} of {len(ours)} tensors loaded, classifiers by class; " + "; ".join(notes))
+def finite(loss: dict[str, float]) -> dict[str, float | None]:
+    """The losses as JSON has them: None for one that is not finite, of a step that fp16 skipped."""
+    return {level: value if math.isfinite(value) else None for level, value in loss.items()}
 
 
-# ---------------------------------------------------------------- progress, signals, resuming
-def anywhere(number: int) -> int:
+def largest_of_processes(number: int) -> int:
     """The largest of the processes' numbers, without waiting for a GPU."""
-    largest = torch.tensor(number)
+    largest = torch.tensor(int(number))
     if dist.is_initialized():
         dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
 
 
-def headline(metrics: dict) -> float:
-    """What makes a network the best: the mean IoU of objects, else the first metric there is."""
-    of_level = metrics.get("object") or next(iter(metrics.values()), {})
-    value = of_level.get("mean_iou", next(iter(of_level.values()), None))
-    return -1.0 if value is None else value
+# ---------------------------------------------------------------- what is trained, and for how long
+TEXTURE_IMAGES = 8  # times --batch-size: textures have a fiftieth of the area (ours)
 
 
-def cut_log(path: str, lines: int) -> list[dict]:
-    """Keeps the first `lines` lines, those of the iterations that the checkpoint has seen, and returns them."""
-    kept = Path(path).read_text(errors="replace").splitlines()[:lines] if os.path.exists(path) else []
-    try:
-        content = [json.loads(line) for line in kept]
-    except ValueError as e:
-        raise UserError(f"{path}: not a log of train.py's ({e}); move it away to resume without it") from None
-    if os.path.exists(path):
-        datasets.write_file(path, lambda name: Path(name).write_text("".join(line + "\n" for line in kept)))
-    return content
+class Stage(NamedTuple):
+    name: str  # "main" or "texture"
+    sources: list[str]
+    iterations: int
+    images: int  # of the sources, to train on
+    step: int  # images of an iteration, in all processes
 
 
-def draw_curves(log: str, lengths: dict[str, int], out: str, bins: int = 160) -> None:
-    """curves.png: each level's loss and the learning rate over the run, means of `bins` stretches of the log."""
-    total, offset = max(1, sum(lengths.values())), {"main": 0, "texture": lengths.get("main", 0)}
-    sums: dict[str, np.ndarray] = {}
-    with contextlib.suppress(OSError, ValueError, KeyError):  # a failed plot must not stop training
-        with open(log) as file:
-            for line in map(json.loads, file):
-                k = min(bins - 1, (offset[line["stage"]] + line["iteration"]) * bins // total)
-                for name, value in {**line["loss"], "learning rate": line["lr"]}.items():
-                    sums.setdefault(name, np.zeros((bins, 2)))[k] += value or 0, value is not None
-        panels = []
-        for name in (name for name in (*LEVELS, "learning rate") if name in sums and sums[name][:, 1].any()):
-            xs = sums[name][:, 1].nonzero()[0]
-            ys = sums[name][xs, 0] / sums[name][xs, 1]
-            title, points = name if " " in name else f"{name}, loss", {"#2255cc": ((xs + 0.5) * total / bins, ys)}
-            panels.append(evaluate.plot(title, points, float(ys.max()) or 1.0, total, "iterations"))
-        if panels:
-            evaluate.save_picture(evaluate.sheet_of([panels[:3], panels[3:]]), os.path.join(out, "curves.png"))
+def plan_stages(
+    training: dict[str, list[int]],
+    squares: set[str],
+    iters: int | None,
+    texture_iters: int | None,
+    batch_size: int,
+    accumulate: int,
+    processes: int,
+) -> list[Stage]:
+    """The stages that have images and iterations: all sources but the textures, then these.
+
+    training: of each source its image numbers; squares: which sources are textures. By default 5
+    iterations per training image at 16 images a step, the paper's 100k for ADE20K's 20k images,
+    then 5 passes over the textures (ours; the paper has "a few").
+    """
+    stages = []
+    sources = [source for source in training if source not in squares]
+    images = sum(len(training[source]) for source in sources)
+    step = batch_size * accumulate * processes
+    if iters is None:
+        iters = math.ceil(5 * 16 * images / step)
+    if images and iters:
+        stages.append(Stage("main", sources, iters, images, step))
+    sources = [source for source in training if source in squares]
+    images = sum(len(training[source]) for source in sources)
+    step = TEXTURE_IMAGES * batch_size * accumulate * processes
+    if texture_iters is None:
+        texture_iters = math.ceil(5 * images / step)
+    if images and texture_iters:
+        stages.append(Stage("texture", sources, texture_iters, images, step))
+    return stages
 
 
-@contextlib.contextmanager
-def noted_signals():
-    """Notes SIGTERM and Ctrl-C in a list; one that comes two seconds later takes effect (to groups they come twice)."""
-    noted, times = [], []
+class Data(NamedTuple):
+    """What a run trains on and validates on."""
 
-    def note(number: int, _) -> None:
-        noted.append(number)
-        times.append(time.monotonic())
-        if times[-1] - times[0] > 2:
+    sources: dict[str, Source]
+    vocabulary: dict
+    split: dict[str, list[str]]  # validation images of each source
+    training: dict[str, list[int]]  # image indices of each source
+    validation: list[tuple[str, int]]  # (source, image index)
+    fingerprints: dict[str, str]  # of each source's images and labels
+    numbers: dict[str, list[int]]  # of the classes of one's own table, by level
+
+
+def open_data(args: argparse.Namespace, checkpoint: dict | None, trained: dict) -> Data:
+    """The data that the options name; of a resumed run with its vocabulary and split.
+
+    trained: images of each source that trained the weights to start from; a split that is made now
+    leaves them on the training side. Raises UserError for a resumed run whose data have changed.
+    """
+    levels = args.levels or LEVELS
+    indexes = datasets.open_indexes(
+        args.data, args.root, args.cache, args.allow_broken, args.workers
+    )
+    indexes = {
+        name: index for name, index in indexes.items() if set(index.data_set.levels) & set(levels)
+    }
+    fingerprints = {}
+    numbers = {}
+    for name, index in indexes.items():
+        content = [index.images, index.sizes.tolist(), index.tags, index.names]
+        fingerprints[name] = datasets.hash_of([*content, index.pixels.tolist()])
+        if index.data_set.own_table:
+            numbers["object"] = list(index.names)
+    if checkpoint:
+        vocabulary = checkpoint["vocabulary"]
+        split = checkpoint["split"]
+        if fingerprints != checkpoint["arguments"].get("fingerprints"):
+            raise UserError(
+                f"{args.out}: images, masks or names changed; --weights {args.out}/ckpt.pt trains "
+                "its network on them"
+            )
+    else:
+        everything = datasets.build_vocabulary(indexes, datasets.minima(args), levels)
+        vocabulary = {level: names for level, names in everything.items() if level in levels}
+        split = {}
+        for name, index in indexes.items():
+            if not set(index.data_set.levels) & set(vocabulary):
+                raise UserError(
+                    f"{name}: no class is large enough to be kept; lower the --min- options"
+                )
+            keep = frozenset(trained.get(name, ()))
+            split[name] = validation_images(index, everything, args, keep)
+    short = 2 * args.crop or max(args.sizes)
+    longest = 8 * args.crop or args.max_size
+    cache = datasets.cache_folder(args.data, args.root, args.cache)
+    sources = {}
+    training = {}
+    validation = []
+    for name, index in indexes.items():
+        sources[name] = Source(index, vocabulary, None, cache, short, longest)
+        validates = set(split[name])
+        training[name] = []
+        for i, image in enumerate(index.images):
+            if image in validates:
+                validation.append((name, i))
+            else:
+                training[name].append(i)
+        if not training[name]:
+            raise UserError(f"{name}: no image to train on; see --split")
+    return Data(sources, vocabulary, split, training, validation, fingerprints, numbers)
+
+
+def validation_images(
+    index, vocabulary: dict, args: argparse.Namespace, keep: frozenset
+) -> list[str]:
+    """The validation images of a source, as --split says. A split does not depend on --levels."""
+    has_both = {"train", "val"} <= set(index.official)
+    if args.split == "official" and index.data_set.has_official:
+        if not has_both:
+            raise UserError(f"{index.source}: has no training and validation folders; see --split")
+        return balance_split.official_validation(index)
+    if has_both and index.data_set.own_table:
+        print(f"{index.source}: --split official keeps its division into training and validation")
+    path = balance_split.split_path(args.data, args.root, args.cache)
+    command = balance_split.split_command(index.source, args.data, args.root, args.cache)
+    return balance_split.balanced_validation(index, vocabulary, path, command, keep=keep)
+
+
+def describe(data: Data, stages: list[Stage], args: argparse.Namespace, trained: dict) -> None:
+    """Prints what the run is about to do, and what may be wrong with it."""
+    training = data.training
+    for name, source in data.sources.items():
+        validates = data.split[name]
+        print(
+            f"{name}: {len(training[name])} images to train on, {len(validates)} to validate on "
+            f"({args.split} split)"
+        )
+        known = len(set(validates) & set(trained.get(name, ())))
+        if known:
+            print(
+                f"{name}: {known} of its validation images have trained the weights to start from"
+            )
+        if source.map_level == "object" and "object" in source.levels:
+            print(datasets.unlabelled(source.index))
+        unseen = classes_without_training(source, training[name], data.vocabulary)
+        if unseen:
+            print(f"{name}: only in validation images: {datasets.first_of(unseen)}")
+        if source.data_set.own_table and not args.no_flip:
+            sides = [
+                n for n in source.index.names.values() if re.search(r"\b(left|right)\b", n, re.I)
+            ]
+            if sides:
+                print(
+                    f"{name}: names with left or right ({datasets.first_of(sides)}): images are "
+                    "mirrored, --no-flip leaves them as they are"
+                )
+    counts = []
+    for level, names in data.vocabulary.items():
+        n = sum(len(p) - 1 for p in names.values()) if level == "part" else len(names)
+        counts.append(f"{n} {level}")
+    print(f"classes: {', '.join(counts)}")
+    if args.crop:
+        print(f"images: squares of {args.crop}, of short sides from half to twice that")
+    else:
+        sizes = ", ".join(map(str, args.sizes))
+        print(f"images: short side of {sizes}, long side at most {args.max_size}")
+    for stage in stages:
+        passes = stage.iterations * stage.step / stage.images
+        print(
+            f"{stage.name} stage: {stage.iterations} iterations of {stage.step} images, "
+            f"{passes:.1f} passes over {', '.join(stage.sources)}, learning rate {args.lr:g}"
+        )
+
+
+def classes_without_training(source: Source, training: list[int], vocabulary: dict) -> list[str]:
+    """Classes of the vocabulary that no training image has."""
+    images_of = datasets.class_pixels(source.index)
+    training = set(training)
+    unseen = []
+    for level in source.levels:
+        if level != "part":
+            for name in vocabulary[level]:
+                images = images_of[level].get(name, ())
+                if images and not set(images) & training:
+                    unseen.append(name)
+    return unseen
+
+
+# ---------------------------------------------------------------- a run: its network, its files
+class Run:
+    """One training: the network, where it is, and its folder with ckpt.pt, best.pt, log.jsonl."""
+
+    def __init__(
+        self,
+        net: UPerNet,
+        data: Data,
+        stages: list[Stage],
+        args: argparse.Namespace,
+        arguments: dict,
+        trained: dict[str, list[str]],
+        device: torch.device,
+        amp: torch.dtype | None,
+    ):
+        self.net = net
+        self.data = data
+        self.stages = stages
+        self.arguments = arguments  # that a checkpoint keeps
+        self.trained = trained
+        self.device = device
+        self.amp = amp
+        self.out = args.out
+        self.path = os.path.join(args.out, "ckpt.pt")
+        self.best_path = os.path.join(args.out, "best.pt")
+        self.log_path = os.path.join(args.out, "log.jsonl")
+        self.lr = args.lr
+        self.sizes = args.sizes
+        self.max_size = args.max_size
+        self.crop = args.crop
+        self.flip = not args.no_flip
+        self.seed = args.seed
+        self.accumulate = args.accumulate
+        self.workers = args.workers
+        self.save_every = args.save_every
+        self.eval_every = args.eval_every
+        self.rank = int(os.environ.get("RANK", 0))
+        self.processes = int(os.environ.get("WORLD_SIZE", 1))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+        self.signals = Signals()
+        self.names = [stage.name for stage in stages] + ["done"]
+        self.stage = self.names[0]
+        self.iteration = 0  # of the stage
+        self.optimizer_state = None  # of the checkpoint that is resumed
+        self.best = -1.0
+        self.best_at = ""
+        self.saved_at = time.monotonic()
+
+    def resume(self, checkpoint: dict) -> None:
+        """Goes to where the checkpoint was written."""
+        self.net.load_state_dict(checkpoint["model"])
+        torch.set_rng_state(checkpoint["random"].cpu())
+        if self.scaler.is_enabled() and checkpoint["scaler"]:
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.stage = checkpoint["stage"]
+        self.iteration = checkpoint["iteration"]
+        self.optimizer_state = checkpoint["optimizer"]
+        print(f"{self.out}: resumes the {self.stage} stage after {self.iteration} iterations")
+
+    def stages_left(self) -> list[Stage]:
+        return self.stages[self.names.index(self.stage) :]
+
+    def lengths(self) -> dict[str, int]:
+        return {stage.name: stage.iterations for stage in self.stages}
+
+    def lines_written(self) -> int:
+        """Lines of the log up to where the run is."""
+        earlier = self.stages[: self.names.index(self.stage)]
+        return sum(stage.iterations for stage in earlier) + self.iteration
+
+    def prepare(self, stage: Stage) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """(model to call, optimizer) of a stage."""
+        # Section 3: textures are learned last, and only their head is trained.
+        for key, parameter in self.net.named_parameters():
+            in_head = key.startswith("heads.texture.")
+            parameter.requires_grad_(in_head if stage.name == "texture" else not in_head)
+        optimizer = torch.optim.SGD(parameter_groups(self.net), lr=self.lr, momentum=0.9)
+        if self.optimizer_state:
+            optimizer.load_state_dict(self.optimizer_state)
+        self.optimizer_state = None
+        model = self.net
+        if self.processes > 1:
+            # Some parameters lie off a step's path: other sources' heads, an unused fusion.
+            partial = len(stage.sources) > 1 or "object" not in self.data.vocabulary
+            unused = partial and stage.name == "main"
+            model = DistributedDataParallel(self.net, find_unused_parameters=unused)
+        return model, optimizer
+
+    def batches(self, stage: Stage) -> DataLoader:
+        """The batches of this process from where the run is, `accumulate` of them an iteration."""
+        training = self.data.training
+        sources = [self.data.sources[name] for name in stage.sources]
+        groups = []
+        for position, source in enumerate(sources):
+            images = training[source.index.source]
+            if self.crop or source.data_set.squares:
+                groups.append((position, np.array(images, np.int32)))
+            else:
+                for group in datasets.orientation_groups(source.index, images):
+                    groups.append((position, group))
+        plan = datasets.plan_batches(groups, stage.iterations, stage.step, self.seed)
+        dataset = datasets.TrainingBatches(
+            sources,
+            plan,
+            self.sizes,
+            self.max_size,
+            self.seed,
+            crop=self.crop,
+            flip=self.flip,
+            accumulate=self.accumulate,
+            rank=self.rank,
+            processes=self.processes,
+        )
+        pinned = self.device.type == "cuda"
+        first = self.iteration * self.accumulate
+        return datasets.loader(dataset, first, self.workers, pinned)
+
+    def is_validation_due(self) -> bool:
+        is_end = self.stage == self.stages[-1].name and self.iteration == self.lengths()[self.stage]
+        return self.eval_every > 0 and self.iteration % self.eval_every == 0 and not is_end
+
+    def save(self, optimizer: torch.optim.Optimizer | None = None, path: str = "") -> None:
+        """Writes a checkpoint, to ckpt.pt unless another path is given."""
+        content = {
+            "model": self.net.state_dict(),
+            "network": self.net.network,
+            "vocabulary": self.data.vocabulary,
+            "split": self.data.split,
+            "trained": self.trained,
+            "optimizer": optimizer.state_dict() if optimizer else {},
+            "scaler": self.scaler.state_dict(),
+            "stage": self.stage,
+            "iteration": self.iteration,
+            "random": torch.get_rng_state(),
+            "arguments": self.arguments,
+        }
+        self.saved_at = time.monotonic()
+        if self.rank == 0:
+            datasets.write_file(path or self.path, functools.partial(torch.save, content))
+            draw_curves(self.log_path, os.path.join(self.out, "curves.png"))
+
+    def save_if_due(self, optimizer: torch.optim.Optimizer) -> None:
+        """Writes a checkpoint when it is time, and after a signal, which then ends the program."""
+        received = largest_of_processes(self.signals.received)
+        if self.save_every:
+            due = self.iteration % self.save_every == 0
+        else:
+            due = largest_of_processes(time.monotonic() - self.saved_at > 600) > 0
+        if received or (due and self.iteration < self.lengths()[self.stage]):
+            self.save(optimizer)
+        if received:
+            print(
+                f"\nstopped and saved after {self.iteration} iterations of the {self.stage} stage"
+            )
+            command = f"{self.launcher()} train.py --resume --out {shlex.quote(self.out)}"
+            print(f"{command}   # resumes it", flush=True)
+            raise SystemExit(128 + received)
+
+    def finish_stage(self) -> None:
+        self.stage = self.names[self.names.index(self.stage) + 1]
+        self.iteration = 0
+        self.save()
+
+    def write_log(self, line: dict) -> None:
+        if self.rank == 0:
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def validate(self, pictures: str | None = None) -> dict:
+        """Metrics on the validation images; on the main process's batch-norm statistics, since on
+        CPUs each process has its own.
+        """
+        if dist.is_initialized():
+            for value in self.net.state_dict().values():
+                dist.broadcast(value, 0)
+        data = self.data
+        return evaluate.evaluate(
+            self.net, data.vocabulary, data.sources, data.validation, pictures=pictures
+        )
+
+    def validate_on_the_way(self, optimizer: torch.optim.Optimizer) -> dict:
+        """Metrics for the log; the best network so far is kept in best.pt."""
+        metrics = self.validate()
+        print(f"after {self.iteration} iterations of the {self.stage} stage:")
+        print(evaluate.table(metrics))
+        self.keep_best(metrics, optimizer)
+        return without_iou(metrics)
+
+    def keep_best(self, metrics: dict, optimizer: torch.optim.Optimizer | None = None) -> None:
+        if headline(metrics) > self.best:
+            self.best = headline(metrics)
+            self.best_at = f"iteration {self.iteration} of the {self.stage} stage"
+            if self.stage == "done":
+                self.best_at = "the end"
+            self.save(optimizer, self.best_path)
+
+    def recall_best(self, lines: list[dict]) -> None:
+        """The best of the validations in the log."""
+        for line in lines:
+            if "metrics" in line and headline(line["metrics"]) > self.best:
+                self.best = headline(line["metrics"])
+                self.best_at = f"iteration {line['iteration'] + 1} of the {line['stage']} stage"
+
+    def launcher(self) -> str:
+        """How this process was started: python, or torchrun on one or several machines."""
+        if self.processes == 1:
+            return "python"
+        nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+        where = ""
+        if nodes != "1":
+            address = os.environ.get("MASTER_ADDR")
+            where = f" --nnodes={nodes} --node_rank=RANK --master_addr={address}"
+        return f"torchrun{where} --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+
+
+class Signals:
+    """Notes SIGTERM and Ctrl-C, so that the iteration is finished and saved; one that comes two
+    seconds after the first takes effect at once (to groups of processes they come twice).
+    """
+
+    def __init__(self):
+        self.received = 0  # the number of the signal
+        self.received_at = 0.0
+
+    def __enter__(self) -> "Signals":
+        self.before = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, _) -> None:
+        if not self.received:
+            self.received = number
+            self.received_at = time.monotonic()
+        elif time.monotonic() - self.received_at > 2:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+def parameter_groups(net: nn.Module) -> list[dict]:
+    """The trainable parameters; no weight decay on biases and norms (as released)."""
+    trainable = [p for p in net.parameters() if p.requires_grad]
+    weights = [p for p in trainable if p.ndim > 1]
+    biases_and_norms = [p for p in trainable if p.ndim == 1]
+    return [
+        {"params": weights, "weight_decay": 1e-4},
+        {"params": biases_and_norms, "weight_decay": 0.0},
+    ]
+
+
+def headline(metrics: dict) -> float:
+    """What makes a network the best: the mean IoU of objects, else the first metric there is."""
+    if not metrics:
+        return -1.0
+    of_level = metrics.get("object") or next(iter(metrics.values()))
+    value = of_level.get("mean_iou", next(iter(of_level.values())))
+    return -1.0 if value is None else value
+
+
+def without_iou(metrics: dict) -> dict:
+    """The metrics without those of single classes."""
+    short = {}
+    for level, of_level in metrics.items():
+        short[level] = {name: value for name, value in of_level.items() if name != "iou"}
+    return short
+
+
+def cut_log(path: str, lines: int) -> list[dict]:
+    """Keeps the first `lines` lines, those of the iterations that the checkpoint has seen, and
+    returns them.
+    """
+    if not os.path.exists(path):
+        return []
+    kept = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()[:lines]
     try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        content = [json.loads(line) for line in kept]
+    except ValueError as e:
+        raise UserError(f"{path}: not a log of train.py's ({e}); move it away to resume") from None
+    text = "".join(line + "\n" for line in kept)
+    datasets.write_file(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    return content
 
 
-def launcher(processes: int) -> str:
-    """How this process was started: python, or torchrun on one or several machines."""
-    nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
-    where = f" --nnodes={nodes} --node_rank=RANK --master_addr={os.environ.get('MASTER_ADDR')}" if nodes != "1" else ""
-    return f"torchrun{where} --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if processes > 1 else "python"
+def draw_curves(log: str, path: str) -> None:
+    """Each level's loss and the learning rate as a picture, means of 160 stretches of the run."""
+    if not os.path.exists(log):
+        return
+    points = {name: [] for name in (*LEVELS, "learning rate")}
+    lines = Path(log).read_text(encoding="utf-8").splitlines()
+    for k, text in enumerate(lines):
+        line = json.loads(text)
+        for name, value in {**line["loss"], "learning rate": line["lr"]}.items():
+            if value is not None:
+                points[name].append((k, value))
+    panels = []
+    for name, pairs in points.items():
+        if pairs:
+            stretches = np.array_split(pairs, min(160, len(pairs)))
+            means = np.array([stretch.mean(axis=0) for stretch in stretches])
+            title = f"{name}, loss" if name in LEVELS else name
+            curves = [(means[:, 0], means[:, 1], "#2255cc")]
+            top = float(means[:, 1].max()) or 1.0
+            panels.append(datasets.plot(title, "iteration", len(lines), top, curves))
+    if panels:
+        datasets.save_picture(datasets.sheet_of([panels[:3], panels[3:]]), path)
 
 
-def torchrun_group() -> list:
-    """What identifies this torchrun, also after it starts a failed group again."""
-    group = [os.environ.get("TORCHELASTIC_RUN_ID")]
-    return group if group != ["none"] else group + [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")]
+# ---------------------------------------------------------------- the weights to start from
+class Start(NamedTuple):
+    """A file of weights. Of a backbone's state dict only `state` is known."""
+
+    path: str
+    state: dict[str, Tensor]  # under our keys
+    network: dict  # UPerNet's arguments
+    vocabulary: dict
+    arguments: dict  # of the run that wrote it
+    trained: dict[str, list[str]]  # images of each source
 
 
-def settle(parser: datasets.Parser, given) -> tuple:
-    """(options, the checkpoint to resume or None, what `read_start` found). UserError if options do not fit."""
-    data = given.data or "toy"
-    names = [name for name in datasets.SOURCE_LEVELS if name in datasets.named_sources(data)]
-    out = given.out or os.path.join("runs", data if data == "toy" else "+".join(names))
-    path = os.path.join(out, "ckpt.pt")
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.exists(path)
-    if given.resume or restarted:
-        try:
-            net, checkpoint = upernet.read_checkpoint(path)
-            checkpoint["model"], stored = net.state_dict(), checkpoint["arguments"]
-            checkpoint["random"].cpu(), checkpoint["optimizer"], checkpoint["scaler"], checkpoint["split"].keys()
-            ["main", "texture", "done"].index(checkpoint["stage"])
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{path}: no run to resume ({e}); see --out, or delete it and leave out --resume") from None
-        if given.resume or stored.get("group") == torchrun_group():  # torchrun started its own run again
-            for key, value in vars(given).items():
-                if value is not None and not parser.options[key].resume and stored.get(key) != value:
-                    option = f"--{parser.options[key].name}"
-                    raise UserError(f"{option}: --resume keeps {stored.get(key)}, as {out} has; leave {option} out")
-            args = parser.complete(given, stored | {"out": out})
-            return args, checkpoint, (checkpoint["network"], {}, {})
+def read_start(path: str) -> Start:
+    """The file that --weights names: one of our checkpoints, one of mmsegmentation's, or a
+    backbone's state dict, as it is or under `state_dict` or `model`, with or without prefixes.
+    """
+    try:
+        content = upernet.read_file(path)
+        if "vocabulary" in content:
+            net, content = upernet.read_checkpoint(path)
+            return Start(
+                path,
+                net.state_dict(),
+                net.network,
+                content["vocabulary"],
+                content["arguments"],
+                content.get("trained", {}),
+            )
+        state = content.get("state_dict", content.get("model", content))
+        if not isinstance(state, dict):
+            raise ValueError(f"{path}: holds no dictionary of weights")
+        if "decode_head.conv_seg.weight" in state:
+            net, vocabulary = upernet.load_mmseg(path)
+            return Start(path, net.state_dict(), net.network, vocabulary, {}, {})
+    except ValueError as e:
+        raise UserError(f"--weights {e}; it takes imagenet, none, or a file") from None
+    backbone = {}
+    for key, value in state.items():
+        key = str(key).removeprefix("module.").removeprefix("backbone.")
+        if isinstance(value, Tensor) and not key.startswith("fc."):
+            backbone[f"backbone.{key}"] = value
+    return Start(path, backbone, {}, {}, {}, {})
+
+
+def options_of(start: Start) -> dict:
+    """The options that a file of weights brings: its network; of our checkpoints the sizes."""
+    options = {}
+    network = start.network
+    for key in ("backbone", "channels", "stem", "output_stride", "fpn"):
+        if key in network:
+            options[key] = network[key]
+    for key in ("ppm", "fusion", "head_conv"):
+        if key in network:
+            options[f"no_{key}"] = not network[key]
+    for key in ("sizes", "max_size"):
+        if key in start.arguments:
+            options[key] = start.arguments[key]
+    return options
+
+
+def load_start(net: UPerNet, vocabulary: dict, start: Start) -> None:
+    """Loads what fits into the network, classifiers by class name; says what starts over."""
+    ours = net.state_dict()
+    theirs = dict(start.state)
+    for level in net.heads:
+        if level in start.vocabulary:
+            names = evaluate.class_names(vocabulary)[level]
+            their_names = evaluate.class_names(start.vocabulary)[level]
+            weight = f"heads.{level}.classifier.weight"
+            new = [name for name in names if name not in their_names]
+            kept = f"{len(names) - len(new)} of {len(names)} classes keep their weights, by name"
+            if new:
+                kept += f"; new: {datasets.first_of(new)}"
+            if theirs[weight].shape[1:] != ours[weight].shape[1:]:
+                kept = "all classes start over, since --channels differs"
+            print(f"{level}: {kept}")
+            for key in (weight, f"heads.{level}.classifier.bias"):
+                theirs[key] = rows_by_name(ours[key], theirs[key], names, their_names)
+    fits = {}
+    for key, value in theirs.items():
+        if key in ours and ours[key].shape == value.shape:
+            fits[key] = value
+    if not any(key.endswith("weight") for key in fits):
+        raise UserError(
+            f"--weights {start.path}: nothing in it fits this network, which has "
+            f"{next(iter(ours))}; the file has {next(iter(theirs), None)}"
+        )
+    missing = net.load_state_dict(fits, strict=False).missing_keys
+    left_out = [key for key in theirs if key not in fits]
+    print(f"{start.path}: {len(fits)} of {len(ours)} tensors loaded")
+    for keys, what in ((missing, "start over"), (left_out, "left out")):
+        modules = dict.fromkeys(".".join(key.split(".")[:2]) for key in keys)
+        if modules:
+            print(f"{what}: {datasets.first_of(modules)}")
+
+
+def rows_by_name(ours: Tensor, theirs: Tensor, names: list[str], their_names: list[str]) -> Tensor:
+    """A classifier's tensor with their rows for the classes of the same name."""
+    rows = ours.cpu().clone()
+    if theirs.shape[1:] == rows.shape[1:]:  # of the same --channels
+        for k, name in enumerate(names):
+            if name in their_names:
+                rows[k] = theirs[their_names.index(name)]
+    return rows
+
+
+# ---------------------------------------------------------------- which run, with which options
+def settle(parser: datasets.Parser, given: argparse.Namespace) -> tuple:
+    """(options, the checkpoint to resume or None, the weights to start from or None).
+
+    Raises UserError if there is no run to resume, if there is one already, or if options do not
+    fit.
+    """
+    start = None
+    stored = {}
+    is_file = given.weights not in (None, "imagenet", "none")
+    if is_file and not given.resume:
+        start = read_start(given.weights)
+        stored = options_of(start)
+        taken = {key: value for key, value in stored.items() if getattr(given, key) is None}
+        if given.data is None and given.root is None and "data" in start.arguments:
+            for key in ("data", "root", "cache"):
+                taken[key] = start.arguments.get(key)
+                stored[key] = taken[key]
+        listed = [f"{key} {datasets.as_text(value)}" for key, value in taken.items() if value]
+        if listed:
+            print(f"from {start.path}: {', '.join(listed)}")
+    args = parser.complete(given, stored)
+    if args.out is None:
+        args.out = default_out(args.data)
+    path = os.path.join(args.out, "ckpt.pt")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if given.resume and (os.path.exists(path) or not restarted):
+        args, checkpoint = resumed(parser, given, args.out)
+        return args, checkpoint, None
     if os.path.exists(path):
-        raise UserError(f"{out}: holds a run already; --resume resumes it, --out names another folder")
-    start = read_start(parser.complete(given).weights)
-    network = start[0] if start else {}
-    kept = ("backbone", "channels", "stem", "output_stride", "fpn", "sizes", "max_size")
-    stored = {key: network[key] for key in kept if key in network}
-    stored |= {f"no_{key}": not network[key] for key in ("ppm", "fusion", "head_conv") if key in network}
-    args = parser.complete(given, stored | {"out": out})
-    if "part" in (args.levels or ()) and "object" not in args.levels:
-        raise UserError("--levels: part needs object")
-    without = [name for name in names if args.levels and not set(datasets.SOURCE_LEVELS[name]) & set(args.levels)]
-    if without and (args.data != "toy" or len(without) == len(names)):
-        raise UserError(f"--levels {','.join(args.levels)}: {without[0]} has none of them; leave it out of --data")
-    if args.max_size < min(args.sizes):
-        raise UserError(f"--max-size: at least the smallest of --sizes, {min(args.sizes)}")
+        if restarted:
+            again, checkpoint = resumed(parser, given, args.out)
+            if checkpoint["arguments"].get("given") == datasets.given_options(given):
+                return again, checkpoint, None
+        raise UserError(
+            f"{args.out}: holds a run already; --resume resumes it, --out names another folder"
+        )
+    check_options(args)
     return args, None, start
 
 
+def default_out(data: str) -> str:
+    names = datasets.named_sources(data)
+    order = [data_set.source for data_set in datasets.DATA_SETS]
+    names.sort(key=order.index)
+    return os.path.join("runs", "toy" if data == "toy" else "+".join(names))
+
+
+def resumed(parser: datasets.Parser, given: argparse.Namespace, out: str) -> tuple:
+    """(options, checkpoint) of the run in the folder `out`. UserError if an option changes what a
+    resumed run keeps.
+    """
+    path = os.path.join(out, "ckpt.pt")
+    try:
+        net, checkpoint = upernet.read_checkpoint(path)
+        checkpoint["model"] = net.state_dict()
+        stored = checkpoint["arguments"]
+        for key in ("random", "optimizer", "scaler", "split", "stage", "iteration"):
+            checkpoint[key]
+    except (ValueError, KeyError) as e:
+        raise UserError(
+            f"{path}: no run to resume ({e}); see --out, or delete it and leave out --resume"
+        ) from None
+    for key, value in datasets.given_options(given).items():
+        option = parser.options[key]
+        if not option.resume and stored.get(key) != value:
+            raise UserError(
+                f"--{option.name}: --resume keeps {datasets.as_text(stored.get(key))}, as {out} "
+                f"has; leave --{option.name} out"
+            )
+    return parser.complete(given, {**stored, "out": out}), checkpoint
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises UserError for options that do not fit together."""
+    if args.max_size < min(args.sizes):
+        raise UserError(f"--max-size: at least the smallest of --sizes, {min(args.sizes)}")
+    if args.crop % 32:
+        raise UserError(f"--crop {args.crop}: a multiple of 32")
+    if not args.levels:
+        return
+    if "part" in args.levels and "object" not in args.levels:
+        raise UserError("--levels: part needs object")
+    labelled = set()
+    for source in datasets.named_sources(args.data):
+        levels = set()
+        for data_set in datasets.DATA_SETS:
+            if data_set.source == source:
+                levels.update(data_set.levels)
+        if args.data != "toy" and not levels & set(args.levels):
+            raise UserError(
+                f"--levels {','.join(args.levels)}: {source} has none; leave it out of --data"
+            )
+        labelled.update(levels)
+    if not labelled & set(args.levels):
+        raise UserError(f"--levels {','.join(args.levels)}: --data {args.data} has none of them")
+
+
 # ---------------------------------------------------------------- the command
-def short_sides(text: str) -> list[int]:
-    return [int(size) for size in text.split(",")]
+def command(parser: datasets.Parser, given: argparse.Namespace) -> None:
+    datasets.join_processes()
+    args, checkpoint, start = datasets.from_main_process(settle, parser, given)
+    metrics_path = os.path.join(args.out, "metrics.json")
+    path = shlex.quote(os.path.join(args.out, "ckpt.pt"))
+    measured = datasets.from_main_process(os.path.exists, metrics_path)
+    if (
+        checkpoint
+        and checkpoint["stage"] == "done"
+        and (measured or not any_validation(checkpoint))
+    ):
+        print(f"{args.out}: this run is finished; python evaluate.py {path} evaluates it,")
+        print(f"python train.py --weights {path} --out NEW --lr RATE trains its network further")
+        return
+    device = datasets.pick_device(args.device)
+    amp = datasets.pick_amp(args.amp, device)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    trained = start.trained if start else {}
+    data = datasets.from_main_process(open_data, args, checkpoint, trained)
+    squares = {name for name, source in data.sources.items() if source.data_set.squares}
+    stages = plan_stages(
+        data.training,
+        squares,
+        args.iters,
+        args.texture_iters,
+        args.batch_size,
+        args.accumulate,
+        processes,
+    )
+    if not checkpoint:
+        describe(data, stages, args, trained)
+    if checkpoint:
+        network = checkpoint["network"]
+    else:
+        network = network_of(data.vocabulary, args, start)
+    torch.manual_seed(args.seed)
+    net = UPerNet(**network).to(device)
+    arguments = stored_arguments(args, given, data, stages)
+    run = Run(net, data, stages, args, arguments, trained_images(data, start), device, amp)
+    if checkpoint:
+        run.resume(checkpoint)
+    else:
+        datasets.from_main_process(load_weights, net, data.vocabulary, args.weights, start)
+    lines = datasets.from_main_process(cut_log, run.log_path, run.lines_written())
+    run.recall_best(lines)
+    # Section 3.1: batch norm sees the images of all GPUs. Its momentum is PyTorch's 0.1 (ours).
+    if device.type == "cuda" and processes > 1:
+        run.net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    if args.compile:
+        run.net.compile()
+    if not checkpoint:
+        run.save()
+    with run.signals:
+        try:
+            train(run)
+        except FloatingPointError as e:
+            raise UserError(
+                f"the loss is not finite at iteration {run.iteration} of the {run.stage} "
+                f"stage ({e}); {run.path} is the last good checkpoint; try a lower --lr"
+            ) from None
+    print(f"wrote {run.path}, and beside it log.jsonl and curves.png")
+    if data.validation:
+        evaluate_run(run, metrics_path, with_untrained=args.data == "toy")
+    print(f"next: python evaluate.py {path} --photo YOUR.jpg")
 
 
-OPTIONS = datasets.DATA_OPTIONS + [
-    Option("backbone", ("resnet50", "resnet18", "resnet34", "resnet101"), "resnet50", "the backbone", "resnet18"),
-    Option("channels", int, 512, "width of everything after the backbone", 48),
+def any_validation(checkpoint: dict) -> bool:
+    return any(checkpoint["split"].values())
+
+
+def network_of(vocabulary: dict, args: argparse.Namespace, start: Start | None) -> dict:
+    """UPerNet's arguments."""
+    middle = sorted(args.sizes)[len(args.sizes) // 2]  # 450 of the paper's sizes
+    test_size = (middle, max(middle, args.max_size), None)
+    if args.crop:
+        test_size = (args.crop, 4 * args.crop, None)
+    pool = start.network.get("pool", "prroi") if start else "prroi"
+    smallest = args.crop or datasets.pad_to_32(min(args.sizes))
+    if args.batch_size == 1 and (smallest < 64 or pool == "pspnet"):
+        raise UserError(
+            "--batch-size 1: batch norm needs --sizes above 32, with pspnet's pooling two images"
+        )
+    return {
+        "classes": upernet.class_counts(vocabulary),
+        "backbone": args.backbone,
+        "channels": args.channels,
+        "head_conv": not args.no_head_conv,
+        "pool": pool,
+        "ppm": not args.no_ppm,
+        "fpn": args.fpn,
+        "fusion": not args.no_fusion,
+        "stem": args.stem,
+        "output_stride": args.output_stride,
+        "test_size": test_size,
+    }
+
+
+def load_weights(net: UPerNet, vocabulary: dict, weights: str, start: Start | None) -> None:
+    """The weights to start from, in the main process: the others get them from it."""
+    if start:
+        load_start(net, vocabulary, start)
+    elif weights == "imagenet":
+        try:
+            resnet.load_imagenet(net.backbone)
+        except (OSError, RuntimeError, ValueError) as e:
+            raise UserError(
+                f"--weights imagenet: not available ({e}); give --weights none, or a file"
+            ) from None
+
+
+def trained_images(data: Data, start: Start | None) -> dict[str, list[str]]:
+    """All images that have trained the network at the run's end, of each source."""
+    trained = {}
+    for name, numbers in data.training.items():
+        images = {data.sources[name].index.images[i] for i in numbers}
+        if start:
+            images.update(start.trained.get(name, ()))
+        trained[name] = sorted(images)
+    return trained
+
+
+def stored_arguments(
+    args: argparse.Namespace, given: argparse.Namespace, data: Data, stages: list[Stage]
+) -> dict:
+    """What a checkpoint keeps of the options and the data, as plain values."""
+    lengths = {stage.name: stage.iterations for stage in stages}
+    arguments = {
+        **vars(args),
+        "given": datasets.given_options(given),
+        "root": os.path.abspath(args.root),
+        "iters": lengths.get("main", 0),
+        "texture_iters": lengths.get("texture", 0),
+        "fingerprints": data.fingerprints,
+        "numbers": data.numbers,
+    }
+    if args.cache:
+        arguments["cache"] = os.path.abspath(args.cache)
+    return arguments
+
+
+def evaluate_run(run: Run, path: str, with_untrained: bool) -> None:
+    """Metrics and pictures at the run's end, of the toy beside those of an untrained network."""
+    data = run.data
+    metrics = run.validate(os.path.join(run.out, "pictures"))
+    if run.eval_every:
+        run.keep_best(metrics)
+    beside = None
+    if with_untrained:
+        torch.manual_seed(run.seed)
+        untrained = UPerNet(**run.net.network).to(run.device)
+        beside = evaluate.evaluate(untrained, data.vocabulary, data.sources, data.validation)
+    print(evaluate.table(metrics, untrained=beside))
+    if run.rank == 0:
+        datasets.write_json(metrics, path)
+    print(f"wrote {path}, and pictures/ beside it")
+    if run.best_at:
+        print(f"wrote {run.best_path}: the network of {run.best_at}, {run.best:.4f}")
+
+
+OPTIONS = [
+    *datasets.DATA_OPTIONS,
+    Option(
+        "backbone",
+        ("resnet50", "resnet18", "resnet34", "resnet101"),
+        "resnet50",
+        "the backbone",
+        toy="resnet18",
+    ),
+    Option("channels", int, 512, "width of everything after the backbone", toy=48),
     Option("stem", ("7x7", "deep", "v1c"), "7x7", "the backbone's first layers"),
     Option("output-stride", (32, 16, 8), 32, "stride of the backbone's last stage"),
     Option("no-ppm", bool, False, "without the Pyramid Pooling Module"),
     Option("fpn", (2, 3, 4, 0), 2, "finest level of the feature pyramid, 0 for none"),
     Option("no-fusion", bool, False, "objects and parts on the finest level alone"),
-    Option("no-head-conv", bool, False, "no 3x3 convolution before the classifiers (small data may want it)"),
-    Option("weights", str, "imagenet", "imagenet, none, or a file: ours, mmsegmentation's", "none"),
-    Option("levels", evaluate.levels_of, None, f"comma list of {','.join(LEVELS)} (all)"),
-    # Sizes, rates and lengths: section 3.1's and the released code's.
-    Option("split", ("balanced", "official"), "balanced", "validation images: <root>/split.json, or the sources' own"),
-    Option("iters", int, None, "main stage; 0 skips it (5 an image at 16 a step)", 1700, least=0),
-    Option("texture-iters", int, None, "texture stage; 0 skips it (5 passes over DTD)", 500, least=0),
-    Option("batch-size", int, 2, "images per process", 4, resume=True),
+    Option("no-head-conv", bool, False, "no 3x3 convolution before the classifiers"),
+    Option(
+        "weights", str, "imagenet", "imagenet, none, or a file: ours, mmsegmentation's", toy="none"
+    ),
+    datasets.LEVELS_OPTION,
+    Option("split", ("balanced", "official"), "balanced", "<root>/split.json, or the data's own"),
+    # Section 3.1: 16 images on 8 GPUs, rate, sizes. For the lengths see `plan_stages`.
+    Option(
+        "iters", int, None, "main stage; 0 skips it (5 an image at 16 a step)", toy=1700, least=0
+    ),
+    Option("texture-iters", int, None, "texture stage; 0 skips it (5 passes)", toy=500, least=0),
+    Option("batch-size", int, 2, "images per process", toy=4, resume=True),
     Option("accumulate", int, 1, "batches of the same source per step", resume=True),
-    Option("lr", float, 0.02, "learning rate at the start", 0.04, least=1e-12),
-    Option("sizes", short_sides, [300, 375, 450, 525, 600], "short sides to choose from", [76, 80, 84], least=32),
-    Option("max-size", int, 1200, "longest side", 160),
+    Option("lr", float, 0.02, "learning rate at the start", toy=0.04, least=1e-12),
+    Option(
+        "sizes",
+        datasets.short_sides,
+        [300, 375, 450, 525, 600],
+        "short sides to choose",
+        toy=[76, 80, 84],
+        least=32,
+    ),
+    Option("max-size", int, 1200, "longest side", toy=160),
+    Option("crop", int, 0, "cut squares of N, a multiple of 32, in place of --sizes", least=0),
+    Option("no-flip", bool, False, "do not mirror images"),
     Option("seed", int, 304, "of weights, batches and augmentation", least=0),
-    Option("out", str, None, "folder for checkpoint, log, metrics, pictures (runs/<data>)", resume=True),
+    Option("out", str, None, "folder for checkpoint, log, pictures (runs/<data>)", resume=True),
     Option("resume", bool, False, "resume the run in --out", resume=True),
-    Option("save-every", int, None, "iterations between checkpoints (ten minutes)", 400, resume=True),
-    Option("eval-every", int, 0, "iterations between validations; 0: at the end only", resume=True, least=0),
-    Option("workers", int, None, "processes that read images (one a core, at most 8)", resume=True, least=0),
-    Option("amp", ("auto", "bf16", "fp16", "off"), "auto", "mixed precision, on CUDA by default", resume=True),
+    Option(
+        "save-every",
+        int,
+        None,
+        "iterations between checkpoints (ten minutes)",
+        toy=400,
+        resume=True,
+    ),
+    Option(
+        "eval-every", int, 0, "iterations between validations (0: the end)", resume=True, least=0
+    ),
+    datasets.WORKERS_OPTION,
+    Option("amp", ("auto", "bf16", "fp16", "off"), "auto", "mixed precision on CUDA", resume=True),
+    *datasets.DEVICE_OPTIONS,
 ]
-OPTIONS += datasets.DEVICE_OPTIONS
 
 
 def main(argv: list[str] | None = None) -> None:
-    description = "Trains UPerNet. In brackets the defaults (the paper's, if it has them), after 'toy' the toy's."
+    description = "Trains UPerNet. In brackets the defaults (the paper's, if any), and the toy's."
     parser = datasets.Parser(description, OPTIONS)
-    parser.run(train, parser, parser.parse_args(argv))
+    parser.run(command, parser, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
