@@ -1,5 +1,4 @@
-"""The balanced split (section 2.2): 10% of each source's images, with about 10% of every class's
-pixels.
+"""The balanced split (section 2.2): 10% of the images, with about 10% of every class's pixels.
 
     python balance_split.py --data ade20k,os,dtd     # writes data/split.json
 
@@ -72,9 +71,7 @@ def balance(counts, fraction=0.1, swaps=SWAPS, seed=0, chance=0.5) -> np.ndarray
 
 
 def class_shares(counts) -> np.ndarray:
-    """Of each class's pixels the share that each image has: float32 (images, classes that have
-    any).
-    """
+    """Of each class's pixels the share that each image has: float32 (images, classes with any)."""
     counts = np.asarray(counts, np.float32)
     total = counts.sum(axis=0, dtype=np.float64)
     return (counts[:, total > 0] / total[total > 0]).astype(np.float32)
@@ -216,9 +213,7 @@ def split_command(source: str, data: str, root: str, cache: str | None) -> str:
 
 
 def read_split(path: str) -> dict:
-    """The content of split.json, without sources if it is missing. Raises UserError for another
-    file.
-    """
+    """The content of split.json, without sources if it is missing. UserError for another file."""
     empty = {"seed": datasets.SEED, "fraction": 0.1, "sources": {}}
     if not os.path.exists(path):
         return empty

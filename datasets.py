@@ -1,5 +1,4 @@
-"""Three sources of the paper's Broden+ (section 2.1), ADE20K, OpenSurfaces and DTD; your own; a
-toy.
+"""Three sources of Broden+ (section 2.1): ADE20K, OpenSurfaces, DTD; data of your own; a toy.
 
     python datasets.py --data ade20k,os,dtd --root data   # scans: what is there, and what is broken
 
@@ -172,9 +171,7 @@ class SceneParsing:
 
     @staticmethod
     def entries(folder: str, paths: list[str]) -> list[Entry]:
-        """images/../NAME.jpg with annotations/../NAME.png, with training/ and validation/ or
-        without.
-        """
+        """images/../NAME.jpg with annotations/../NAME.png, below training/, validation/ or not."""
         masks = {}
         for path in paths:
             if path.startswith("annotations/") and path.lower().endswith(MASKS):
@@ -242,9 +239,7 @@ CLASSES_ADVICE = "name them in classes.txt, a number and a name a line (0 backgr
 
 
 def read_object_info(folder: str) -> dict[int, str]:
-    """SceneParsing's table: a header, then number, tab, .., tab, name; of synonyms the first
-    counts.
-    """
+    """SceneParsing's table: a header, then number, tab, .., tab, name: its first synonym."""
     path = os.path.join(folder, "objectInfo150.txt")
     table = {}
     for line in read_lines(path):
@@ -377,9 +372,7 @@ class DTD:
 
     @staticmethod
     def entries(folder: str, paths: list[str]) -> list[Entry]:
-        """images/TEXTURE/NAME.jpg; train1 and val1 against test1; what no list has belongs to
-        neither.
-        """
+        """images/TEXTURE/NAME.jpg; train1 and val1 against test1; unlisted ones are in neither."""
         sides = {}
         for name, side in (("train1", "train"), ("val1", "train"), ("test1", "val")):
             for line in read_lines(folder, f"labels/{name}.txt"):
@@ -430,8 +423,7 @@ def read_lines(*path: str) -> list[str]:
 
 # ---------------------------------------------------------------- similar names (section 2.1)
 def merged_names(names: dict[int, str], parts: bool = False) -> dict[int, str]:
-    """Number -> class name, with similar names merged by rule (the released code has hand-made
-    tables).
+    """Number -> class name, similar names merged by rule (the released code has tables by hand).
 
     The first synonym, in lower case; a plural becomes the singular when both occur; names of parts
     lose "left" and "right".
@@ -889,9 +881,7 @@ def build_vocabulary(
 
 
 def parts_by_object(pairs: list[tuple[str, str]], objects: list[str]) -> dict[str, list[str]]:
-    """Object -> its parts, "background" first, of (object, part) pairs; objects without any are
-    left out.
-    """
+    """Object -> its parts, "background" first, of (object, part) pairs, for objects with any."""
     parts = {name: ["background"] for name in objects}
     for name, part in pairs:
         if name in parts and part != "background":
@@ -901,8 +891,7 @@ def parts_by_object(pairs: list[tuple[str, str]], objects: list[str]) -> dict[st
 
 # ---------------------------------------------------------------- photos and labels
 class Source:
-    """An index read with a vocabulary: `photo(i)` and `labels(i)` of its images, labels as class
-    indices.
+    """An index read with a vocabulary: `photo(i)` and `labels(i)`, as class indices.
 
     names: level -> {number or tag in the source's files: class name}, by default the data set's
         own.
@@ -1029,9 +1018,7 @@ def read_prepared(path: str) -> np.ndarray:
 
 
 def resized(size: tuple[int, int], short: int, longest: int) -> tuple[int, int]:
-    """(height, width) with the short side at `short`, or less so that the long side is at most
-    `longest`.
-    """
+    """(height, width) with the short side at `short`, or less to keep the long one to `longest`."""
     scale = min(short / min(size), longest / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
@@ -1209,9 +1196,7 @@ def padded_image(
 
 
 def texture_square(source: Source, i: int, place: float) -> Image.Image:
-    """Image i at a short side of TEXTURE_SIZE, cut to a square at `place` (0 to 1) of the long
-    side.
-    """
+    """Image i at a short side of TEXTURE_SIZE, cut to a square at `place` (0 to 1)."""
     side = (TEXTURE_SIZE, TEXTURE_SIZE)
     photo = source.photo(i, side)
     return ImageOps.fit(photo, side, Image.Resampling.BILINEAR, centering=(place, place))
@@ -1543,8 +1528,9 @@ def hash_of(content) -> str:
 
 
 def write_file(path: str, write) -> None:
-    """Atomic write: `write(name)` fills a temporary file, which then replaces `path`. UserError if
-    that fails.
+    """Atomic write: `write(name)` fills a temporary file, which then replaces `path`.
+
+    Raises UserError if that fails.
     """
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{os.getpid()}.{name}")
@@ -1820,9 +1806,7 @@ def open_indexes(
     allow_broken: bool = False,
     workers: int | None = None,
 ) -> dict[str, Index]:
-    """The index of every source that the options name; makes the toy if it is asked for and
-    missing.
-    """
+    """The index of every source that the options name; makes the toy if it is missing."""
     if data == "toy":
         if os.path.isdir(os.path.join(root, "annotations")):
             raise UserError(f"--root {root}: holds data of your own; --data ade20k reads them")
@@ -1840,9 +1824,7 @@ PATIENCE = datetime.timedelta(hours=2)
 
 
 def join_processes() -> None:
-    """Joins the processes that torchrun started, if it did. Only the main process prints from then
-    on.
-    """
+    """Joins the processes that torchrun started, if any. From then on only the main one prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     # torchrun's store outlives a group that failed; a new one must not find the old one's
@@ -1856,9 +1838,7 @@ def join_processes() -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of --device, or under torchrun this process's GPU. Raises UserError if there is
-    none.
-    """
+    """The device of --device, or under torchrun this process's GPU. UserError if there is none."""
     if name == "auto":
         name = "cpu"
         if torch.backends.mps.is_available():
@@ -1879,9 +1859,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """The type of mixed precision for --amp; None is off. auto: on CUDA bf16 where the GPU has it,
-    else fp16.
-    """
+    """The type of mixed precision for --amp; None is off. auto: on CUDA bf16, on old GPUs fp16."""
     if name == "auto" and device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if has_bf16 else torch.float16

@@ -162,9 +162,7 @@ def network_input(photo: Image.Image, full: tuple[int, int], test_size: tuple) -
 def views_of(
     photo: Image.Image, full: tuple[int, int], test_size: tuple, sizes: list | None, flip: bool
 ) -> list[View]:
-    """The photo at each short side of `sizes` (default: that of `test_size`), with `flip` each
-    mirrored too.
-    """
+    """The photo at each short side of `sizes` (default: `test_size`'s); `flip`: mirrored too."""
     short, longest, multiple = test_size
     views = []
     for size in sizes or [short]:
@@ -215,12 +213,11 @@ def probabilities(logits: Tensor, level: str, part_slices: dict[int, slice]) -> 
 
 # ---------------------------------------------------------------- from scores to classes
 def upsample(maps: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Maps (K, h, w), a cell for 4x4 pixels of the input -> (K, *size), float32, without the
-    padding.
+    """Maps (K, h, w), a cell for 4x4 pixels of the input -> (K, *size), float32, unpadded.
 
     filled: the (height, width) of the input that the picture takes; `size`: the one asked for.
     Where the maps cover just that, `F.interpolate(maps[None], size, mode="bilinear")[0]`; else a
-    cell takes 4 * size / filled pixels, and what lies beyond the picture is cut off.
+    cell takes 4 * size / filled pixels, and the cells beyond the picture are cut off.
     """
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     scales = []
@@ -376,9 +373,7 @@ def evaluate(
 def add_image(
     metrics: Metrics, scores: dict, labels: dict, part_slices: dict, filled: tuple
 ) -> dict[str, Tensor]:
-    """Counts what `predict` saw in an image; returns the class of each pixel, of object and
-    material.
-    """
+    """Counts what `predict` saw in an image; returns the maps of object and material."""
     maps = {}
     for level in scores:
         if level == "part":
@@ -713,9 +708,7 @@ def map_panel(title: str, photo: Image.Image, classes: np.ndarray, names: list[s
 def tag_panel(
     title: str, photo: Image.Image | None, tags: dict[str, np.ndarray], vocabulary: dict
 ) -> Image.Image:
-    """The photo with the best five guesses of scene (and texture) as bars; tags are probabilities
-    (K,).
-    """
+    """The photo with the best five guesses of scene (and texture) as bars; tags: probabilities."""
     lines = []
     for level, values in tags.items():
         lines.append(Line(f"{level}:"))
@@ -985,9 +978,7 @@ def parse_photos(
     flip: bool,
     relations: Relations | None,
 ) -> None:
-    """A picture and the maps of each photo. Raises UserError at the end for those that cannot be
-    read.
-    """
+    """A picture and the maps of each photo. UserError at the end for those that cannot be read."""
     failed = []
     taken = set()
     others = {os.path.abspath(path) for path in photos}

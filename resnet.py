@@ -1,5 +1,4 @@
-"""ResNet-18/34/50/101 that returns the stages C2..C5 (He et al., CVPR 2016): the backbone of
-UPerNet.
+"""ResNet-18/34/50/101 that returns the stages C2..C5 (He et al., CVPR 2016): UPerNet's backbone.
 
     from resnet import ResNet, load_imagenet
     net = ResNet(50)

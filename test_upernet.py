@@ -733,7 +733,7 @@ class TestElsewhere(unittest.TestCase):
         torch.compiler.reset()
         net = small_net({"material": 7})
         compiled = torch.compile(net, backend=backend)
-        for size in ((64, 96), (96, 64), (128, 96), (75, 107), (33, 161)):
+        for size in ((64, 96), (96, 64), (75, 107), (33, 161)):
             images = torch.rand(2, 3, *size)
             self.assert_same(compiled(images), net(images))
         self.assertGreater(len(graphs), 0)
@@ -2158,12 +2158,12 @@ class TestBatches(unittest.TestCase):
             self.assertFalse(torch.equal(first, other_seed))
 
     def test_a_short_side_is_drawn_for_each_iteration(self):
-        drawn = []
+        heights = []
         for seed in (3, 4):
             batches = self.batches([self.plan[1]] * 12, sizes=(64, 96), seed=seed)
-            drawn.append([batches[k]["images"].shape[2] for k in range(12)])
-        self.assertEqual(set(drawn[0]), {96, 160})  # of the upright image: 96 or 144, padded
-        self.assertNotEqual(drawn[0], drawn[1])
+            heights.append([batches[k]["images"].shape[2] for k in range(12)])
+        self.assertEqual(set(heights[0]), {96, 160})  # of the upright image: 96 or 144, padded
+        self.assertNotEqual(heights[0], heights[1])
 
     def test_workers_change_nothing(self):
         batches = self.batches()

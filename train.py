@@ -49,8 +49,7 @@ def update(
     device: torch.device,
     amp: torch.dtype | None,
 ) -> dict[str, float]:
-    """Takes one step on batches of one source, averaging their gradients; returns each level's
-    loss.
+    """Takes one step on batches of one source, averaging gradients; returns each level's loss.
 
     Only the path to the source's levels moves, and nothing else at all: `levels=` keeps the rest
     out of the forward pass, so that its batch-norm statistics stay, and out of the backward pass,
@@ -631,9 +630,7 @@ def without_iou(metrics: dict) -> dict:
 
 
 def cut_log(path: str, lines: int) -> list[dict]:
-    """Keeps the first `lines` lines, those of the iterations that the checkpoint has seen, and
-    returns them.
-    """
+    """Keeps and returns the first `lines` lines, of the iterations that the checkpoint has seen."""
     if not os.path.exists(path):
         return []
     kept = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()[:lines]
@@ -832,6 +829,7 @@ def resumed(parser: datasets.Parser, given: argparse.Namespace, out: str) -> tup
     try:
         net, checkpoint = upernet.read_checkpoint(path)
         checkpoint["model"] = net.state_dict()
+        checkpoint["network"] = net.network
         stored = checkpoint["arguments"]
         for key in ("random", "optimizer", "scaler", "split", "stage", "iteration"):
             checkpoint[key]
@@ -1057,9 +1055,9 @@ OPTIONS = [
     Option("split", ("balanced", "official"), "balanced", "<root>/split.json, or the data's own"),
     # Section 3.1: 16 images on 8 GPUs, rate, sizes. For the lengths see `plan_stages`.
     Option(
-        "iters", int, None, "main stage; 0 skips it (5 an image at 16 a step)", toy=1700, least=0
+        "iters", int, None, "main stage; 0 skips it (5 an image at 16 a step)", toy=1500, least=0
     ),
-    Option("texture-iters", int, None, "texture stage; 0 skips it (5 passes)", toy=500, least=0),
+    Option("texture-iters", int, None, "texture stage; 0 skips it (5 passes)", toy=350, least=0),
     Option("batch-size", int, 2, "images per process", toy=4, resume=True),
     Option("accumulate", int, 1, "batches of the same source per step", resume=True),
     Option("lr", float, 0.02, "learning rate at the start", toy=0.04, least=1e-12),

@@ -78,8 +78,7 @@ def average_weights(bins: int, n: int, device: torch.device) -> Tensor:
 
 
 class PoolingBranch(ConvBNReLU):
-    """A branch of the PPM: C5 pooled to bins x bins, resized to C5's size, 1x1 convolution, BN,
-    ReLU.
+    """A branch of the PPM: pooled to bins x bins, resized to C5's size, 1x1 convolution, BN, ReLU.
 
     With `pool="pspnet"` the resize comes last.
     """
@@ -139,7 +138,8 @@ class FPN(nn.Module):
         maps = []
         for lateral, stage in zip(reversed(self.laterals), reversed(stages)):
             x = lateral(stage)
-            top_down = x + resize(top_down, x.shape[2:])
+            top_down = resize(top_down, x.shape[2:])
+            top_down += x
             maps.append(top_down)  # handed down before its 3x3 convolution
         maps.reverse()
         if only_finest:
@@ -181,7 +181,8 @@ class ConvOfMaps(nn.Conv2d):
         finest, *coarser = maps
         weights = self.weight.split([x.shape[1] for x in maps], dim=1)
         y = F.conv2d(finest, weights[0], self.bias, padding=1)
-        return y + conv_of_upsampled(coarser, weights[1:], finest.shape[2:])
+        y += conv_of_upsampled(coarser, weights[1:], finest.shape[2:])
+        return y
 
 
 def conv_of_upsampled(maps: list[Tensor], weights: list[Tensor], size: tuple[int, int]) -> Tensor:
@@ -501,8 +502,7 @@ def check_arguments(classes: dict, channels: int, pool: str, fpn: int, test_size
 def losses(
     logits: dict[str, Tensor], labels: dict[str, Tensor], part_slices: dict[int, slice]
 ) -> dict[str, Tensor]:
-    """The loss of each level in `logits`, before LOSS_WEIGHTS: float32 scalars, 0 for one without a
-    label.
+    """The loss of each level in `logits`, before LOSS_WEIGHTS: float32 scalars, 0 without a label.
 
     labels, with UNLABELLED (-1) where there is none:
       scene, texture     (N,) class indices
@@ -534,8 +534,7 @@ def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def part_loss(
     logits: Tensor, objects: Tensor, parts: Tensor, part_slices: dict[int, slice]
 ) -> Tensor:
-    """Cross entropy over the parts of each object, within that object's pixels, summed over the
-    objects.
+    """Cross entropy over the parts of each object, within its pixels, summed over the objects.
 
     An object is valid in an image where at least one of its pixels has a part; there all its pixels
     count, those without a part as background. Per object the mean over its pixels in all such
@@ -706,8 +705,7 @@ def renamed(state: dict, rules: list[tuple[str, str]]) -> dict:
 
 
 def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict]:
-    """(network in eval mode, vocabulary) of a network that the authors released, from its two .pth
-    files.
+    """(network in eval mode, vocabulary) of a network of the authors', from its two .pth files.
 
     The network of the paper (unifiedparsing), with `labels` their folder `joint_dataset` of class
     tables: 336 objects and 26 materials with a background at index 0, 427 part channels, 365
