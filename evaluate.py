@@ -221,10 +221,15 @@ def upsample(maps: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Te
     """
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     scales = []
+    whole = []
     for cells, n, full in zip(maps.shape[1:], filled, size):
-        scales.append(None if 4 * cells == n else 4 * full / n)
+        is_covered = 4 * cells == n
+        scales.append(None if is_covered else 4 * full / n)
+        # PyTorch takes an axis of equal sizes over as it is, whatever the scale: ask for one more.
+        whole.append(full + 1 if full == cells and not is_covered else full)
     # F.interpolate takes either a size or scales, this both.
-    return torch.ops.aten.upsample_bilinear2d(maps[None], size, False, *scales)[0]
+    resized = torch.ops.aten.upsample_bilinear2d(maps[None], whole, False, *scales)[0]
+    return resized[:, : size[0], : size[1]]
 
 
 def class_map(scores: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -2807,7 +2807,7 @@ class TestClassMap(unittest.TestCase):
         torch.manual_seed(0)
         scores = torch.randn(7, 16, 24, dtype=torch.float64)  # of an input of 64 x 96
         for filled in ((64, 96), (50, 70), (45, 90)):
-            for size in ((100, 150), (333, 421), (20, 31)):
+            for size in ((100, 150), (333, 421), (20, 31), (16, 24)):
                 plain = plain_upsample(scores, filled, size).argmax(dim=0)
                 self.assertTrue(torch.equal(evaluate.class_map(scores, filled, size), plain))
 
