@@ -858,7 +858,10 @@ def open_sources(
             if names is None and "object" in source.levels:
                 warn_of_unknown(index, network.vocabulary["object"])
     if not sources:
-        raise UserError("--data: has no labels of the levels or classes of this network")
+        raise UserError(
+            "--data: has no labels of the levels or classes of this network; data of your own need "
+            "the classes.txt of training"
+        )
     return sources
 
 

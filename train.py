@@ -260,7 +260,11 @@ def open_data(args: argparse.Namespace, checkpoint: dict | None, trained: dict) 
                 raise UserError(
                     f"{name}: no class is large enough to be kept; lower the --min- options"
                 )
-            keep = frozenset(trained.get(name, ()))
+            keep = frozenset(trained.get(name, ())) & set(index.images)
+            if keep and args.split == "balanced":
+                print(
+                    f"{name}: {len(keep)} images that trained the weights do not join a new split"
+                )
             split[name] = validation_images(index, everything, args, keep)
     short = 2 * args.crop or max(args.sizes)
     longest = 8 * args.crop or args.max_size
@@ -936,6 +940,8 @@ def command(parser: datasets.Parser, given: argparse.Namespace) -> None:
     print(f"wrote {run.path}, and beside it log.jsonl and curves.png")
     if data.validation:
         evaluate_run(run, metrics_path, with_untrained=args.data == "toy")
+    if run.best_at and run.best_at != "the end":
+        path = shlex.quote(run.best_path)
     print(f"next: python evaluate.py {path} --photo YOUR.jpg")
 
 
