@@ -135,20 +135,26 @@ def official_validation(index: Index) -> list[str]:
 def balanced_validation(
     index: Index,
     vocabulary: dict,
-    path: str,
-    command: str,
+    folder: str,
+    cache: str,
     make: bool = True,
     keep: frozenset = frozenset(),
 ) -> list[str]:
-    """The validation images of a source in the split.json at `path`, sorted paths; if the source is
-    missing there, it is split and added with `make`.
+    """The validation images of a source in split.json, sorted paths; if the source is missing
+    there, it is split and added with `make`.
 
+    folder, cache: where the data and the cache are, see `split_path`.
     keep: images that a new split leaves on the training side.
-    command: what makes the split of a source, for messages. Raises UserError for a source whose
-    images are no longer those that were split, and without `make` for one that was not.
+    Raises UserError for a source whose images are no longer those that were split, and without
+    `make` for one that was not.
     """
+    path = split_path(folder, cache)
     split = read_split(path)
     entry = split["sources"].get(index.source)
+    command = (
+        f"python balance_split.py --data {index.source} --root {shlex.quote(folder)} "
+        f"--cache {shlex.quote(cache)}"
+    )
     if entry is None:
         if not make:
             raise UserError(f"{path}: no split of {index.source}; {command} makes one")
@@ -195,21 +201,13 @@ def split_source(
     }
 
 
-def split_path(data: str, root: str, cache: str | None) -> str:
-    """<root>/split.json; in the cache's folder if that root cannot be written and has none."""
-    folder = datasets.data_root(data, root)
+def split_path(folder: str, cache: str) -> str:
+    """split.json in the folder of the data; in the cache's if the former has none and cannot be
+    written."""
     path = os.path.join(folder, "split.json")
     if os.path.exists(path) or os.access(folder, os.W_OK):
         return path
-    return os.path.join(datasets.cache_folder(data, root, cache), "split.json")
-
-
-def split_command(source: str, data: str, root: str, cache: str | None) -> str:
-    command = f"python balance_split.py --data {source} --root "
-    command += shlex.quote(datasets.data_root(data, root))
-    if cache:
-        command += f" --cache {shlex.quote(cache)}"
-    return command
+    return os.path.join(cache, "split.json")
 
 
 def read_split(path: str) -> dict:
@@ -228,12 +226,16 @@ def read_split(path: str) -> dict:
 
 
 # ---------------------------------------------------------------- the command
-def split(args: argparse.Namespace) -> None:
+def command(args: argparse.Namespace) -> None:
     indexes = datasets.open_indexes(
-        args.data, args.root, args.cache, args.allow_broken, args.workers
+        args.data,
+        args.folder,
+        args.cache_folder,
+        allow_broken=args.allow_broken,
+        workers=args.workers,
     )
-    vocabulary = datasets.build_vocabulary(indexes, datasets.minima(args))
-    path = split_path(args.data, args.root, args.cache)
+    vocabulary = datasets.build_vocabulary(indexes, datasets.minima(vars(args)))
+    path = split_path(args.folder, args.cache_folder)
     content = read_split(path)
     others = sorted(set(content["sources"]) - set(indexes))
     if others and content["fraction"] != args.fraction:
@@ -284,8 +286,8 @@ OPTIONS = [
 def main(argv: list[str] | None = None) -> None:
     description = "Splits each source so that about a tenth of every class's pixels validate."
     parser = datasets.Parser(description, OPTIONS)
-    given = parser.parse_args(argv)
-    parser.run(lambda: split(parser.complete(given)))
+    given = parser.given(argv)
+    parser.run(lambda: command(parser.complete(given)))
 
 
 if __name__ == "__main__":

@@ -584,15 +584,13 @@ def scan_files(
     """Opens the files of all entries."""
     if len(entries) < 200:
         workers = 0  # to start processes takes longer
-    items = loader(Scan(data_set, folder, entries), workers=workers)
-    title = f"scanning {data_set.source}"
-    bar = tqdm(items, total=len(entries), desc=title, unit=" images", disable=None, leave=False)
+    records = loader(Scan(data_set, folder, entries), workers=workers)
     kept = []
     sizes = []
     pixels = []
     names = {}
     broken = []
-    for entry, record in zip(entries, bar):
+    for entry, record in zip(entries, progress(records, f"scanning {data_set.source}")):
         if record["broken"]:
             broken.append([entry.image, record["broken"]])
             continue
@@ -1485,14 +1483,14 @@ def dtd_files(textures):
         yield f"dtd/labels/{side}.txt", "\n".join(names[k::3])
 
 
-def make_toy(folder: str, scenes: int = 400, photos: int = 320, textures: int = 100) -> None:
+def make_toy(folder: str, scenes: int = 400, photos: int = 480, textures: int = 100) -> None:
     """Writes the toy's ade20k/, os/ and dtd/ below `folder`, always the same, unless it exists.
 
     Atomic: a temporary folder, then a rename.
     """
     if os.path.isdir(folder):
         return
-    say(f"generating the toy data in {folder}")
+    print(f"generating the toy data in {folder}", flush=True)
     parent = os.path.dirname(os.path.abspath(folder))
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".toy-", dir=parent) as temporary:
@@ -1509,18 +1507,9 @@ def make_toy(folder: str, scenes: int = 400, photos: int = 320, textures: int = 
 
 
 # ---------------------------------------------------------------- shared by the scripts: files
-def is_main_process() -> bool:
-    """Whether this process prints and writes: the only one, or torchrun's first."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def say(message: str, file=None) -> None:
-    if is_main_process():
-        print(message, file=file, flush=True)
-
-
 def warn(message: str) -> None:
-    say(message, sys.stderr)
+    if is_main_process():
+        print(message, file=sys.stderr, flush=True)
 
 
 def hash_of(content) -> str:
@@ -1661,6 +1650,7 @@ class Parser(argparse.ArgumentParser):
             description=description,
             formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=31),
             usage=usage,
+            argument_default=argparse.SUPPRESS,  # what is not given is not in the namespace
             allow_abbrev=False,
             add_help=False,
         )
@@ -1677,29 +1667,32 @@ class Parser(argparse.ArgumentParser):
                 text += f" ({'; '.join(defaults)})"
             self.add_argument(f"--{option.name}", help=text, **argparse_kind(option))
 
-    def complete(self, given: argparse.Namespace, stored: dict | None = None) -> argparse.Namespace:
+    def given(self, argv: list[str] | None) -> dict:
+        """The options that the command line names."""
+        return vars(self.parse_args(argv))
+
+    def complete(self, given: dict, stored: dict | None = None) -> argparse.Namespace:
         """All options: as given, else as `stored`, else the toy's default with --data toy, else the
-        default. Raises UserError for numbers out of range."""
-        chosen = {}
-        for key, value in {**(stored or {}), **given_options(given)}.items():
-            if key in self.options and value is not None:
-                chosen[key] = value
+        default. `folder` is where the data lie, `cache_folder` where the cache is. Raises UserError
+        for numbers out of range."""
+        chosen = {key: value for key, value in (stored or {}).items() if value is not None}
+        chosen.update(given)
         is_toy = chosen.get("data", self.options["data"].default) == "toy"
-        args = argparse.Namespace(**vars(given))
+        args = argparse.Namespace(**given)
         for key, option in self.options.items():
             default = option.default
             if is_toy and option.toy is not None:
                 default = option.toy
-            setattr(args, key, chosen.get(key, default))
-        for key, value in given_options(given).items():
-            option = self.options.get(key)
-            numbers = value if isinstance(value, list) else [value]
-            for number in numbers:
+            value = chosen.get(key, default)
+            setattr(args, key, value)
+            for number in value if isinstance(value, list) else [value]:
                 if type(number) in (int, float) and not option.least <= number < option.below:
                     raise UserError(
                         f"--{option.name} {number}: from {option.least:g} on, and below "
                         f"{option.below:g}"
                     )
+        args.folder = os.path.join(args.root, "toy") if is_toy else args.root
+        args.cache_folder = args.cache or os.path.join(args.folder, ".cache")
         return args
 
     def run(self, command, *arguments) -> None:
@@ -1731,9 +1724,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def argparse_kind(option: Option) -> dict:
-    """The arguments of `add_argument` for an option. Its default is None: not given."""
+    """The arguments of `add_argument` for an option."""
     if option.kind is bool:
-        return {"action": "store_true", "default": None}
+        return {"action": "store_true"}
     if option.kind is list:
         return {"nargs": "+", "metavar": "FILE"}
     if isinstance(option.kind, tuple):
@@ -1746,10 +1739,6 @@ def as_text(value) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value))
     return str(value)
-
-
-def given_options(given: argparse.Namespace) -> dict:
-    return {key: value for key, value in vars(given).items() if value is not None}
 
 
 def message_of(error: Exception) -> str | None:
@@ -1774,17 +1763,9 @@ def message_of(error: Exception) -> str | None:
     return None
 
 
-def minima(args: argparse.Namespace) -> dict[str, int]:
+def minima(options: dict) -> dict[str, int]:
     """The thresholds of `build_vocabulary`."""
-    return {key: value for key, value in vars(args).items() if key.startswith("min_")}
-
-
-def data_root(data: str, root: str) -> str:
-    return os.path.join(root, "toy") if data == "toy" else root
-
-
-def cache_folder(data: str, root: str, cache: str | None) -> str:
-    return cache or os.path.join(data_root(data, root), ".cache")
+    return {key: value for key, value in options.items() if key.startswith("min_")}
 
 
 def named_sources(data: str) -> list[str]:
@@ -1801,20 +1782,31 @@ def named_sources(data: str) -> list[str]:
 
 def open_indexes(
     data: str,
-    root: str,
-    cache: str | None,
+    folder: str,
+    cache: str,
+    levels: list[str] | None = None,
     allow_broken: bool = False,
     workers: int | None = None,
 ) -> dict[str, Index]:
-    """The index of every source that the options name; makes the toy if it is missing."""
+    """The index of every source that --data names and that labels some of the levels (default: all
+    levels); makes the toy if it is missing. UserError if no source is left."""
     if data == "toy":
+        root = os.path.dirname(folder)
         if os.path.isdir(os.path.join(root, "annotations")):
             raise UserError(f"--root {root}: holds data of your own; --data ade20k reads them")
-        make_toy(data_root(data, root))
-    folder = cache_folder(data, root, cache)
+        make_toy(folder)
     indexes = {}
     for source in named_sources(data):
-        indexes[source] = scan(data_root(data, root), source, folder, allow_broken, workers)
+        labelled = set()
+        for data_set in DATA_SETS:
+            if data_set.source == source:
+                labelled.update(data_set.levels)
+        if levels is None or labelled & set(levels):
+            indexes[source] = scan(folder, source, cache, allow_broken, workers)
+        else:
+            print(f"{source}: has none of --levels, left out")
+    if not indexes:
+        raise UserError(f"--levels {','.join(levels)}: --data {data} has none of them")
     return indexes
 
 
@@ -1823,16 +1815,32 @@ def open_indexes(
 PATIENCE = datetime.timedelta(hours=2)
 
 
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main_process() -> bool:
+    """Whether this process prints and writes: the only one, or torchrun's first."""
+    return rank() == 0
+
+
 def join_processes() -> None:
     """Joins the processes that torchrun started, if any. From then on only the main one prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if processes() == 1:
         return
     # torchrun's store outlives a group that failed; a new one must not find the old one's
     # addresses.
-    store, rank, processes = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=PATIENCE)
+    dist.init_process_group(
+        backend, store=store, rank=rank(), world_size=processes(), timeout=PATIENCE
+    )
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")
 
@@ -1886,6 +1894,12 @@ def from_main_process(function, *arguments):
     return result[0]
 
 
+def progress(items, title: str) -> tqdm:
+    """The items, with a bar on the main process's terminal."""
+    disable = None if is_main_process() else True  # None: shown on terminals alone
+    return tqdm(items, title, unit=" images", disable=disable, leave=False)
+
+
 def ignore_signals(*_) -> None:
     """For processes that read images: a signal to the group is the main process's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1913,9 +1927,15 @@ def loader(
 
 
 # ---------------------------------------------------------------- the command
-def report(args: argparse.Namespace) -> None:
-    indexes = open_indexes(args.data, args.root, args.cache, args.allow_broken, args.workers)
-    vocabulary = build_vocabulary(indexes, minima(args))
+def command(args: argparse.Namespace) -> None:
+    indexes = open_indexes(
+        args.data,
+        args.folder,
+        args.cache_folder,
+        allow_broken=args.allow_broken,
+        workers=args.workers,
+    )
+    vocabulary = build_vocabulary(indexes, minima(vars(args)))
     for source, index in indexes.items():
         height, width = index.sizes.double().median(dim=0).values.int().tolist()
         print(
@@ -1946,8 +1966,8 @@ def main(argv: list[str] | None = None) -> None:
         "Scans data sets: what is there, in which classes, and what is broken.",
         [*DATA_OPTIONS, WORKERS_OPTION],
     )
-    given = parser.parse_args(argv)
-    parser.run(lambda: report(parser.complete(given)))
+    given = parser.given(argv)
+    parser.run(lambda: command(parser.complete(given)))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 import balance_split
 import datasets
@@ -333,8 +332,6 @@ def evaluate(
     prediction. Processes share the images. Sets eval mode.
     """
     net.eval()
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    processes = dist.get_world_size() if dist.is_initialized() else 1
     device = next(net.parameters()).device
     levels = [level for level in (levels or LEVELS) if level in vocabulary]
     images = [(name, i) for name, i in images if set(sources[name].levels) & set(levels)]
@@ -343,18 +340,10 @@ def evaluate(
         labelled.update(sources[name].levels)
     metrics = Metrics(vocabulary, [level for level in levels if level in labelled])
     shown = images_to_show(images) if pictures else set()
-    images = images[rank::processes]
+    images = images[datasets.rank() :: datasets.processes()]
     dataset = EvaluationImages(sources, images, net.test_size, sizes, flip)
     items = datasets.loader(dataset, workers=None if len(images) > 500 else 0)
-    bar = tqdm(
-        items,
-        total=len(images),
-        desc="evaluating",
-        unit=" images",
-        disable=None if rank == 0 else True,
-        leave=False,
-    )
-    for (name, i), item in zip(images, bar):
+    for (name, i), item in zip(images, datasets.progress(items, "evaluating")):
         source = sources[name]
         asked = [level for level in source.levels if level in levels]
         scores, filled = predict(net, item["views"], asked, amp)
@@ -370,7 +359,7 @@ def evaluate(
             sheet = comparison(source.photo(i), maps, tags, labels, vocabulary)
             stem = datasets.without_ending(source.index.images[i]).replace("/", "_")[-80:]
             save_picture(sheet, os.path.join(pictures, f"{name}_{stem}.png"))
-    if processes > 1:
+    if dist.is_initialized():
         metrics.merge()
     return metrics.results()
 
@@ -766,7 +755,7 @@ def open_network(checkpoint: str | None, release: list | None, labels: str | Non
     try:
         if checkpoint:
             net, content = upernet.read_checkpoint(checkpoint)
-            arguments = content.get("arguments", {})
+            arguments = {"root": "data", **content.get("arguments", {})}
             split = content.get("split", {})
             return Network(net, content["vocabulary"], arguments, split, content.get("trained", {}))
         if len(release) == 1 and not labels:
@@ -829,10 +818,9 @@ def assigned_names(path: str, index: Index, vocabulary: dict) -> dict[str, dict]
         raise UserError(f"{path}: not the authors' table of labels ({e})") from None
     if "scene" in names:
         names["scene"] = {tag: scenes.get(plain_scene(tag)) for tag in index.tags if tag}
-        unknown = [tag for tag in index.tags if tag and names["scene"][tag] is None]
+        unknown = sorted(tag for tag, scene in names["scene"].items() if scene is None)
         if unknown:
-            first = datasets.first_of(unknown)
-            datasets.say(f"{index.source}: {len(unknown)} images of scenes unknown to it: {first}")
+            print(f"{index.source}: scenes unknown to the network: {datasets.first_of(unknown)}")
     return names
 
 
@@ -883,7 +871,7 @@ def warn_of_unknown(index: Index, classes: list[str]) -> None:
 
 
 def images_to_evaluate(
-    sources: dict[str, Source], network: Network, args: argparse.Namespace
+    sources: dict[str, Source], network: Network, split: str | None, folder: str, cache: str
 ) -> list[tuple[str, int]]:
     """The (source, image number)s: those that --split names, else the checkpoint's validation
     images; of a released network those of split.json, else ADE20K's validation folder and all of
@@ -892,19 +880,19 @@ def images_to_evaluate(
     images = []
     for name, source in sources.items():
         index = source.index
-        if args.split is None and network.split is not None:
+        if split is None and network.split is not None:
             chosen = set(network.split.get(name, ()))
         else:
-            chosen = set(chosen_images(index, args))
+            chosen = set(chosen_images(index, split, folder, cache))
         numbers = [i for i, image in enumerate(index.images) if image in chosen]
         missing = len(chosen) - len(numbers)
         if missing:
-            datasets.say(f"{name}: {missing} of {len(chosen)} images are missing")
+            print(f"{name}: {missing} of {len(chosen)} images are missing")
         known = set(network.trained.get(name, ())) & chosen
         if network.split and not network.trained:  # a checkpoint of an earlier edition
             known = chosen - set(network.split.get(name, ()))
-        if known and is_own_data(network, args):
-            datasets.say(f"{name}: {len(known)} of {len(numbers)} images have trained this network")
+        if known and is_own_data(network, folder):
+            print(f"{name}: {len(known)} of {len(numbers)} images have trained this network")
         images += [(name, i) for i in numbers]
     if not images:
         raise UserError(
@@ -913,30 +901,28 @@ def images_to_evaluate(
     return images
 
 
-def is_own_data(network: Network, args: argparse.Namespace) -> bool:
-    """Whether the data are those that the network was trained on, by their folder."""
-    root = network.arguments.get("root")
-    return root is not None and os.path.abspath(args.root) == os.path.abspath(root)
+def is_own_data(network: Network, folder: str) -> bool:
+    """Whether the data in a folder are those that the network was trained on."""
+    root = network.arguments["root"]
+    return os.path.abspath(folder) in (os.path.abspath(root), os.path.abspath(f"{root}/toy"))
 
 
-def chosen_images(index: Index, args: argparse.Namespace) -> list[str]:
+def chosen_images(index: Index, split: str | None, folder: str, cache: str) -> list[str]:
     """The images of a source that --split names; without it those of split.json, or, with a word,
     the official ones, all if it has none.
     """
-    if args.split == "all":
+    if split == "all":
         return index.images
-    path = balance_split.split_path(args.data, args.root, args.cache)
-    in_file = index.source in balance_split.read_split(path)["sources"]
-    if args.split is None and not in_file:
+    path = balance_split.split_path(folder, cache)
+    if split is None and index.source not in balance_split.read_split(path)["sources"]:
         taken = "its validation folder" if index.data_set.has_official else "all images"
-        datasets.say(f"{index.source}: not in {path}; taking {taken}")
+        print(f"{index.source}: not in {path}; taking {taken}")
         if not index.data_set.has_official:
             return index.images
         return balance_split.official_validation(index)
-    if args.split == "official" and index.data_set.has_official:
+    if split == "official" and index.data_set.has_official:
         return balance_split.official_validation(index)
-    command = balance_split.split_command(index.source, args.data, args.root, args.cache)
-    return balance_split.balanced_validation(index, {}, path, command, make=False)
+    return balance_split.balanced_validation(index, {}, folder, cache, make=False)
 
 
 # ---------------------------------------------------------------- the command
@@ -1014,21 +1000,19 @@ def parse_photos(
         raise UserError("; ".join(failed))
 
 
-def command(parser: datasets.Parser, given: argparse.Namespace) -> None:
+def command(parser: datasets.Parser, given: dict) -> None:
     datasets.join_processes()
-    device = datasets.pick_device(given.device or "auto")
-    network = open_network(given.checkpoint, given.release, given.labels)
+    device = datasets.pick_device(given.get("device", "auto"))
+    network = open_network(given.get("checkpoint"), given.get("release"), given.get("labels"))
     net = network.net.to(device)
     stored = {key: network.arguments.get(key) for key in ("data", "root", "cache", "allow_broken")}
-    if given.root:
+    if "root" in given:
         stored["cache"] = None
     args = parser.complete(given, stored)
     amp = datasets.pick_amp(args.amp, device)
-    levels = args.levels or [level for level in LEVELS if level in network.vocabulary]
-    unknown = sorted(set(levels) - set(network.vocabulary))
-    if unknown:
-        has = ", ".join(network.vocabulary)
-        raise UserError(f"--levels: no head for {', '.join(unknown)}; this network has {has}")
+    levels = args.levels or list(network.vocabulary)
+    if not set(levels) <= set(network.vocabulary):
+        raise UserError(f"--levels: this network has {', '.join(network.vocabulary)}")
     if args.compile:
         net.compile()
     relations = Relations(network.vocabulary, levels) if args.relations else None
@@ -1040,42 +1024,43 @@ def command(parser: datasets.Parser, given: argparse.Namespace) -> None:
         photos = photos_in(args.photo)
         folder = args.pictures or "."
         parse_photos(network, photos, folder, args.levels, amp, args.size, args.flip, relations)
-    else:
-        evaluate_images(network, args, levels, amp, relations)
-    if relations:
-        relations.report(args.relations)
-
-
-def evaluate_images(
-    network: Network,
-    args: argparse.Namespace,
-    levels: list[str],
-    amp: torch.dtype | None,
-    relations: Relations | None,
-) -> None:
-    """Prints the metrics on labelled images, and writes what the options ask for."""
-    if args.data is None:
+    elif args.data is None:
         raise UserError("--data: name the sources to evaluate on, ade20k,os for one")
-    indexes = datasets.from_main_process(
-        datasets.open_indexes, args.data, args.root, args.cache, args.allow_broken, args.workers
-    )
-    sources = open_sources(indexes, network, args.labels, levels)
-    images = images_to_evaluate(sources, network, args)
-    net = network.net
-    results = evaluate(
-        net, network.vocabulary, sources, images, levels, amp, args.pictures, args.size, args.flip
-    )
-    print(table(results, amp))
-    if args.json and datasets.is_main_process():
-        datasets.write_json(results, args.json)
-    for written in (args.json, args.pictures):
-        if written:
-            print(f"wrote {written}")
-    if relations:
-        for name, i in tqdm(images, desc="relations", unit=" images", disable=None, leave=False):
-            if not sources[name].data_set.squares:  # close-ups, without things in them
+    else:
+        indexes = datasets.from_main_process(
+            datasets.open_indexes,
+            args.data,
+            args.folder,
+            args.cache_folder,
+            None,
+            args.allow_broken,
+            args.workers,
+        )
+        sources = open_sources(indexes, network, args.labels, levels)
+        images = images_to_evaluate(sources, network, args.split, args.folder, args.cache_folder)
+        results = evaluate(
+            net,
+            network.vocabulary,
+            sources,
+            images,
+            levels,
+            amp,
+            args.pictures,
+            args.size,
+            args.flip,
+        )
+        print(table(results, amp))
+        if args.json and datasets.is_main_process():
+            datasets.write_json(results, args.json)
+        for written in (args.json, args.pictures):
+            if written:
+                print(f"wrote {written}")
+        for name, i in datasets.progress(images if relations else [], "relations"):
+            if not sources[name].data_set.squares:  # close-ups have no things in them
                 photo = sources[name].photo(i)
                 relations.add(parse(net, photo, levels, amp, args.size, args.flip))
+    if relations:
+        relations.report(args.relations)
 
 
 OPTIONS = [
@@ -1114,7 +1099,8 @@ def main(argv: list[str] | None = None) -> None:
         "Metrics and pictures of a network; photos.", options, "%(prog)s ckpt.pt [options]"
     )
     parser.add_argument("checkpoint", nargs="?", metavar="ckpt.pt", help="of train.py")
-    parser.run(command, parser, parser.parse_args(argv))
+    given = parser.given(argv)
+    parser.run(command, parser, given)
 
 
 if __name__ == "__main__":

@@ -25,16 +25,12 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1, dilation: int 
     )
 
 
-def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-
-
 def downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
     """The projection on the shortcut, where a block changes the shape."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(
-        conv1x1(in_channels, out_channels, stride),
+        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
         nn.BatchNorm2d(out_channels),
     )
 
@@ -69,11 +65,11 @@ class Bottleneck(nn.Module):
 
     def __init__(self, in_channels: int, width: int, stride: int, dilations: tuple[int, int]):
         super().__init__()
-        self.conv1 = conv1x1(in_channels, width)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = conv3x3(width, width, stride, dilations[0])
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = conv1x1(width, 4 * width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
         self.downsample = downsample(in_channels, 4 * width, stride)
 

@@ -2499,11 +2499,12 @@ class TestSplit(unittest.TestCase):
 
     def test_balanced_validation_is_split_once(self):
         index, _ = scanned(os.path.join(toy_root(), "toy"), "os")
-        path = os.path.join(new_folder("which"), "split.json")
+        root = new_folder("which")
+        path = os.path.join(root, "split.json")
 
         def validation(index, **options):
             vocabulary = vocabulary_of(index)
-            return balance_split.balanced_validation(index, vocabulary, path, "this", **options)
+            return balance_split.balanced_validation(index, vocabulary, root, root, **options)
 
         with self.assertRaisesRegex(datasets.UserError, path):
             validation(index, make=False)
@@ -4196,8 +4197,7 @@ class TestMistakes(Runs):
         self.refused(train.main, "ckpt.pt", *self.new, "--resume")
         self.refused(train.main, self.begun, *self.toy, "--out", self.begun)
         self.refused(train.main, "--lr", "--out", self.begun, "--resume", "--lr", 5)
-        levels = ("--data", "ade20k,os", "--levels", "material")
-        self.refused(train.main, "--levels", *self.new, *levels)
+        self.refused(train.main, "--levels", *self.new, "--data", "os", "--levels", "scene")
         with mock.patch("resnet.load_imagenet", side_effect=OSError("no route to host")):
             self.refused(train.main, "--weights none", *self.new, "--weights", "imagenet")
         self.assertFalse(os.path.exists(self.at("new", "log.jsonl")))

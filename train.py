@@ -10,6 +10,7 @@ frozen network.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -35,7 +36,7 @@ import datasets
 import evaluate
 import resnet
 import upernet
-from datasets import Option, Source, UserError
+from datasets import Index, Option, Source, UserError
 from upernet import LEVELS, LOSS_WEIGHTS, UPerNet
 
 
@@ -94,7 +95,7 @@ def train(run: "Run") -> None:
     """Trains the stages that are left, saving on the way."""
     for stage in run.stages_left():
         model, optimizer = run.prepare(stage)
-        batches = iter(run.batches(stage))
+        batches = iter(run.loader(stage))
         with progress_bar(stage, run.iteration) as bar:
             for iteration in range(run.iteration, stage.iterations):
                 began = time.perf_counter()
@@ -167,6 +168,86 @@ def largest_of_processes(number: int) -> int:
 
 
 # ---------------------------------------------------------------- what is trained, and for how long
+class Data(NamedTuple):
+    """What a run trains on and validates on."""
+
+    sources: dict[str, Source]
+    vocabulary: dict
+    split: dict[str, list[str]]  # validation images of each source
+    training: dict[str, list[int]]  # image indices of each source
+    validation: list[tuple[str, int]]  # (source, image index)
+    fingerprints: dict[str, str]  # of each source's images and labels, to notice changes
+
+
+def open_data(
+    indexes: dict[str, Index], vocabulary: dict, split: dict, cache: str, short: int, longest: int
+) -> Data:
+    """The sources, and which of their images train and validate. UserError if none trains.
+
+    short, longest: the largest size of training, for `Source.prepared`.
+    """
+    sources = {}
+    training = {}
+    validation = []
+    fingerprints = {}
+    for name, index in indexes.items():
+        content = [index.images, index.sizes.tolist(), index.tags, index.names]
+        fingerprints[name] = datasets.hash_of([*content, index.pixels.tolist()])
+        sources[name] = Source(index, vocabulary, None, cache, short, longest)
+        validates = set(split[name])
+        training[name] = []
+        for i, image in enumerate(index.images):
+            if image in validates:
+                validation.append((name, i))
+            else:
+                training[name].append(i)
+        if not training[name]:
+            raise UserError(f"{name}: no image to train on; see --split")
+    return Data(sources, vocabulary, split, training, validation, fingerprints)
+
+
+def divide(
+    indexes: dict[str, Index],
+    minima: dict[str, int],
+    levels: list[str],
+    split: str,
+    folder: str,
+    cache: str,
+    trained: dict[str, list[str]],
+) -> tuple[dict, dict[str, list[str]]]:
+    """(vocabulary of the levels, validation images of each source) of a new run.
+
+    split: as --split; a balanced one does not depend on the levels.
+    trained: images of each source that trained the weights to start from; a split that is made now
+        leaves them on the training side.
+    """
+    everything = datasets.build_vocabulary(indexes, minima, levels)
+    vocabulary = {level: names for level, names in everything.items() if level in levels}
+    validates = {}
+    for name, index in indexes.items():
+        if not set(index.data_set.levels) & set(vocabulary):
+            raise UserError(
+                f"{name}: no class is large enough to be kept; lower the --min- options"
+            )
+        has_both = {"train", "val"} <= set(index.official)
+        if split == "official" and index.data_set.has_official:
+            if not has_both:
+                raise UserError(
+                    f"{name}: --split official needs images in training/ and validation/"
+                )
+            validates[name] = balance_split.official_validation(index)
+            continue
+        if has_both and index.data_set.own_table:
+            print(f"{name}: --split official keeps its division into training and validation")
+        keep = set(trained.get(name, ())) & set(index.images)
+        if keep:
+            print(f"{name}: {len(keep)} images that trained the weights do not join a new split")
+        validates[name] = balance_split.balanced_validation(
+            index, everything, folder, cache, keep=frozenset(keep)
+        )
+    return vocabulary, validates
+
+
 TEXTURE_IMAGES = 8  # times --batch-size: textures have a fiftieth of the area (ours)
 
 
@@ -178,138 +259,81 @@ class Stage(NamedTuple):
     step: int  # images of an iteration, in all processes
 
 
-def plan_stages(
-    training: dict[str, list[int]],
-    squares: set[str],
-    iters: int | None,
-    texture_iters: int | None,
-    batch_size: int,
-    accumulate: int,
-    processes: int,
-) -> list[Stage]:
+def plan_stages(data: Data, iters: int | None, texture_iters: int | None, step: int) -> list[Stage]:
     """The stages that have images and iterations: all sources but the textures, then these.
 
-    training: of each source its image numbers; squares: which sources are textures. By default 5
-    iterations per training image at 16 images a step, the paper's 100k for ADE20K's 20k images,
-    then 5 passes over the textures (ours; the paper has "a few").
+    step: images of an iteration. By default 5 iterations per training image at 16 images a step,
+    the paper's 100k for ADE20K's 20k images, then 5 passes over the textures (ours; the paper has
+    "a few").
     """
+    textures = [name for name, source in data.sources.items() if source.data_set.squares]
+    others = [name for name in data.sources if name not in textures]
     stages = []
-    sources = [source for source in training if source not in squares]
-    images = sum(len(training[source]) for source in sources)
-    step = batch_size * accumulate * processes
-    if iters is None:
-        iters = math.ceil(5 * 16 * images / step)
-    if images and iters:
-        stages.append(Stage("main", sources, iters, images, step))
-    sources = [source for source in training if source in squares]
-    images = sum(len(training[source]) for source in sources)
-    step = TEXTURE_IMAGES * batch_size * accumulate * processes
-    if texture_iters is None:
-        texture_iters = math.ceil(5 * images / step)
-    if images and texture_iters:
-        stages.append(Stage("texture", sources, texture_iters, images, step))
+    for name, sources, iterations, passes, per_iteration in (
+        ("main", others, iters, 5 * 16, step),
+        ("texture", textures, texture_iters, 5, TEXTURE_IMAGES * step),
+    ):
+        images = sum(len(data.training[source]) for source in sources)
+        if iterations is None:
+            iterations = math.ceil(passes * images / per_iteration)
+        if images and iterations:
+            stages.append(Stage(name, sources, iterations, images, per_iteration))
     return stages
 
 
-class Data(NamedTuple):
-    """What a run trains on and validates on."""
-
-    sources: dict[str, Source]
-    vocabulary: dict
-    split: dict[str, list[str]]  # validation images of each source
-    training: dict[str, list[int]]  # image indices of each source
-    validation: list[tuple[str, int]]  # (source, image index)
-    fingerprints: dict[str, str]  # of each source's images and labels
-    numbers: dict[str, list[int]]  # of the classes of one's own table, by level
-
-
-def open_data(args: argparse.Namespace, checkpoint: dict | None, trained: dict) -> Data:
-    """The data that the options name; of a resumed run with its vocabulary and split.
-
-    trained: images of each source that trained the weights to start from; a split that is made now
-    leaves them on the training side. Raises UserError for a resumed run whose data have changed.
-    """
-    levels = args.levels or LEVELS
-    indexes = datasets.open_indexes(
-        args.data, args.root, args.cache, args.allow_broken, args.workers
+def training_batches(
+    data: Data,
+    stage: Stage,
+    sizes: list[int],
+    longest: int,
+    crop: int,
+    flip: bool,
+    accumulate: int,
+    seed: int,
+) -> datasets.TrainingBatches:
+    """The batches of a stage for this process, `accumulate` of them an iteration."""
+    sources = [data.sources[name] for name in stage.sources]
+    groups = []
+    for position, source in enumerate(sources):
+        images = data.training[source.index.source]
+        if crop or source.data_set.squares:
+            groups.append((position, np.array(images, np.int32)))
+        else:
+            for group in datasets.orientation_groups(source.index, images):
+                groups.append((position, group))
+    plan = datasets.plan_batches(groups, stage.iterations, stage.step, seed)
+    return datasets.TrainingBatches(
+        sources,
+        plan,
+        sizes,
+        longest,
+        seed,
+        crop=crop,
+        flip=flip,
+        accumulate=accumulate,
+        rank=datasets.rank(),
+        processes=datasets.processes(),
     )
-    indexes = {
-        name: index for name, index in indexes.items() if set(index.data_set.levels) & set(levels)
-    }
-    fingerprints = {}
-    numbers = {}
-    for name, index in indexes.items():
-        content = [index.images, index.sizes.tolist(), index.tags, index.names]
-        fingerprints[name] = datasets.hash_of([*content, index.pixels.tolist()])
-        if index.data_set.own_table:
-            numbers["object"] = list(index.names)
-    if checkpoint:
-        vocabulary = checkpoint["vocabulary"]
-        split = checkpoint["split"]
-        if fingerprints != checkpoint["arguments"].get("fingerprints"):
-            raise UserError(
-                f"{args.out}: images, masks or names changed; --weights {args.out}/ckpt.pt trains "
-                "its network on them"
-            )
-    else:
-        everything = datasets.build_vocabulary(indexes, datasets.minima(args), levels)
-        vocabulary = {level: names for level, names in everything.items() if level in levels}
-        split = {}
-        for name, index in indexes.items():
-            if not set(index.data_set.levels) & set(vocabulary):
-                raise UserError(
-                    f"{name}: no class is large enough to be kept; lower the --min- options"
-                )
-            keep = frozenset(trained.get(name, ())) & set(index.images)
-            if keep and args.split == "balanced":
-                print(
-                    f"{name}: {len(keep)} images that trained the weights do not join a new split"
-                )
-            split[name] = validation_images(index, everything, args, keep)
-    short = 2 * args.crop or max(args.sizes)
-    longest = 8 * args.crop or args.max_size
-    cache = datasets.cache_folder(args.data, args.root, args.cache)
-    sources = {}
-    training = {}
-    validation = []
-    for name, index in indexes.items():
-        sources[name] = Source(index, vocabulary, None, cache, short, longest)
-        validates = set(split[name])
-        training[name] = []
-        for i, image in enumerate(index.images):
-            if image in validates:
-                validation.append((name, i))
-            else:
-                training[name].append(i)
-        if not training[name]:
-            raise UserError(f"{name}: no image to train on; see --split")
-    return Data(sources, vocabulary, split, training, validation, fingerprints, numbers)
 
 
-def validation_images(
-    index, vocabulary: dict, args: argparse.Namespace, keep: frozenset
-) -> list[str]:
-    """The validation images of a source, as --split says. A split does not depend on --levels."""
-    has_both = {"train", "val"} <= set(index.official)
-    if args.split == "official" and index.data_set.has_official:
-        if not has_both:
-            raise UserError(f"{index.source}: has no training and validation folders; see --split")
-        return balance_split.official_validation(index)
-    if has_both and index.data_set.own_table:
-        print(f"{index.source}: --split official keeps its division into training and validation")
-    path = balance_split.split_path(args.data, args.root, args.cache)
-    command = balance_split.split_command(index.source, args.data, args.root, args.cache)
-    return balance_split.balanced_validation(index, vocabulary, path, command, keep=keep)
+def describe(
+    data: Data,
+    stages: list[Stage],
+    trained: dict[str, list[str]],
+    split: str,
+    flip: bool,
+    images: str,
+    lr: float,
+) -> None:
+    """Prints what the run is about to do, and what may be wrong with it.
 
-
-def describe(data: Data, stages: list[Stage], args: argparse.Namespace, trained: dict) -> None:
-    """Prints what the run is about to do, and what may be wrong with it."""
-    training = data.training
+    trained: images of each source that trained the weights to start from; images: their sizes.
+    """
     for name, source in data.sources.items():
         validates = data.split[name]
         print(
-            f"{name}: {len(training[name])} images to train on, {len(validates)} to validate on "
-            f"({args.split} split)"
+            f"{name}: {len(data.training[name])} images to train on, {len(validates)} to validate "
+            f"on ({split} split)"
         )
         known = len(set(validates) & set(trained.get(name, ())))
         if known:
@@ -318,33 +342,27 @@ def describe(data: Data, stages: list[Stage], args: argparse.Namespace, trained:
             )
         if source.map_level == "object" and "object" in source.levels:
             print(datasets.unlabelled(source.index))
-        unseen = classes_without_training(source, training[name], data.vocabulary)
+        unseen = classes_without_training(source, data.training[name], data.vocabulary)
         if unseen:
             print(f"{name}: only in validation images: {datasets.first_of(unseen)}")
-        if source.data_set.own_table and not args.no_flip:
-            sides = [
-                n for n in source.index.names.values() if re.search(r"\b(left|right)\b", n, re.I)
-            ]
-            if sides:
-                print(
-                    f"{name}: names with left or right ({datasets.first_of(sides)}): images are "
-                    "mirrored, --no-flip leaves them as they are"
-                )
+        names = source.index.names.values()
+        sides = [n for n in names if re.search(r"\b(left|right)\b", n, re.I)]
+        if sides and flip and source.data_set.own_table:
+            print(
+                f"{name}: names with left or right ({datasets.first_of(sides)}): images are "
+                "mirrored, --no-flip leaves them as they are"
+            )
     counts = []
     for level, names in data.vocabulary.items():
         n = sum(len(p) - 1 for p in names.values()) if level == "part" else len(names)
         counts.append(f"{n} {level}")
     print(f"classes: {', '.join(counts)}")
-    if args.crop:
-        print(f"images: squares of {args.crop}, of short sides from half to twice that")
-    else:
-        sizes = ", ".join(map(str, args.sizes))
-        print(f"images: short side of {sizes}, long side at most {args.max_size}")
+    print(f"images: {images}")
     for stage in stages:
         passes = stage.iterations * stage.step / stage.images
         print(
             f"{stage.name} stage: {stage.iterations} iterations of {stage.step} images, "
-            f"{passes:.1f} passes over {', '.join(stage.sources)}, learning rate {args.lr:g}"
+            f"{passes:.1f} passes over {', '.join(stage.sources)}, learning rate {lr:g}"
         )
 
 
@@ -363,51 +381,37 @@ def classes_without_training(source: Source, training: list[int], vocabulary: di
 
 
 # ---------------------------------------------------------------- a run: its network, its files
+@dataclasses.dataclass(eq=False)
 class Run:
     """One training: the network, where it is, and its folder with ckpt.pt, best.pt, log.jsonl."""
 
-    def __init__(
-        self,
-        net: UPerNet,
-        data: Data,
-        stages: list[Stage],
-        args: argparse.Namespace,
-        arguments: dict,
-        trained: dict[str, list[str]],
-        device: torch.device,
-        amp: torch.dtype | None,
-    ):
-        self.net = net
-        self.data = data
-        self.stages = stages
-        self.arguments = arguments  # that a checkpoint keeps
-        self.trained = trained
-        self.device = device
-        self.amp = amp
-        self.out = args.out
-        self.path = os.path.join(args.out, "ckpt.pt")
-        self.best_path = os.path.join(args.out, "best.pt")
-        self.log_path = os.path.join(args.out, "log.jsonl")
-        self.lr = args.lr
-        self.sizes = args.sizes
-        self.max_size = args.max_size
-        self.crop = args.crop
-        self.flip = not args.no_flip
-        self.seed = args.seed
-        self.accumulate = args.accumulate
-        self.workers = args.workers
-        self.save_every = args.save_every
-        self.eval_every = args.eval_every
-        self.rank = int(os.environ.get("RANK", 0))
-        self.processes = int(os.environ.get("WORLD_SIZE", 1))
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-        self.signals = Signals()
-        self.names = [stage.name for stage in stages] + ["done"]
+    net: UPerNet
+    data: Data
+    stages: list[Stage]
+    batches: dict[str, datasets.TrainingBatches]  # of each stage
+    out: str
+    lr: float
+    accumulate: int
+    workers: int | None
+    save_every: int | None  # iterations, or None for every ten minutes
+    eval_every: int
+    device: torch.device
+    amp: torch.dtype | None
+    arguments: dict  # that a checkpoint keeps
+    trained: dict[str, list[str]]  # all images that have trained the network at the run's end
+    iteration: int = 0  # of the stage
+    optimizer_state: dict | None = None  # of the checkpoint that is resumed
+    best: float = -1.0
+    best_at: str = ""
+
+    def __post_init__(self):
+        self.path = os.path.join(self.out, "ckpt.pt")
+        self.best_path = os.path.join(self.out, "best.pt")
+        self.log_path = os.path.join(self.out, "log.jsonl")
+        self.names = [stage.name for stage in self.stages] + ["done"]
         self.stage = self.names[0]
-        self.iteration = 0  # of the stage
-        self.optimizer_state = None  # of the checkpoint that is resumed
-        self.best = -1.0
-        self.best_at = ""
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
+        self.signals = Signals()
         self.saved_at = time.monotonic()
 
     def resume(self, checkpoint: dict) -> None:
@@ -443,41 +447,18 @@ class Run:
             optimizer.load_state_dict(self.optimizer_state)
         self.optimizer_state = None
         model = self.net
-        if self.processes > 1:
+        if datasets.processes() > 1:
             # Some parameters lie off a step's path: other sources' heads, an unused fusion.
             partial = len(stage.sources) > 1 or "object" not in self.data.vocabulary
             unused = partial and stage.name == "main"
             model = DistributedDataParallel(self.net, find_unused_parameters=unused)
         return model, optimizer
 
-    def batches(self, stage: Stage) -> DataLoader:
-        """The batches of this process from where the run is, `accumulate` of them an iteration."""
-        training = self.data.training
-        sources = [self.data.sources[name] for name in stage.sources]
-        groups = []
-        for position, source in enumerate(sources):
-            images = training[source.index.source]
-            if self.crop or source.data_set.squares:
-                groups.append((position, np.array(images, np.int32)))
-            else:
-                for group in datasets.orientation_groups(source.index, images):
-                    groups.append((position, group))
-        plan = datasets.plan_batches(groups, stage.iterations, stage.step, self.seed)
-        dataset = datasets.TrainingBatches(
-            sources,
-            plan,
-            self.sizes,
-            self.max_size,
-            self.seed,
-            crop=self.crop,
-            flip=self.flip,
-            accumulate=self.accumulate,
-            rank=self.rank,
-            processes=self.processes,
-        )
+    def loader(self, stage: Stage) -> DataLoader:
+        """The batches of a stage from where the run is."""
         pinned = self.device.type == "cuda"
         first = self.iteration * self.accumulate
-        return datasets.loader(dataset, first, self.workers, pinned)
+        return datasets.loader(self.batches[stage.name], first, self.workers, pinned)
 
     def is_validation_due(self) -> bool:
         is_end = self.stage == self.stages[-1].name and self.iteration == self.lengths()[self.stage]
@@ -499,7 +480,7 @@ class Run:
             "arguments": self.arguments,
         }
         self.saved_at = time.monotonic()
-        if self.rank == 0:
+        if datasets.is_main_process():
             datasets.write_file(path or self.path, functools.partial(torch.save, content))
             draw_curves(self.log_path, os.path.join(self.out, "curves.png"))
 
@@ -526,7 +507,7 @@ class Run:
         self.save()
 
     def write_log(self, line: dict) -> None:
-        if self.rank == 0:
+        if datasets.is_main_process():
             with open(self.log_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -567,7 +548,7 @@ class Run:
 
     def launcher(self) -> str:
         """How this process was started: python, or torchrun on one or several machines."""
-        if self.processes == 1:
+        if datasets.processes() == 1:
             return "python"
         nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
         where = ""
@@ -778,7 +759,7 @@ def rows_by_name(ours: Tensor, theirs: Tensor, names: list[str], their_names: li
 
 
 # ---------------------------------------------------------------- which run, with which options
-def settle(parser: datasets.Parser, given: argparse.Namespace) -> tuple:
+def settle(parser: datasets.Parser, given: dict) -> tuple:
     """(options, the checkpoint to resume or None, the weights to start from or None).
 
     Raises UserError if there is no run to resume, if there is one already, or if options do not
@@ -786,46 +767,52 @@ def settle(parser: datasets.Parser, given: argparse.Namespace) -> tuple:
     """
     start = None
     stored = {}
-    is_file = given.weights not in (None, "imagenet", "none")
-    if is_file and not given.resume:
-        start = read_start(given.weights)
+    if given.get("weights", "none") not in ("imagenet", "none") and "resume" not in given:
+        start = read_start(given["weights"])
         stored = options_of(start)
-        taken = {key: value for key, value in stored.items() if getattr(given, key) is None}
-        if given.data is None and given.root is None and "data" in start.arguments:
+        if "data" not in given and "root" not in given:
             for key in ("data", "root", "cache"):
-                taken[key] = start.arguments.get(key)
-                stored[key] = taken[key]
-        listed = [f"{key} {datasets.as_text(value)}" for key, value in taken.items() if value]
-        if listed:
-            print(f"from {start.path}: {', '.join(listed)}")
+                stored[key] = start.arguments.get(key)
+        taken = []
+        for key, value in stored.items():
+            if value and key not in given:
+                taken.append(f"{key} {datasets.as_text(value)}")
+        if taken:
+            print(f"from {start.path}: {', '.join(taken)}")
     args = parser.complete(given, stored)
     if args.out is None:
         args.out = default_out(args.data)
-    path = os.path.join(args.out, "ckpt.pt")
+    has_run = os.path.exists(os.path.join(args.out, "ckpt.pt"))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if given.resume and (os.path.exists(path) or not restarted):
+    if args.resume and (has_run or not restarted):
         args, checkpoint = resumed(parser, given, args.out)
         return args, checkpoint, None
-    if os.path.exists(path):
-        if restarted:
-            again, checkpoint = resumed(parser, given, args.out)
-            if checkpoint["arguments"].get("given") == datasets.given_options(given):
-                return again, checkpoint, None
+    if has_run and restarted:
+        again, checkpoint = resumed(parser, given, args.out)
+        if checkpoint["arguments"].get("given") == given:
+            return again, checkpoint, None
+    if has_run:
         raise UserError(
             f"{args.out}: holds a run already; --resume resumes it, --out names another folder"
         )
-    check_options(args)
+    if args.max_size < min(args.sizes):
+        raise UserError(f"--max-size: at least the smallest of --sizes, {min(args.sizes)}")
+    if args.crop % 32:
+        raise UserError(f"--crop {args.crop}: a multiple of 32")
+    if args.levels and "part" in args.levels and "object" not in args.levels:
+        raise UserError("--levels: part needs object")
     return args, None, start
 
 
 def default_out(data: str) -> str:
+    if data == "toy":
+        return "runs/toy"
     names = datasets.named_sources(data)
-    order = [data_set.source for data_set in datasets.DATA_SETS]
-    names.sort(key=order.index)
-    return os.path.join("runs", "toy" if data == "toy" else "+".join(names))
+    order = dict.fromkeys(data_set.source for data_set in datasets.DATA_SETS)
+    return os.path.join("runs", "+".join(name for name in order if name in names))
 
 
-def resumed(parser: datasets.Parser, given: argparse.Namespace, out: str) -> tuple:
+def resumed(parser: datasets.Parser, given: dict, out: str) -> tuple:
     """(options, checkpoint) of the run in the folder `out`. UserError if an option changes what a
     resumed run keeps.
     """
@@ -841,7 +828,7 @@ def resumed(parser: datasets.Parser, given: argparse.Namespace, out: str) -> tup
         raise UserError(
             f"{path}: no run to resume ({e}); see --out, or delete it and leave out --resume"
         ) from None
-    for key, value in datasets.given_options(given).items():
+    for key, value in given.items():
         option = parser.options[key]
         if not option.resume and stored.get(key) != value:
             raise UserError(
@@ -851,79 +838,33 @@ def resumed(parser: datasets.Parser, given: argparse.Namespace, out: str) -> tup
     return parser.complete(given, {**stored, "out": out}), checkpoint
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """Raises UserError for options that do not fit together."""
-    if args.max_size < min(args.sizes):
-        raise UserError(f"--max-size: at least the smallest of --sizes, {min(args.sizes)}")
-    if args.crop % 32:
-        raise UserError(f"--crop {args.crop}: a multiple of 32")
-    if not args.levels:
-        return
-    if "part" in args.levels and "object" not in args.levels:
-        raise UserError("--levels: part needs object")
-    labelled = set()
-    for source in datasets.named_sources(args.data):
-        levels = set()
-        for data_set in datasets.DATA_SETS:
-            if data_set.source == source:
-                levels.update(data_set.levels)
-        if args.data != "toy" and not levels & set(args.levels):
-            raise UserError(
-                f"--levels {','.join(args.levels)}: {source} has none; leave it out of --data"
-            )
-        labelled.update(levels)
-    if not labelled & set(args.levels):
-        raise UserError(f"--levels {','.join(args.levels)}: --data {args.data} has none of them")
+def is_finished(checkpoint: dict | None, out: str) -> bool:
+    """Whether nothing is left to do for the run in the folder `out`, the metrics included."""
+    if checkpoint is None or checkpoint["stage"] != "done":
+        return False
+    validates = any(checkpoint["split"].values())
+    return not validates or os.path.exists(os.path.join(out, "metrics.json"))
 
 
-# ---------------------------------------------------------------- the command
-def command(parser: datasets.Parser, given: argparse.Namespace) -> None:
+# ---------------------------------------------------------------- the command: options end here
+def command(parser: datasets.Parser, given: dict) -> None:
     datasets.join_processes()
     args, checkpoint, start = datasets.from_main_process(settle, parser, given)
-    metrics_path = os.path.join(args.out, "metrics.json")
     path = shlex.quote(os.path.join(args.out, "ckpt.pt"))
-    measured = datasets.from_main_process(os.path.exists, metrics_path)
-    if (
-        checkpoint
-        and checkpoint["stage"] == "done"
-        and (measured or not any_validation(checkpoint))
-    ):
+    if datasets.from_main_process(is_finished, checkpoint, args.out):
         print(f"{args.out}: this run is finished; python evaluate.py {path} evaluates it,")
         print(f"python train.py --weights {path} --out NEW --lr RATE trains its network further")
         return
-    device = datasets.pick_device(args.device)
-    amp = datasets.pick_amp(args.amp, device)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    trained = start.trained if start else {}
-    data = datasets.from_main_process(open_data, args, checkpoint, trained)
-    squares = {name for name, source in data.sources.items() if source.data_set.squares}
-    stages = plan_stages(
-        data.training,
-        squares,
-        args.iters,
-        args.texture_iters,
-        args.batch_size,
-        args.accumulate,
-        processes,
-    )
-    if not checkpoint:
-        describe(data, stages, args, trained)
-    if checkpoint:
-        network = checkpoint["network"]
-    else:
-        network = network_of(data.vocabulary, args, start)
-    torch.manual_seed(args.seed)
-    net = UPerNet(**network).to(device)
-    arguments = stored_arguments(args, given, data, stages)
-    run = Run(net, data, stages, args, arguments, trained_images(data, start), device, amp)
+    run = make_run(args, given, checkpoint, start)
+    net = run.net
     if checkpoint:
         run.resume(checkpoint)
     else:
-        datasets.from_main_process(load_weights, net, data.vocabulary, args.weights, start)
+        datasets.from_main_process(load_weights, net, run.data.vocabulary, args.weights, start)
     lines = datasets.from_main_process(cut_log, run.log_path, run.lines_written())
     run.recall_best(lines)
     # Section 3.1: batch norm sees the images of all GPUs. Its momentum is PyTorch's 0.1 (ours).
-    if device.type == "cuda" and processes > 1:
+    if run.device.type == "cuda" and datasets.processes() > 1:
         run.net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     if args.compile:
         run.net.compile()
@@ -938,42 +879,122 @@ def command(parser: datasets.Parser, given: argparse.Namespace) -> None:
                 f"stage ({e}); {run.path} is the last good checkpoint; try a lower --lr"
             ) from None
     print(f"wrote {run.path}, and beside it log.jsonl and curves.png")
-    if data.validation:
-        evaluate_run(run, metrics_path, with_untrained=args.data == "toy")
+    if run.data.validation:
+        untrained = None
+        if args.data == "toy":
+            torch.manual_seed(args.seed)
+            untrained = UPerNet(**net.network).to(run.device)
+        evaluate_run(run, untrained)
     if run.best_at and run.best_at != "the end":
         path = shlex.quote(run.best_path)
     print(f"next: python evaluate.py {path} --photo YOUR.jpg")
 
 
-def any_validation(checkpoint: dict) -> bool:
-    return any(checkpoint["split"].values())
+def make_run(
+    args: argparse.Namespace, given: dict, checkpoint: dict | None, start: Start | None
+) -> Run:
+    """The run that the options describe, at its beginning."""
+    device = datasets.pick_device(args.device)
+    trained = start.trained if start else {}
+    data = datasets.from_main_process(make_data, args, checkpoint, trained)
+    step = args.batch_size * args.accumulate * datasets.processes()
+    stages = plan_stages(data, args.iters, args.texture_iters, step)
+    flip = not args.no_flip
+    if not checkpoint:
+        sizes = ", ".join(map(str, args.sizes))
+        images = f"short side of {sizes}, long side at most {args.max_size}"
+        if args.crop:
+            images = f"squares of {args.crop}, of short sides from half to twice that"
+        describe(data, stages, trained, args.split, flip, images, args.lr)
+    pool = "prroi"
+    if checkpoint:
+        pool = checkpoint["network"]["pool"]
+    elif start:
+        pool = start.network.get("pool", pool)
+    batches = {}
+    for stage in stages:
+        batches[stage.name] = training_batches(
+            data, stage, args.sizes, args.max_size, args.crop, flip, args.accumulate, args.seed
+        )
+    return Run(
+        net=make_network(args, data.vocabulary, pool).to(device),
+        data=data,
+        stages=stages,
+        batches=batches,
+        out=args.out,
+        lr=args.lr,
+        accumulate=args.accumulate,
+        workers=args.workers,
+        save_every=args.save_every,
+        eval_every=args.eval_every,
+        device=device,
+        amp=datasets.pick_amp(args.amp, device),
+        arguments=stored_arguments(args, given, data, stages),
+        trained=trained_images(data, trained),
+    )
 
 
-def network_of(vocabulary: dict, args: argparse.Namespace, start: Start | None) -> dict:
-    """UPerNet's arguments."""
-    middle = sorted(args.sizes)[len(args.sizes) // 2]  # 450 of the paper's sizes
-    test_size = (middle, max(middle, args.max_size), None)
-    if args.crop:
-        test_size = (args.crop, 4 * args.crop, None)
-    pool = start.network.get("pool", "prroi") if start else "prroi"
+def make_data(args: argparse.Namespace, checkpoint: dict | None, trained: dict) -> Data:
+    """The data that the options name; of a resumed run with its vocabulary and split.
+
+    Raises UserError for a resumed run whose data have changed.
+    """
+    indexes = datasets.open_indexes(
+        args.data,
+        args.folder,
+        args.cache_folder,
+        args.levels,
+        args.allow_broken,
+        args.workers,
+    )
+    if checkpoint:
+        vocabulary = checkpoint["vocabulary"]
+        split = checkpoint["split"]
+    else:
+        vocabulary, split = divide(
+            indexes,
+            datasets.minima(vars(args)),
+            args.levels or LEVELS,
+            args.split,
+            args.folder,
+            args.cache_folder,
+            trained,
+        )
+    short = 2 * args.crop or max(args.sizes)
+    longest = 8 * args.crop or args.max_size
+    data = open_data(indexes, vocabulary, split, args.cache_folder, short, longest)
+    if checkpoint and data.fingerprints != checkpoint["arguments"].get("fingerprints"):
+        raise UserError(
+            f"{args.out}: images, masks or names changed; --weights {args.out}/ckpt.pt trains its "
+            "network on them"
+        )
+    return data
+
+
+def make_network(args: argparse.Namespace, vocabulary: dict, pool: str) -> UPerNet:
     smallest = args.crop or datasets.pad_to_32(min(args.sizes))
     if args.batch_size == 1 and (smallest < 64 or pool == "pspnet"):
         raise UserError(
             "--batch-size 1: batch norm needs --sizes above 32, with pspnet's pooling two images"
         )
-    return {
-        "classes": upernet.class_counts(vocabulary),
-        "backbone": args.backbone,
-        "channels": args.channels,
-        "head_conv": not args.no_head_conv,
-        "pool": pool,
-        "ppm": not args.no_ppm,
-        "fpn": args.fpn,
-        "fusion": not args.no_fusion,
-        "stem": args.stem,
-        "output_stride": args.output_stride,
-        "test_size": test_size,
-    }
+    middle = sorted(args.sizes)[len(args.sizes) // 2]  # 450 of the paper's sizes
+    test_size = (middle, max(middle, args.max_size), None)
+    if args.crop:
+        test_size = (args.crop, 4 * args.crop, None)
+    torch.manual_seed(args.seed)
+    return UPerNet(
+        upernet.class_counts(vocabulary),
+        args.backbone,
+        args.channels,
+        head_conv=not args.no_head_conv,
+        pool=pool,
+        ppm=not args.no_ppm,
+        fpn=args.fpn,
+        fusion=not args.no_fusion,
+        stem=args.stem,
+        output_stride=args.output_stride,
+        test_size=test_size,
+    )
 
 
 def load_weights(net: UPerNet, vocabulary: dict, weights: str, start: Start | None) -> None:
@@ -989,49 +1010,48 @@ def load_weights(net: UPerNet, vocabulary: dict, weights: str, start: Start | No
             ) from None
 
 
-def trained_images(data: Data, start: Start | None) -> dict[str, list[str]]:
-    """All images that have trained the network at the run's end, of each source."""
-    trained = {}
+def trained_images(data: Data, trained: dict[str, list[str]]) -> dict[str, list[str]]:
+    """All images that have trained the network at the run's end: `trained`, which trained the
+    weights to start from, and the run's own."""
+    images = {}
     for name, numbers in data.training.items():
-        images = {data.sources[name].index.images[i] for i in numbers}
-        if start:
-            images.update(start.trained.get(name, ()))
-        trained[name] = sorted(images)
-    return trained
+        own = [data.sources[name].index.images[i] for i in numbers]
+        images[name] = sorted({*own, *trained.get(name, ())})
+    return images
 
 
 def stored_arguments(
-    args: argparse.Namespace, given: argparse.Namespace, data: Data, stages: list[Stage]
+    args: argparse.Namespace, given: dict, data: Data, stages: list[Stage]
 ) -> dict:
     """What a checkpoint keeps of the options and the data, as plain values."""
-    lengths = {stage.name: stage.iterations for stage in stages}
-    arguments = {
-        **vars(args),
-        "given": datasets.given_options(given),
-        "root": os.path.abspath(args.root),
-        "iters": lengths.get("main", 0),
-        "texture_iters": lengths.get("texture", 0),
-        "fingerprints": data.fingerprints,
-        "numbers": data.numbers,
-    }
+    arguments = {option.key: getattr(args, option.key) for option in OPTIONS}
+    arguments["given"] = given
+    arguments["root"] = os.path.abspath(args.root)
     if args.cache:
         arguments["cache"] = os.path.abspath(args.cache)
+    lengths = {stage.name: stage.iterations for stage in stages}
+    arguments["iters"] = lengths.get("main", 0)
+    arguments["texture_iters"] = lengths.get("texture", 0)
+    arguments["fingerprints"] = data.fingerprints
+    arguments["numbers"] = {}
+    for source in data.sources.values():
+        if source.data_set.own_table:
+            arguments["numbers"]["object"] = list(source.index.names)
     return arguments
 
 
-def evaluate_run(run: Run, path: str, with_untrained: bool) -> None:
-    """Metrics and pictures at the run's end, of the toy beside those of an untrained network."""
+def evaluate_run(run: Run, untrained: UPerNet | None) -> None:
+    """Metrics and pictures at the run's end, perhaps beside those of an untrained network."""
     data = run.data
     metrics = run.validate(os.path.join(run.out, "pictures"))
     if run.eval_every:
         run.keep_best(metrics)
     beside = None
-    if with_untrained:
-        torch.manual_seed(run.seed)
-        untrained = UPerNet(**run.net.network).to(run.device)
+    if untrained:
         beside = evaluate.evaluate(untrained, data.vocabulary, data.sources, data.validation)
     print(evaluate.table(metrics, untrained=beside))
-    if run.rank == 0:
+    path = os.path.join(run.out, "metrics.json")
+    if datasets.is_main_process():
         datasets.write_json(metrics, path)
     print(f"wrote {path}, and pictures/ beside it")
     if run.best_at:
@@ -1101,7 +1121,8 @@ OPTIONS = [
 def main(argv: list[str] | None = None) -> None:
     description = "Trains UPerNet. In brackets the defaults (the paper's, if any), and the toy's."
     parser = datasets.Parser(description, OPTIONS)
-    parser.run(command, parser, parser.parse_args(argv))
+    given = parser.given(argv)
+    parser.run(command, parser, given)
 
 
 if __name__ == "__main__":

@@ -330,19 +330,8 @@ class UPerNet(nn.Module):
             if fusion:
                 self.fusion = Fusion(len(laterals) + 1, channels)
 
-        self.heads = nn.ModuleDict()
+        self.heads = make_heads(self.classes, c2, channels, convs=1 if head_conv else 0)
         self.part_slices = part_slices(classes.get("part", {}))
-        convs = 1 if head_conv else 0
-        for level, count in self.classes.items():
-            if level == "scene":
-                self.heads[level] = Head(channels, channels, count, convs, average=True)
-            elif level == "texture":  # "several" convolutions in the paper; four are our choice
-                self.heads[level] = Head(c2, channels, count, convs=4)
-            elif level == "part":
-                self.heads[level] = Head(channels, channels, sum(count.values()), convs)
-            else:
-                self.heads[level] = Head(channels, channels, count, convs)
-
         self.register_buffer("mean", IMAGENET_MEAN.clone())
         self.register_buffer("std", IMAGENET_STD.clone())
         for module in (self.ppm, self.fpn, self.fusion, self.heads):
@@ -441,6 +430,21 @@ class UPerNet(nn.Module):
             )
 
 
+def make_heads(classes: dict, c2: int, channels: int, convs: int) -> nn.ModuleDict:
+    """A head for each level, on maps of `channels`; the texture's on C2."""
+    heads = nn.ModuleDict()
+    for level, count in classes.items():
+        if level == "scene":
+            heads[level] = Head(channels, channels, count, convs, average=True)
+        elif level == "texture":  # "several" convolutions in the paper; four are our choice
+            heads[level] = Head(c2, channels, count, convs=4)
+        elif level == "part":
+            heads[level] = Head(channels, channels, sum(count.values()), convs)
+        else:
+            heads[level] = Head(channels, channels, count, convs)
+    return heads
+
+
 def initialise(module: nn.Module) -> None:
     """As released; the biases of classifiers are PyTorch's."""
     if isinstance(module, nn.Conv2d):
@@ -470,23 +474,17 @@ def part_slices(parts: dict[int, int]) -> dict[int, slice]:
 
 def check_arguments(classes: dict, channels: int, pool: str, fpn: int, test_size: tuple) -> None:
     """Raises ValueError unless they are as UPerNet takes them."""
-    unknown = set(classes) - set(LEVELS)
-    if unknown or not classes:
+    if not classes or not set(classes) <= set(LEVELS):
         raise ValueError(f"classes {classes}: its keys are not some of {', '.join(LEVELS)}")
     parts = classes.get("part", {})
     if "part" in classes and (not isinstance(parts, dict) or not parts):
-        raise ValueError(
-            f"classes: part is {parts!r}, not a dict, object's index -> number of parts"
-        )
+        raise ValueError(f"classes: part {parts!r}, not a dict, object's index -> number of parts")
     counts = [count for level, count in classes.items() if level != "part"]
-    for count in [*counts, *parts.values()]:
+    for count in [channels, *counts, *parts.values()]:
         if not isinstance(count, int) or count < 1:
-            raise ValueError(f"classes {classes}: {count!r} is not a number above 0")
-    for index in parts:
-        if index not in range(classes.get("object", 0)):
-            raise ValueError(f"classes: part has {index!r}, which is no index of an object")
-    if not isinstance(channels, int) or channels < 1:
-        raise ValueError(f"channels {channels!r} is not a number above 0")
+            raise ValueError(f"classes {classes}, channels {channels!r}: not numbers above 0")
+    if not set(parts) <= set(range(classes.get("object", 0))):
+        raise ValueError(f"classes: part {parts} has an index that no object has")
     if pool not in ("prroi", "adaptive", "pspnet"):
         raise ValueError(f"pool {pool!r} is not prroi, adaptive or pspnet")
     if fpn not in (0, 2, 3, 4):
