@@ -2,7 +2,7 @@
 
     python datasets.py --data ade20k,os,dtd --root data   # scans: what is there, and what is broken
 
-One class describes each data set: its files, how numbers are written in them, what they mean.
+One record describes each data set: its files, how numbers are written in them, what they mean.
 `scan` opens every file of a source once and keeps what it found, an `Index`. `build_vocabulary`
 makes the class names of each level from the indexes. A `Source` is an index read with a vocabulary:
 photos and labels. `TrainingBatches` draws from sources.
@@ -27,6 +27,7 @@ import signal
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ from tqdm import tqdm
 import upernet
 
 PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")  # endings, in any case
-MASKS = (".png", ".tif", ".tiff", ".bmp", ".gif")
+MASKS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".jpg", ".jpeg")  # the last two to refuse them
 HIGHEST_NUMBER = 65535  # of a class in a label picture
 MEAN_COLOUR = (124, 116, 104)  # ImageNet's, the colour of padding: zero after normalisation
 TEXTURE_SIZE = 64  # section 3: "roughly 64x64"; ours: short side 64, then a square of it
@@ -54,25 +55,6 @@ class UserError(ValueError):
 
 
 # ---------------------------------------------------------------- what is known of each data set
-# A data set is a class with these attributes and functions, listed in DATA_SETS:
-#   name, source     of the layout, and what --data calls it
-#   folders          where it may lie below --root; itself or one folder down
-#   mark             what only its folder has
-#   contents         the files and folders that belong to it
-#   tag_level        the level that labels whole images, or None; map_level: that labels pixels
-#   levels           all that it labels
-#   void             class numbers that mean "unlabelled", beside those without a name
-#   own_table        whether its table of classes is the vocabulary, as it is
-#   same_size        whether label pictures have their photo's size
-#   squares          whether images are cut to squares of TEXTURE_SIZE
-#   has_official     whether it comes with a split
-#   entries          the images with their label files
-#   numbers          the class numbers in a label picture
-#   annotation       an image's tag and the names in its own files
-#   table            number -> name for the whole data set
-#   class_names      level -> {number or tag: class name}, after merging
-
-
 class Entry(NamedTuple):
     """One image of a data set and its files: paths in the data set's folder, "" for none."""
 
@@ -84,158 +66,154 @@ class Entry(NamedTuple):
     json: str = ""
 
 
+class DataSet(NamedTuple):
+    """What is known of a data set. A new one is a record like those below, listed in DATA_SETS."""
+
+    name: str  # of the layout
+    source: str  # what --data calls it
+    folders: tuple  # where it may lie below --root; itself or one folder down
+    mark: str  # what only its folder has
+    contents: tuple  # the files and folders that belong to it
+    levels: tuple  # all that it labels
+    entries: Callable  # (folder, paths in it) -> the images with their label files
+    class_names: Callable  # (index) -> level -> {number or tag: class name}, after merging
+    numbers: Callable | None = None  # (label picture) -> class numbers, (H, W) int32
+    annotation: Callable | None = None  # (folder, entry) -> tag and {number: name} of an own file
+    table: Callable | None = None  # (folder, numbers that occur) -> {number: name}
+    tag_level: str | None = None  # the level that labels whole images
+    map_level: str | None = None  # the level that labels pixels
+    void: tuple = (0,)  # numbers that mean "unlabelled", beside those without a name
+    own_table: bool = False  # whether its table of classes is the vocabulary, as it is
+    same_size: bool = True  # whether label pictures have their photo's size
+    squares: bool = False  # whether images are cut to squares of TEXTURE_SIZE
+    has_official: bool = True  # whether it comes with a split
+
+
+def side_of(folder: str) -> str:
+    """ "train" or "val" for the folders that people name training, train, validation or val."""
+    sides = {"training": "train", "train": "train", "validation": "val", "val": "val"}
+    return sides.get(folder.lower(), "")
+
+
+def without_ending(path: str) -> str:
+    return os.path.splitext(path)[0]
+
+
+def read_lines(*path: str) -> list[str]:
+    """The lines of a text file, UTF-8, UTF-16 with its mark, or Latin-1."""
+    content = Path(*path).read_bytes()
+    try:
+        if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            return content.decode("utf-16").splitlines()
+        return content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        return content.decode("latin-1").splitlines()
+
+
 NO_SCENE = ("misc", "unknown", "none", "~not labeled")  # names of scenes that are none
-
-
-class ADE20K2021:
-    """ADE20K_2021_17_01 (Zhou et al., CVPR 2017): scenes, objects and their parts."""
-
-    name = "ade2021"
-    source = "ade20k"
-    folders = ("ade20k",)
-    mark = "images/ADE"
-    contents = ("images",)
-    tag_level = "scene"
-    map_level = "object"
-    levels = ("scene", "object", "part")
-    void = {0}
-    own_table = False
-    same_size = True
-    squares = False
-    has_official = True
-
-    @staticmethod
-    def entries(folder: str, paths: list[str]) -> list[Entry]:
-        """images/ADE/training/../NAME.jpg with NAME_seg.png, NAME_parts_1.png if any, NAME.json."""
-        present = set(paths)
-        entries = []
-        for path in paths:
-            top = PurePosixPath(path).parts
-            if top[:2] == ("images", "ADE") and path.lower().endswith(".jpg"):
-                stem = path[:-4]
-                parts = f"{stem}_parts_1.png"  # parts of parts (_parts_2) are left out
-                if parts not in present:
-                    parts = ""
-                official = side_of(top[2])
-                entries.append(Entry(path, official, "", f"{stem}_seg.png", parts, f"{stem}.json"))
-        return entries
-
-    @staticmethod
-    def numbers(picture: Image.Image) -> np.ndarray:
-        channels = np.asarray(picture.convert("RGB")).astype(np.int32)
-        return channels[..., 0] // 10 * 256 + channels[..., 1]
-
-    @staticmethod
-    def annotation(folder: str, entry: Entry) -> tuple[str, dict[int, str]]:
-        content = json.loads("\n".join(read_lines(folder, entry.json)))["annotation"]
-        scenes = [scene for scene in content["scene"] if scene]  # from broad to fine
-        tag = scenes[-1].strip().lower() if scenes else ""
-        if tag in NO_SCENE:
-            tag = ""
-        names = {int(thing["name_ndx"]): str(thing["name"]) for thing in content["object"]}
-        return tag, names
-
-    @staticmethod
-    def table(folder: str, numbers: set[int], names: dict[int, str]) -> dict[int, str]:
-        return names  # those of the images' own files
-
-    @staticmethod
-    def class_names(index: "Index") -> dict[str, dict]:
-        objects = set(index.pixels[:, 1].tolist()) & index.names.keys()
-        parts = set(index.pixels[:, 2].tolist()) & index.names.keys()
-        return {
-            "scene": {tag: tag for tag in index.tags if tag},
-            "object": merged_names({number: index.names[number] for number in sorted(objects)}),
-            "part": merged_names(
-                {number: index.names[number] for number in sorted(parts)}, parts=True
-            ),
-        }
-
-
-class SceneParsing:
-    """ADEChallengeData2016 (SceneParsing), and your own photos and masks: scenes and objects."""
-
-    name = "sceneparsing"
-    source = "ade20k"
-    folders = ("", "ade20k")  # your own images/ and annotations/ need no folder around them
-    mark = "annotations"
-    contents = ("images", "annotations", "objectInfo150.txt", "classes.txt", "sceneCategories.txt")
-    tag_level = "scene"
-    map_level = "object"
-    levels = ("scene", "object")
-    void = {0, 255, 65535}
-    own_table = True
-    same_size = True
-    squares = False
-    has_official = True
-
-    @staticmethod
-    def entries(folder: str, paths: list[str]) -> list[Entry]:
-        """images/../NAME.jpg with annotations/../NAME.png, below training/, validation/ or not."""
-        masks = {}
-        for path in paths:
-            if path.startswith("annotations/") and path.lower().endswith(MASKS):
-                masks[without_ending(path)] = path
-        scenes = {}
-        if "sceneCategories.txt" in paths:
-            for line in read_lines(folder, "sceneCategories.txt"):
-                words = line.lower().split()
-                if len(words) > 1 and words[1] not in NO_SCENE:
-                    scenes[words[0]] = words[1]
-        entries = []
-        for path in paths:
-            if path.startswith("images/") and path.lower().endswith(PHOTOS):
-                stem = without_ending(path)
-                mask = stem.replace("images", "annotations", 1)
-                official = side_of(PurePosixPath(path).parts[1])
-                tag = scenes.get(PurePosixPath(stem).name.lower(), "")
-                entries.append(Entry(path, official, tag, masks.get(mask, f"{mask}.png")))
-        used = {entry.labels for entry in entries}
-        alone = sorted(set(masks.values()) - used)
-        if alone:
-            warn(f"{folder}: masks without a photo of their name: {len(alone)}, first {alone[0]}")
-        return entries
-
-    @staticmethod
-    def numbers(picture: Image.Image) -> np.ndarray:
-        if picture.mode == "F":
-            raise ValueError("floating-point numbers; save class numbers as integers")
-        if picture.mode in ("1", "L", "P", "I", "I;16", "I;16B"):
-            return np.asarray(picture).astype(np.int32)
-        channels = np.asarray(picture.convert("RGB")).astype(np.int32)
-        if (channels != channels[..., :1]).any():
-            raise ValueError("a mask in colours; write each colour's class number, in one channel")
-        return channels[..., 0]
-
-    @staticmethod
-    def annotation(folder: str, entry: Entry) -> tuple[str, dict[int, str]]:
-        return entry.tag, {}
-
-    @staticmethod
-    def table(folder: str, numbers: set[int], names: dict[int, str]) -> dict[int, str]:
-        """objectInfo150.txt, else classes.txt, else "class 1" to the highest number that occurs."""
-        if os.path.exists(os.path.join(folder, "objectInfo150.txt")):
-            return read_object_info(folder)
-        if os.path.exists(os.path.join(folder, "classes.txt")):
-            return read_classes(folder)
-        numbers = numbers - SceneParsing.void
-        highest = max(numbers, default=0)
-        if len(numbers) < highest / 2:
-            raise UserError(
-                f"{folder}: its masks have {len(numbers)} of the numbers 1..{highest}: gray "
-                "levels, JPEG or resampled masks, or instance ids? If these numbers are meant as "
-                f"classes, {CLASSES_ADVICE}"
-            )
-        return {number: f"class {number}" for number in range(1, highest + 1)}
-
-    @staticmethod
-    def class_names(index: "Index") -> dict[str, dict]:
-        distinct = upernet.distinct(index.names.values())
-        tags = {tag: tag for tag in index.tags if tag}
-        return {"scene": tags, "object": dict(zip(index.names, distinct))}
-
-
 CLASSES_ADVICE = "name them in classes.txt, a number and a name a line (0 background, 1 object)"
+
+
+# ADE20K_2021_17_01 (Zhou et al., CVPR 2017): scenes, objects and their parts.
+def ade20k_entries(folder: str, paths: list[str]) -> list[Entry]:
+    """images/ADE/training/../NAME.jpg with NAME_seg.png, NAME_parts_1.png if any, NAME.json."""
+    present = set(paths)
+    entries = []
+    for path in paths:
+        folders = PurePosixPath(path).parts
+        if folders[:2] == ("images", "ADE") and path.lower().endswith(".jpg"):
+            stem = path[:-4]
+            parts = f"{stem}_parts_1.png"  # parts of parts (_parts_2) are left out
+            if parts not in present:
+                parts = ""
+            official = side_of(folders[2])
+            entries.append(Entry(path, official, "", f"{stem}_seg.png", parts, f"{stem}.json"))
+    return entries
+
+
+def ade20k_numbers(picture: Image.Image) -> np.ndarray:
+    channels = np.asarray(picture.convert("RGB")).astype(np.int32)
+    return channels[..., 0] // 10 * 256 + channels[..., 1]
+
+
+def ade20k_annotation(folder: str, entry: Entry) -> tuple[str, dict[int, str]]:
+    content = json.loads("\n".join(read_lines(folder, entry.json)))["annotation"]
+    scenes = [scene for scene in content["scene"] if scene]  # from broad to fine
+    tag = scenes[-1].strip().lower() if scenes else ""
+    if tag in NO_SCENE:
+        tag = ""
+    names = {int(thing["name_ndx"]): str(thing["name"]) for thing in content["object"]}
+    return tag, names
+
+
+def ade20k_names(index: "Index") -> dict[str, dict]:
+    objects = set(index.pixels[:, 1].tolist()) & index.names.keys()
+    parts = set(index.pixels[:, 2].tolist()) & index.names.keys()
+    return {
+        "scene": {tag: tag for tag in index.tags if tag},
+        "object": merged_names({number: index.names[number] for number in sorted(objects)}),
+        "part": merged_names({number: index.names[number] for number in sorted(parts)}, parts=True),
+    }
+
+
+ADE20K_2021 = DataSet(
+    name="ade2021",
+    source="ade20k",
+    folders=("ade20k",),
+    mark="images/ADE",
+    contents=("images",),
+    levels=("scene", "object", "part"),
+    tag_level="scene",
+    map_level="object",
+    entries=ade20k_entries,
+    numbers=ade20k_numbers,
+    annotation=ade20k_annotation,
+    class_names=ade20k_names,
+)
+
+
+# ADEChallengeData2016 (SceneParsing), and your own photos and masks: scenes and objects.
+def own_entries(folder: str, paths: list[str]) -> list[Entry]:
+    """images/../NAME.jpg with annotations/../NAME.png, below training/, validation/ or not."""
+    masks = {}
+    for path in paths:
+        if path.startswith("annotations/") and path.lower().endswith(MASKS):
+            masks[without_ending(path)] = path
+    scenes = {}
+    if "sceneCategories.txt" in paths:
+        for line in read_lines(folder, "sceneCategories.txt"):
+            words = line.lower().split()
+            if len(words) > 1 and words[1] not in NO_SCENE:
+                scenes[words[0]] = words[1]
+    entries = []
+    for path in paths:
+        if path.startswith("images/") and path.lower().endswith(PHOTOS):
+            stem = without_ending(path)
+            mask = stem.replace("images", "annotations", 1)
+            official = side_of(PurePosixPath(path).parts[1])
+            tag = scenes.get(PurePosixPath(stem).name.lower(), "")
+            entries.append(Entry(path, official, tag, masks.get(mask, f"{mask}.png")))
+    used = {entry.labels for entry in entries}
+    alone = sorted(set(masks.values()) - used)
+    if alone:
+        warn(f"{folder}: masks without a photo of their name: {len(alone)}, first {alone[0]}")
+    return entries
+
+
+def own_numbers(picture: Image.Image) -> np.ndarray:
+    if picture.format == "JPEG":
+        raise ValueError("a JPEG, whose compression changes the numbers; export masks as PNG")
+    if picture.mode == "F":
+        raise ValueError("floating-point numbers; save class numbers as integers")
+    if picture.mode in ("1", "L", "P", "I", "I;16", "I;16B"):
+        return np.asarray(picture).astype(np.int32)
+    channels = np.asarray(picture.convert("RGB")).astype(np.int32)
+    if (channels != channels[..., :1]).any():
+        raise ValueError("a mask in colours; write each colour's class number, in one channel")
+    return channels[..., 0]
+
+
+OWN_VOID = (0, 255, 65535)
 
 
 def read_object_info(folder: str) -> dict[int, str]:
@@ -275,6 +253,81 @@ def read_classes(folder: str) -> dict[int, str]:
     return dict(sorted(table.items()))
 
 
+def own_class_table(folder: str, numbers: set[int]) -> dict[int, str]:
+    """objectInfo150.txt, else classes.txt, else "class 1" to the highest number that occurs."""
+    if os.path.exists(os.path.join(folder, "objectInfo150.txt")):
+        return read_object_info(folder)
+    if os.path.exists(os.path.join(folder, "classes.txt")):
+        return read_classes(folder)
+    numbers = numbers - set(OWN_VOID)
+    highest = max(numbers, default=0)
+    if len(numbers) < highest / 2:
+        raise UserError(
+            f"{folder}: its masks have {len(numbers)} of the numbers 1..{highest}: gray "
+            "levels, JPEG or resampled masks, or instance ids? If these numbers are meant as "
+            f"classes, {CLASSES_ADVICE}"
+        )
+    return {number: f"class {number}" for number in range(1, highest + 1)}
+
+
+def own_names(index: "Index") -> dict[str, dict]:
+    distinct = upernet.distinct(index.names.values())
+    tags = {tag: tag for tag in index.tags if tag}
+    return {"scene": tags, "object": dict(zip(index.names, distinct))}
+
+
+SCENE_PARSING = DataSet(
+    name="sceneparsing",
+    source="ade20k",
+    folders=("", "ade20k"),  # your own images/ and annotations/ need no folder around them
+    mark="annotations",
+    contents=(
+        "images",
+        "annotations",
+        "objectInfo150.txt",
+        "classes.txt",
+        "sceneCategories.txt",
+    ),
+    levels=("scene", "object"),
+    tag_level="scene",
+    map_level="object",
+    entries=own_entries,
+    numbers=own_numbers,
+    table=own_class_table,
+    class_names=own_names,
+    void=OWN_VOID,
+    own_table=True,
+)
+
+
+# OpenSurfaces release 0 after its own script (Bell et al., SIGGRAPH 2013): materials.
+def opensurfaces_entries(folder: str, paths: list[str]) -> list[Entry]:
+    """photos/ID.jpg with photos-labels/ID.png."""
+    entries = []
+    for path in paths:
+        if path.startswith("photos/") and path.lower().endswith(PHOTOS):
+            labels = path.replace("photos", "photos-labels", 1)
+            entries.append(Entry(path, labels=f"{without_ending(labels)}.png"))
+    return entries
+
+
+def opensurfaces_numbers(picture: Image.Image) -> np.ndarray:
+    red = np.asarray(picture.convert("RGB"))[..., 0]  # green: objects, blue: scenes
+    return red.astype(np.int32)
+
+
+def opensurfaces_table(folder: str, numbers: set[int]) -> dict[int, str]:
+    path = os.path.join(folder, "label-substance-colors.csv")
+    table = {}
+    try:
+        for row in csv.DictReader(read_lines(path)):
+            table[int(row["red_color"])] = row["substance_name"].strip()
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
+        reason = f"{type(e).__name__}: {e}"
+        raise UserError(f"{path}: not a table with substance_name, red_color ({reason})") from None
+    return table
+
+
 # OpenSurfaces' substances that are kept, and as what (released code); all others are unlabelled.
 KEPT = (
     "brick cardboard ceramic foliage food fur glass hair laminate leather metal mirror painted "
@@ -293,132 +346,65 @@ MATERIALS = {
 }
 
 
-class OpenSurfaces:
-    """OpenSurfaces release 0 after its own script (Bell et al., SIGGRAPH 2013): materials."""
-
-    name = "os"
-    source = "os"
-    folders = ("os", "opensurfaces")
-    mark = "photos-labels"
-    contents = ("photos", "photos-labels", "label-substance-colors.csv")
-    tag_level = None
-    map_level = "material"
-    levels = ("material",)
-    void = {0}
-    own_table = False
-    same_size = False  # label pictures are rendered 1024 high
-    squares = False
-    has_official = False
-
-    @staticmethod
-    def entries(folder: str, paths: list[str]) -> list[Entry]:
-        """photos/ID.jpg with photos-labels/ID.png."""
-        entries = []
-        for path in paths:
-            if path.startswith("photos/") and path.lower().endswith(PHOTOS):
-                labels = path.replace("photos", "photos-labels", 1)
-                entries.append(Entry(path, labels=f"{without_ending(labels)}.png"))
-        return entries
-
-    @staticmethod
-    def numbers(picture: Image.Image) -> np.ndarray:
-        red = np.asarray(picture.convert("RGB"))[..., 0]  # green: objects, blue: scenes
-        return red.astype(np.int32)
-
-    @staticmethod
-    def annotation(folder: str, entry: Entry) -> tuple[str, dict[int, str]]:
-        return "", {}
-
-    @staticmethod
-    def table(folder: str, numbers: set[int], names: dict[int, str]) -> dict[int, str]:
-        path = os.path.join(folder, "label-substance-colors.csv")
-        table = {}
-        try:
-            for row in csv.DictReader(read_lines(path)):
-                table[int(row["red_color"])] = row["substance_name"].strip()
-        except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
-            reason = f"{type(e).__name__}: {e}"
-            raise UserError(
-                f"{path}: not a table with substance_name, red_color ({reason})"
-            ) from None
-        return table
-
-    @staticmethod
-    def class_names(index: "Index") -> dict[str, dict]:
-        materials = {}
-        for number, name in index.names.items():
-            plain = re.sub("[^a-z]+", " ", name.lower()).strip()
-            if plain in MATERIALS:
-                materials[number] = MATERIALS[plain]
-        return {"material": materials}
+def opensurfaces_names(index: "Index") -> dict[str, dict]:
+    materials = {}
+    for number, name in index.names.items():
+        plain = re.sub("[^a-z]+", " ", name.lower()).strip()
+        if plain in MATERIALS:
+            materials[number] = MATERIALS[plain]
+    return {"material": materials}
 
 
-class DTD:
-    """Describable Textures Dataset, r1.0.1 (Cimpoi et al., CVPR 2014): a texture for each image."""
-
-    name = "dtd"
-    source = "dtd"
-    folders = ("dtd",)
-    mark = "labels/train1.txt"
-    contents = ("images", "labels")
-    tag_level = "texture"
-    map_level = None
-    levels = ("texture",)
-    void = set()
-    own_table = False
-    same_size = True
-    squares = True
-    has_official = True
-
-    @staticmethod
-    def entries(folder: str, paths: list[str]) -> list[Entry]:
-        """images/TEXTURE/NAME.jpg; train1 and val1 against test1; unlisted ones are in neither."""
-        sides = {}
-        for name, side in (("train1", "train"), ("val1", "train"), ("test1", "val")):
-            for line in read_lines(folder, f"labels/{name}.txt"):
-                sides[f"images/{line.strip()}"] = side
-        entries = []
-        for path in paths:
-            parts = path.split("/")
-            if parts[0] == "images" and len(parts) == 3 and path.lower().endswith(PHOTOS):
-                entries.append(Entry(path, sides.get(path, ""), tag=parts[1]))
-        return entries
-
-    @staticmethod
-    def annotation(folder: str, entry: Entry) -> tuple[str, dict[int, str]]:
-        return entry.tag, {}
-
-    @staticmethod
-    def table(folder: str, numbers: set[int], names: dict[int, str]) -> dict[int, str]:
-        return {}
-
-    @staticmethod
-    def class_names(index: "Index") -> dict[str, dict]:
-        return {"texture": {tag: tag for tag in index.tags if tag}}
+OPEN_SURFACES = DataSet(
+    name="os",
+    source="os",
+    folders=("os", "opensurfaces"),
+    mark="photos-labels",
+    contents=("photos", "photos-labels", "label-substance-colors.csv"),
+    levels=("material",),
+    map_level="material",
+    entries=opensurfaces_entries,
+    numbers=opensurfaces_numbers,
+    table=opensurfaces_table,
+    class_names=opensurfaces_names,
+    same_size=False,  # label pictures are rendered 1024 high
+    has_official=False,
+)
 
 
-DATA_SETS = [ADE20K2021, SceneParsing, OpenSurfaces, DTD]
+# Describable Textures Dataset, r1.0.1 (Cimpoi et al., CVPR 2014): a texture for each image.
+def dtd_entries(folder: str, paths: list[str]) -> list[Entry]:
+    """images/TEXTURE/NAME.jpg; train1 and val1 against test1; unlisted ones are in neither."""
+    sides = {}
+    for name, side in (("train1", "train"), ("val1", "train"), ("test1", "val")):
+        for line in read_lines(folder, f"labels/{name}.txt"):
+            sides[f"images/{line.strip()}"] = side
+    entries = []
+    for path in paths:
+        folders = PurePosixPath(path).parts
+        if folders[0] == "images" and len(folders) == 3 and path.lower().endswith(PHOTOS):
+            entries.append(Entry(path, sides.get(path, ""), tag=folders[1]))
+    return entries
 
 
-def side_of(folder: str) -> str:
-    """ "train" or "val" for the folders that people name training, train, validation or val."""
-    sides = {"training": "train", "train": "train", "validation": "val", "val": "val"}
-    return sides.get(folder.lower(), "")
+def dtd_names(index: "Index") -> dict[str, dict]:
+    return {"texture": {tag: tag for tag in index.tags if tag}}
 
 
-def without_ending(path: str) -> str:
-    return os.path.splitext(path)[0]
+DTD = DataSet(
+    name="dtd",
+    source="dtd",
+    folders=("dtd",),
+    mark="labels/train1.txt",
+    contents=("images", "labels"),
+    levels=("texture",),
+    tag_level="texture",
+    entries=dtd_entries,
+    class_names=dtd_names,
+    squares=True,
+)
 
-
-def read_lines(*path: str) -> list[str]:
-    """The lines of a text file, UTF-8, UTF-16 with its mark, or Latin-1."""
-    content = Path(*path).read_bytes()
-    try:
-        if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return content.decode("utf-16").splitlines()
-        return content.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        return content.decode("latin-1").splitlines()
+DATA_SETS = [ADE20K_2021, SCENE_PARSING, OPEN_SURFACES, DTD]
 
 
 # ---------------------------------------------------------------- similar names (section 2.1)
@@ -466,7 +452,7 @@ class Index(NamedTuple):
     broken: list[list[str]]  # [path, reason] of the images that were set aside
 
     @property
-    def data_set(self):
+    def data_set(self) -> DataSet:
         return next(data_set for data_set in DATA_SETS if data_set.name == self.layout)
 
 
@@ -504,7 +490,7 @@ def scan(
     return index
 
 
-def find_folder(root: str, source: str) -> tuple[type, str]:
+def find_folder(root: str, source: str) -> tuple[DataSet, str]:
     """(data set, folder) of a source below `root`. Raises UserError for none, and for two."""
     candidates = [data_set for data_set in DATA_SETS if data_set.source == source]
     found = []
@@ -579,7 +565,7 @@ def read_index(path: str, folder: str, fingerprint: str) -> Index | None:
 
 
 def scan_files(
-    data_set, folder: str, fingerprint: str, entries: list[Entry], workers: int | None
+    data_set: DataSet, folder: str, fingerprint: str, entries: list[Entry], workers: int | None
 ) -> Index:
     """Opens the files of all entries."""
     if len(entries) < 200:
@@ -599,7 +585,8 @@ def scan_files(
         sizes.append(record["size"])
         kept.append(entry._replace(tag=record["tag"]))
     pixels = torch.tensor(pixels, dtype=torch.int64).reshape(-1, 4)
-    names = data_set.table(folder, set(pixels[:, 1].tolist()), names)
+    if data_set.table:
+        names = data_set.table(folder, set(pixels[:, 1].tolist()))
     if max(names, default=0) > HIGHEST_NUMBER:
         raise UserError(f"{folder}: its table has a number above {HIGHEST_NUMBER}: {max(names)}")
     return Index(
@@ -623,7 +610,7 @@ def scan_files(
 class Scan(Dataset):
     """Item k is what the files of entry k have, see `scan_entry`."""
 
-    data_set: type
+    data_set: DataSet
     folder: str
     entries: list[Entry]
 
@@ -634,7 +621,7 @@ class Scan(Dataset):
         return scan_entry(self.data_set, self.folder, self.entries[k])
 
 
-def scan_entry(data_set, folder: str, entry: Entry) -> dict:
+def scan_entry(data_set: DataSet, folder: str, entry: Entry) -> dict:
     """Opens every file of one image: `size`, `tag`, `names`, `pixels` as rows (class number, part
     number, pixels); `broken` says why it cannot be used, "" if it can.
     """
@@ -648,7 +635,10 @@ def scan_entry(data_set, folder: str, entry: Entry) -> dict:
             photo.load()
             check_depth(photo)
         current = entry.json or entry.image
-        tag, names = data_set.annotation(folder, entry)
+        tag = entry.tag
+        names = {}
+        if data_set.annotation:
+            tag, names = data_set.annotation(folder, entry)
         pixels = []
         labels = None
         if entry.labels:
@@ -683,7 +673,9 @@ def reason_of(error: Exception) -> str:
     return f"unreadable ({' '.join(str(error).split()) or type(error).__name__})"
 
 
-def label_numbers(data_set, path: str, photo_size: tuple[int, int] | None = None) -> np.ndarray:
+def label_numbers(
+    data_set: DataSet, path: str, photo_size: tuple[int, int] | None = None
+) -> np.ndarray:
     """Class numbers (H, W) int32 of a label picture.
 
     Raises ValueError if its (width, height) is not `photo_size`, and for numbers that are none.
@@ -715,13 +707,16 @@ def check_broken(index: Index, allow_broken: bool) -> None:
     warn(found)
 
 
+VOID_NAMES = ("void", "ignore", "ignored", "unlabelled", "unlabeled")
+
+
 def check_numbers(index: Index) -> None:
     """Warns of numbers without a name, and of classes of one's own table without a pixel; UserError
     if the masks have no number of the table."""
     data_set = index.data_set
     numbers = set(index.pixels[:, 1].tolist())
     parts = set(index.pixels[:, 2].tolist()) - {0}  # 0: rows of whole objects
-    unknown = sorted((numbers | parts) - index.names.keys() - data_set.void)
+    unknown = sorted((numbers | parts) - index.names.keys() - set(data_set.void))
     if data_set.own_table and not numbers & index.names.keys() and not any(index.tags):
         raise UserError(
             f"{index.folder}: no mask has a class of {first_of(index.names) or '1, 2, ..'}, only "
@@ -729,6 +724,12 @@ def check_numbers(index: Index) -> None:
         )
     if unknown:
         warn(f"{index.source}: numbers without a name, unlabelled: {first_of(unknown)}")
+    void = [name for name in index.names.values() if name.lower() in VOID_NAMES]
+    if data_set.own_table and void:
+        warn(
+            f"{index.source}: {first_of(void)} will be learned as a class; to leave its pixels "
+            "unlabelled take its line out of classes.txt"
+        )
     unused = [name for number, name in index.names.items() if number not in numbers]
     if data_set.own_table and unused:
         message = f"{index.source}: no pixel of {first_of(unused)}"

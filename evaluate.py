@@ -1,11 +1,13 @@
 """Metrics (section 2.2) and pictures of a trained UPerNet; photos; section 4.2's relations.
 
-python evaluate.py ckpt.pt --json m.json --pictures d   # on the run's own validation images
-python evaluate.py ckpt.pt --photo a.jpg b.png          # class maps and a picture of each photo
-python evaluate.py ckpt.pt --size 300,450,600 --flip    # means over sizes and mirror images
-python evaluate.py ckpt.pt --relations r.json           # section 4.2
-torchrun --nproc_per_node=8 evaluate.py ckpt.pt         # several GPUs share the images
-python evaluate.py --release FILES --photo a.jpg        # others' weights
+    python evaluate.py ckpt.pt --json m.json --pictures d   # on the run's own validation images
+    python evaluate.py ckpt.pt --photo a.jpg b.png          # class maps and a picture of each photo
+    python evaluate.py ckpt.pt --size 300,450,600 --flip    # means over sizes and mirror images
+    python evaluate.py ckpt.pt --relations r.json           # section 4.2
+    torchrun --nproc_per_node=8 evaluate.py ckpt.pt         # several GPUs share the images
+    python evaluate.py --release FILES --photo a.jpg        # others' weights
+
+Predictions are evaluated at the label maps' own size; photos are parsed at theirs.
 """
 
 import argparse
@@ -887,7 +889,9 @@ def images_to_evaluate(
         numbers = [i for i, image in enumerate(index.images) if image in chosen]
         missing = len(chosen) - len(numbers)
         if missing:
-            print(f"{name}: {missing} of {len(chosen)} images are missing")
+            print(
+                f"{name}: {missing} of {len(chosen)} images are missing (--split all: a test set)"
+            )
         known = set(network.trained.get(name, ())) & chosen
         if network.split and not network.trained:  # a checkpoint of an earlier edition
             known = chosen - set(network.split.get(name, ()))
@@ -940,7 +944,8 @@ def photos_in(paths: list[str]) -> list[str]:
                     f"{path}: no photo in this folder ({others} other files or folders)"
                 )
             if others:
-                print(f"{path}: {others} other files or folders are passed over")
+                first = next(n for n in names if os.path.join(path, n) not in inside)
+                print(f"{path}: {others} other files or folders are passed over, such as {first}")
         photos += [name for name in inside if not is_result(name)]
     if not photos:
         raise UserError("--photo: only pictures that this program wrote")

@@ -117,6 +117,7 @@ class ResNet(nn.Module):
             self.bn3 = nn.BatchNorm2d(widths[2])
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
 
+        # Of the stage that is being built.
         self.in_channels = widths[-1]
         self.stride = 4
         self.dilation = 1

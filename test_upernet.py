@@ -1542,54 +1542,49 @@ class TestVocabulary(unittest.TestCase):
             self.assertTrue((labels[:, 5 * k : 5 * k + 5] == expected).all(), name)
 
 
-class Cityscapes:
-    """Another data set, as a reader might add it. Nothing else has to change."""
+def cityscapes_entries(folder, paths):
+    entries = []
+    for path in paths:
+        if path.endswith("_leftImg8bit.png"):
+            labels = path.replace("leftImg8bit", "gtFine", 1)
+            labels = labels.replace("_leftImg8bit", "_gtFine_labelIds")
+            side = datasets.side_of(path.split("/")[1])
+            entries.append(datasets.Entry(path, side, labels=labels))
+    return entries
 
-    name = "cityscapes"
-    source = "cityscapes"
-    folders = ("cityscapes",)
-    mark = "leftImg8bit"
-    contents = ("leftImg8bit", "gtFine")
-    tag_level = None
-    map_level = "object"
-    levels = ("object",)
-    void = {0, 4}
-    own_table = False
-    same_size = True
-    squares = False
-    has_official = True
 
-    @staticmethod
-    def entries(folder, paths):
-        entries = []
-        for path in paths:
-            if path.endswith("_leftImg8bit.png"):
-                labels = path.replace("leftImg8bit", "gtFine", 1)
-                labels = labels.replace("_leftImg8bit", "_gtFine_labelIds")
-                side = datasets.side_of(path.split("/")[1])
-                entries.append(datasets.Entry(path, side, labels=labels))
-        return entries
+def cityscapes_numbers(picture):
+    return np.asarray(picture).astype(np.int32)
 
-    @staticmethod
-    def numbers(picture):
-        return np.asarray(picture).astype(np.int32)
 
-    @staticmethod
-    def annotation(folder, entry):
-        return "", {}
+def cityscapes_table(folder, numbers):
+    return {7: "road", 11: "building", 26: "car"}
 
-    @staticmethod
-    def table(folder, numbers, names):
-        return {7: "road", 11: "building", 26: "car"}
 
-    @staticmethod
-    def class_names(index):
-        return {"object": index.names}
+def cityscapes_names(index):
+    return {"object": index.names}
+
+
+# Another data set, as a reader might add it. Nothing else has to change.
+CITYSCAPES = datasets.DataSet(
+    name="cityscapes",
+    source="cityscapes",
+    folders=("cityscapes",),
+    mark="leftImg8bit",
+    contents=("leftImg8bit", "gtFine"),
+    levels=("object",),
+    map_level="object",
+    entries=cityscapes_entries,
+    numbers=cityscapes_numbers,
+    table=cityscapes_table,
+    class_names=cityscapes_names,
+    void=(0, 4),
+)
 
 
 class TestAnotherDataSet(unittest.TestCase):
     def setUp(self):
-        patch = mock.patch("datasets.DATA_SETS", [*datasets.DATA_SETS, Cityscapes])
+        patch = mock.patch("datasets.DATA_SETS", [*datasets.DATA_SETS, CITYSCAPES])
         patch.start()
         self.addCleanup(patch.stop)
         self.root = new_folder("cityscapes")

@@ -110,7 +110,7 @@ def train(run: "Run") -> None:
                 loss = update(model, slices, of_step, optimizer, run.scaler, run.device, run.amp)
                 run.iteration = iteration + 1
 
-                if run.scaler.get_scale() < scale:
+                if run.scaler.get_scale() < scale:  # lowered, since gradients overflowed
                     bar.write(
                         f"iteration {iteration}: fp16 gradients overflow, the step is skipped"
                     )
@@ -233,7 +233,7 @@ def divide(
         if split == "official" and index.data_set.has_official:
             if not has_both:
                 raise UserError(
-                    f"{name}: --split official needs images in training/ and validation/"
+                    f"{name}: --split official needs photos in images/training/ and images/validation/"
                 )
             validates[name] = balance_split.official_validation(index)
             continue
@@ -487,10 +487,9 @@ class Run:
     def save_if_due(self, optimizer: torch.optim.Optimizer) -> None:
         """Writes a checkpoint when it is time, and after a signal, which then ends the program."""
         received = largest_of_processes(self.signals.received)
+        due = time.monotonic() - self.saved_at > 600
         if self.save_every:
             due = self.iteration % self.save_every == 0
-        else:
-            due = largest_of_processes(time.monotonic() - self.saved_at > 600) > 0
         if received or (due and self.iteration < self.lengths()[self.stage]):
             self.save(optimizer)
         if received:
@@ -1081,9 +1080,9 @@ OPTIONS = [
     Option("split", ("balanced", "official"), "balanced", "<root>/split.json, or the data's own"),
     # Section 3.1: 16 images on 8 GPUs, rate, sizes. For the lengths see `plan_stages`.
     Option(
-        "iters", int, None, "main stage; 0 skips it (5 an image at 16 a step)", toy=1500, least=0
+        "iters", int, None, "main stage; 0 skips it (5 an image at 16 a step)", toy=1450, least=0
     ),
-    Option("texture-iters", int, None, "texture stage; 0 skips it (5 passes)", toy=350, least=0),
+    Option("texture-iters", int, None, "texture stage; 0 skips it (5 passes)", toy=430, least=0),
     Option("batch-size", int, 2, "images per process", toy=4, resume=True),
     Option("accumulate", int, 1, "batches of the same source per step", resume=True),
     Option("lr", float, 0.02, "learning rate at the start", toy=0.04, least=1e-12),
