@@ -228,11 +228,7 @@ def read_split(path: str) -> dict:
 # ---------------------------------------------------------------- the command
 def command(args: argparse.Namespace) -> None:
     indexes = datasets.open_indexes(
-        args.data,
-        args.folder,
-        args.cache_folder,
-        allow_broken=args.allow_broken,
-        workers=args.workers,
+        args.data, args.folder, args.cache_folder, args.allow_broken, args.workers
     )
     vocabulary = datasets.build_vocabulary(indexes, datasets.minima(vars(args)))
     path = split_path(args.folder, args.cache_folder)

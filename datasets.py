@@ -1698,6 +1698,7 @@ class Parser(argparse.ArgumentParser):
 
     def run(self, command, *arguments) -> None:
         """Calls `command`; what a user can mend becomes one line and status 2."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # KeyboardInterrupt from here on
         # Text that a terminal cannot show must not end a program.
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
@@ -1785,9 +1786,9 @@ def open_indexes(
     data: str,
     folder: str,
     cache: str,
-    levels: list[str] | None = None,
     allow_broken: bool = False,
     workers: int | None = None,
+    levels: list[str] | None = None,
 ) -> dict[str, Index]:
     """The index of every source that --data names and that labels some of the levels (default: all
     levels); makes the toy if it is missing. UserError if no source is left."""
@@ -1930,11 +1931,7 @@ def loader(
 # ---------------------------------------------------------------- the command
 def command(args: argparse.Namespace) -> None:
     indexes = open_indexes(
-        args.data,
-        args.folder,
-        args.cache_folder,
-        allow_broken=args.allow_broken,
-        workers=args.workers,
+        args.data, args.folder, args.cache_folder, args.allow_broken, args.workers
     )
     vocabulary = build_vocabulary(indexes, minima(vars(args)))
     for source, index in indexes.items():

@@ -17,7 +17,11 @@ import dataclasses
 import math
 import os
 import re
+import signal
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import numpy as np
 import torch
@@ -1028,7 +1032,7 @@ def command(parser: datasets.Parser, given: dict) -> None:
             raise UserError("--photo: not with --json (photos have no labels), nor with torchrun")
         photos = photos_in(args.photo)
         folder = args.pictures or "."
-        parse_photos(network, photos, folder, args.levels, amp, args.size, args.flip, relations)
+        parse_photos(network, photos, folder, levels, amp, args.size, args.flip, relations)
     elif args.data is None:
         raise UserError("--data: name the sources to evaluate on, ade20k,os for one")
     else:
@@ -1037,7 +1041,6 @@ def command(parser: datasets.Parser, given: dict) -> None:
             args.data,
             args.folder,
             args.cache_folder,
-            None,
             args.allow_broken,
             args.workers,
         )

@@ -23,6 +23,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -942,9 +945,9 @@ def make_data(args: argparse.Namespace, checkpoint: dict | None, trained: dict) 
         args.data,
         args.folder,
         args.cache_folder,
-        args.levels,
         args.allow_broken,
         args.workers,
+        args.levels,
     )
     if checkpoint:
         vocabulary = checkpoint["vocabulary"]
