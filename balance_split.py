@@ -4,8 +4,9 @@
 
 From a random split, one image of each side is picked again and again, and the two are swapped if
 that brings classes' shares nearer to 10%: if the mean of their distances gets smaller (our measure;
-each source is split by itself). Ours, too: some worse swaps are taken, ever fewer (`Annealing`);
-`balance(.., chance=0)` is the paper's rule alone.
+each source is split by itself). Ours, too: some worse swaps are taken, ever fewer (simulated
+annealing), since the rule alone ends where no single swap helps; `balance(.., chance=0)` is the
+paper's rule alone.
 """
 
 import argparse
@@ -30,8 +31,8 @@ def balance(counts, fraction=0.1, swaps=SWAPS, seed=0, chance=0.5) -> np.ndarray
 
     counts: float array or tensor (images, classes), the pixels of each class in each image.
     swaps: pairs of images that are tried.
-    chance: of taking an average bad swap at the start, falling to 0 (see `Annealing`); 0 is the
-        paper's own procedure.
+    chance: of taking an average bad swap at the start, falling to 0; 0 is the paper's own
+        procedure.
     The same seed gives the same answer. Raises ValueError for a fraction outside of (0, 1) or a
     chance outside of [0, 1).
     """
@@ -52,17 +53,20 @@ def balance(counts, fraction=0.1, swaps=SWAPS, seed=0, chance=0.5) -> np.ndarray
         validation[inside] = True
         return validation
 
-    error = shares[inside].sum(axis=0, dtype=np.float64) - fraction  # of each class
+    error = shares[inside].sum(axis=0) - fraction  # of each class
     distance = np.abs(error).sum()
     picks_inside = rng.integers(len(inside), size=swaps)
     picks_outside = rng.integers(len(outside), size=swaps)
-    annealing = Annealing(shares, inside, outside, error, chance, swaps, rng)
+    start = start_temperature(shares, inside, outside, error, chance, rng)
+    uniform = rng.random(swaps)
     for k in range(swaps):
         i = picks_inside[k]
         j = picks_outside[k]
         swapped = error + (shares[outside[j]] - shares[inside[i]])
         worse_by = np.abs(swapped).sum() - distance
-        if worse_by < 0 or annealing.accepts(worse_by, k):
+        temperature = start * (1 - k / swaps) ** 2
+        # The paper's rule, or our annealing.
+        if worse_by < 0 or (temperature > 0 and uniform[k] < math.exp(-worse_by / temperature)):
             inside[i], outside[j] = outside[j], inside[i]
             error = swapped
             distance += worse_by
@@ -77,25 +81,17 @@ def class_shares(counts) -> np.ndarray:
     return (counts[:, total > 0] / total[total > 0]).astype(np.float32)
 
 
-class Annealing:
-    """Simulated annealing, ours: some swaps are taken although they make the split worse, ever more
-    rarely, since the paper's rule alone ends where no single swap helps."""
-
-    def __init__(self, shares, inside, outside, error, chance, swaps, rng):
-        self.swaps = swaps
-        self.luck = rng.random(swaps)
-        self.start = 0.0
-        if chance > 0:
-            i = rng.choice(inside, 1000)
-            j = rng.choice(outside, 1000)
-            change = np.abs(error + shares[j] - shares[i]).sum(axis=1) - np.abs(error).sum()
-            if (change > 0).any():
-                self.start = change[change > 0].mean() / -math.log(chance)
-
-    def accepts(self, worse_by: float, k: int) -> bool:
-        """Whether swap k is taken: with probability exp(-worse_by / temperature)."""
-        temperature = self.start * (1 - k / self.swaps) ** 2
-        return temperature > 0 and self.luck[k] < math.exp(-worse_by / temperature)
+def start_temperature(shares, inside, outside, error, chance: float, rng) -> float:
+    """Where the annealing starts: there a swap that makes the split worse by an average amount is
+    taken with probability `chance`."""
+    if chance == 0:
+        return 0.0
+    i = rng.choice(inside, 1000)
+    j = rng.choice(outside, 1000)
+    change = np.abs(error + shares[j] - shares[i]).sum(axis=1) - np.abs(error).sum()
+    if not (change > 0).any():
+        return 0.0
+    return float(change[change > 0].mean()) / -math.log(chance)
 
 
 def deviation(shares: np.ndarray, validation: np.ndarray, fraction: float) -> float:
@@ -127,40 +123,45 @@ def pixel_table(index: Index, vocabulary: dict) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- which images validate
-def official_validation(index: Index) -> list[str]:
-    """The validation images of the source's own lists or folders."""
-    return sorted(i for i, side in zip(index.images, index.official) if side == "val")
-
-
-def balanced_validation(
+def validation_images(
     index: Index,
-    vocabulary: dict,
+    split: str,
     folder: str,
     cache: str,
-    make: bool = True,
+    vocabulary: dict | None = None,
     keep: frozenset = frozenset(),
 ) -> list[str]:
-    """The validation images of a source in split.json, sorted paths; if the source is missing
-    there, it is split and added with `make`.
+    """The validation images of a source, sorted paths, by the --split: "all" images, the "official"
+    ones of its own lists or folders, or the "balanced" ones in split.json.
 
     folder, cache: where the data and the cache are, see `split_path`.
+    vocabulary: with it a source that is not in split.json yet is split and added.
     keep: images that a new split leaves on the training side.
-    Raises UserError for a source whose images are no longer those that were split, and without
-    `make` for one that was not.
+    Raises UserError for a source that is not in split.json, or whose images are no longer those
+    that were split, or that has no official split.
     """
+    if split == "all":
+        return index.images
+    if split == "official" and index.data_set.has_official:
+        if "val" not in index.official:
+            raise UserError(
+                f"{index.source}: --split official needs validation images: those of your own in "
+                "images/validation/, beside images/training/"
+            )
+        return sorted(i for i, side in zip(index.images, index.official) if side == "val")
     path = split_path(folder, cache)
-    split = read_split(path)
-    entry = split["sources"].get(index.source)
+    content = read_split(path)
+    entry = content["sources"].get(index.source)
     command = (
         f"python balance_split.py --data {index.source} --root {shlex.quote(folder)} "
         f"--cache {shlex.quote(cache)}"
     )
     if entry is None:
-        if not make:
+        if vocabulary is None:
             raise UserError(f"{path}: no split of {index.source}; {command} makes one")
-        entry = split_source(index, vocabulary, split["fraction"], keep=keep)
-        split["sources"][index.source] = entry
-        datasets.write_json(split, path)
+        entry = split_source(index, vocabulary, content["fraction"], keep=keep)
+        content["sources"][index.source] = entry
+        datasets.write_json(content, path)
     if entry["fingerprint"] != datasets.hash_of(index.images):
         raise UserError(
             f"{path}: its split of {index.source} is of other images than are there; {command} "
@@ -182,12 +183,11 @@ def split_source(
     if swaps is None:
         swaps = min(SWAPS, 1000 * len(index.images))
     free = np.array([image not in keep for image in index.images], bool)
-    if free.sum() < 2:
+    if free.sum() < 2:  # nothing else to validate on
         free[:] = True
-    # So many of the free images that they are `fraction` of all, but at most half of them.
-    share = fraction * len(free) / free.sum()
-    if not free.all():
-        share = min(max(fraction, 0.5), share)
+    share = fraction
+    if not free.all():  # `fraction` of all images, but at most half of the free ones
+        share = min(max(fraction, 0.5), fraction * len(free) / free.sum())
     at_random = np.zeros(len(free), bool)
     at_random[free] = balance(table[free], share, 0, datasets.SEED)
     balanced = np.zeros(len(free), bool)
@@ -216,21 +216,23 @@ def read_split(path: str) -> dict:
     if not os.path.exists(path):
         return empty
     try:
-        split = {**empty, **json.loads(Path(path).read_text())}
-        for entry in split["sources"].values():
-            sorted(entry["validation"])
-            entry["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        content = {**empty, **json.loads(Path(path).read_text())}
+        entries = list(content["sources"].values())
+        is_split = all({"validation", "fingerprint"} <= set(entry) for entry in entries)
+    except (OSError, ValueError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not a split of balance_split.py's ({e}); delete it") from None
-    return split
+    if not is_split:
+        raise UserError(f"{path}: not a split of balance_split.py's; delete it")
+    return content
 
 
 # ---------------------------------------------------------------- the command
-def command(args: argparse.Namespace) -> None:
+def command(parser: datasets.Parser, given: dict) -> None:
+    args = parser.complete(given)
     indexes = datasets.open_indexes(
         args.data, args.folder, args.cache_folder, args.allow_broken, args.workers
     )
-    vocabulary = datasets.build_vocabulary(indexes, datasets.minima(vars(args)))
+    vocabulary = datasets.build_vocabulary(indexes, args.minima)
     path = split_path(args.folder, args.cache_folder)
     content = read_split(path)
     others = sorted(set(content["sources"]) - set(indexes))
@@ -282,8 +284,7 @@ OPTIONS = [
 def main(argv: list[str] | None = None) -> None:
     description = "Splits each source so that about a tenth of every class's pixels validate."
     parser = datasets.Parser(description, OPTIONS)
-    given = parser.given(argv)
-    parser.run(lambda: command(parser.complete(given)))
+    parser.run(command, argv)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import collections
 import colorsys
 import contextlib
-import csv
 import dataclasses
 import datetime
 import functools
@@ -76,7 +75,7 @@ class DataSet(NamedTuple):
     contents: tuple  # the files and folders that belong to it
     levels: tuple  # all that it labels
     entries: Callable  # (folder, paths in it) -> the images with their label files
-    class_names: Callable  # (index) -> level -> {number or tag: class name}, after merging
+    names_by_level: Callable  # (index) -> level -> {number or tag: class name}, after merging
     numbers: Callable | None = None  # (label picture) -> class numbers, (H, W) int32
     annotation: Callable | None = None  # (folder, entry) -> tag and {number: name} of an own file
     table: Callable | None = None  # (folder, numbers that occur) -> {number: name}
@@ -168,7 +167,7 @@ ADE20K_2021 = DataSet(
     entries=ade20k_entries,
     numbers=ade20k_numbers,
     annotation=ade20k_annotation,
-    class_names=ade20k_names,
+    names_by_level=ade20k_names,
 )
 
 
@@ -294,7 +293,7 @@ SCENE_PARSING = DataSet(
     entries=own_entries,
     numbers=own_numbers,
     table=own_class_table,
-    class_names=own_names,
+    names_by_level=own_names,
     void=OWN_VOID,
     own_table=True,
 )
@@ -318,14 +317,11 @@ def opensurfaces_numbers(picture: Image.Image) -> np.ndarray:
 
 def opensurfaces_table(folder: str, numbers: set[int]) -> dict[int, str]:
     path = os.path.join(folder, "label-substance-colors.csv")
-    table = {}
     try:
-        for row in csv.DictReader(read_lines(path)):
-            table[int(row["red_color"])] = row["substance_name"].strip()
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
-        reason = f"{type(e).__name__}: {e}"
-        raise UserError(f"{path}: not a table with substance_name, red_color ({reason})") from None
-    return table
+        rows = upernet.read_table(path, "substance_name", "red_color")
+        return {int(row["red_color"]): row["substance_name"].strip() for row in rows}
+    except ValueError as e:
+        raise UserError(f"{path}: not a table of substances ({e})") from None
 
 
 # OpenSurfaces' substances that are kept, and as what (released code); all others are unlabelled.
@@ -366,7 +362,7 @@ OPEN_SURFACES = DataSet(
     entries=opensurfaces_entries,
     numbers=opensurfaces_numbers,
     table=opensurfaces_table,
-    class_names=opensurfaces_names,
+    names_by_level=opensurfaces_names,
     same_size=False,  # label pictures are rendered 1024 high
     has_official=False,
 )
@@ -400,7 +396,7 @@ DTD = DataSet(
     levels=("texture",),
     tag_level="texture",
     entries=dtd_entries,
-    class_names=dtd_names,
+    names_by_level=dtd_names,
     squares=True,
 )
 
@@ -514,8 +510,9 @@ def find_folder(root: str, source: str) -> tuple[DataSet, str]:
         )
     marks = " or ".join(data_set.mark for data_set in candidates)
     where = " or ".join(dict.fromkeys(places))
+    advice = hint(places) if SCENE_PARSING in candidates else ""
     raise UserError(
-        f"{source}: no {marks} in {where}, or one folder down; see --root, --data{hint(places)}"
+        f"{source}: no {marks} in {where}, or one folder down; see --root, --data{advice}"
     )
 
 
@@ -568,8 +565,6 @@ def scan_files(
     data_set: DataSet, folder: str, fingerprint: str, entries: list[Entry], workers: int | None
 ) -> Index:
     """Opens the files of all entries."""
-    if len(entries) < 200:
-        workers = 0  # to start processes takes longer
     records = loader(Scan(data_set, folder, entries), workers=workers)
     kept = []
     sizes = []
@@ -608,7 +603,7 @@ def scan_files(
 
 @dataclasses.dataclass(eq=False)
 class Scan(Dataset):
-    """Item k is what the files of entry k have, see `scan_entry`."""
+    """The images of a data set, opened."""
 
     data_set: DataSet
     folder: str
@@ -618,46 +613,51 @@ class Scan(Dataset):
         return len(self.entries)
 
     def __getitem__(self, k: int) -> dict:
-        return scan_entry(self.data_set, self.folder, self.entries[k])
-
-
-def scan_entry(data_set: DataSet, folder: str, entry: Entry) -> dict:
-    """Opens every file of one image: `size`, `tag`, `names`, `pixels` as rows (class number, part
-    number, pixels); `broken` says why it cannot be used, "" if it can.
-    """
-    current = entry.image
-    try:
-        with Image.open(os.path.join(folder, entry.image)) as photo:
-            width, height = photo.size
-            if photo.getexif().get(0x0112) in (5, 6, 7, 8):  # turned by a quarter
-                width, height = height, width
-            photo.draft("RGB", (1, 1))  # a JPEG is decoded at an eighth, which notices damage too
-            photo.load()
-            check_depth(photo)
-        current = entry.json or entry.image
-        tag = entry.tag
-        names = {}
-        if data_set.annotation:
-            tag, names = data_set.annotation(folder, entry)
-        pixels = []
-        labels = None
-        if entry.labels:
-            current = entry.labels
-            photo_size = (width, height) if data_set.same_size else None
-            labels = label_numbers(data_set, os.path.join(folder, entry.labels), photo_size)
-            counts = np.bincount(labels.ravel())
-            for number in np.flatnonzero(counts):
-                pixels.append((int(number), 0, int(counts[number])))
-        if entry.parts:
-            current = entry.parts
-            parts = label_numbers(data_set, os.path.join(folder, entry.parts), (width, height))
-            both = (parts > 0) & (labels > 0)
-            pairs = labels[both].astype(np.int64) << 16 | parts[both]
-            for pair, count in zip(*np.unique(pairs, return_counts=True)):
-                pixels.append((int(pair >> 16), int(pair & 0xFFFF), int(count)))
-        return {"broken": "", "size": (height, width), "tag": tag, "names": names, "pixels": pixels}
-    except Exception as e:  # whatever a decoder makes of a damaged file
-        return {"broken": f"{current}: {reason_of(e)}"}
+        """What the files of entry k have, each opened once: `size`, `tag`, `names`, `pixels` as
+        rows (class number, part number, pixels); `broken` says why it cannot be used, "" if it can.
+        """
+        entry = self.entries[k]
+        folder = self.folder
+        data_set = self.data_set
+        current = entry.image
+        try:
+            with Image.open(os.path.join(folder, entry.image)) as photo:
+                width, height = photo.size
+                if photo.getexif().get(0x0112) in (5, 6, 7, 8):  # turned by a quarter
+                    width, height = height, width
+                photo.draft("RGB", (1, 1))  # JPEGs at an eighth, which notices damage too
+                photo.load()
+                check_depth(photo)
+            current = entry.json or entry.image
+            tag = entry.tag
+            names = {}
+            if data_set.annotation:
+                tag, names = data_set.annotation(folder, entry)
+            pixels = []
+            labels = None
+            if entry.labels:
+                current = entry.labels
+                photo_size = (width, height) if data_set.same_size else None
+                labels = label_numbers(data_set, os.path.join(folder, entry.labels), photo_size)
+                counts = np.bincount(labels.ravel())
+                for number in np.flatnonzero(counts):
+                    pixels.append((int(number), 0, int(counts[number])))
+            if entry.parts:
+                current = entry.parts
+                parts = label_numbers(data_set, os.path.join(folder, entry.parts), (width, height))
+                both = (parts > 0) & (labels > 0)
+                pairs = labels[both].astype(np.int64) << 16 | parts[both]
+                for pair, count in zip(*np.unique(pairs, return_counts=True)):
+                    pixels.append((int(pair >> 16), int(pair & 0xFFFF), int(count)))
+            return {
+                "broken": "",
+                "size": (height, width),
+                "tag": tag,
+                "names": names,
+                "pixels": pixels,
+            }
+        except Exception as e:  # whatever a decoder makes of a damaged file
+            return {"broken": f"{current}: {reason_of(e)}"}
 
 
 def reason_of(error: Exception) -> str:
@@ -713,25 +713,26 @@ VOID_NAMES = ("void", "ignore", "ignored", "unlabelled", "unlabeled")
 def check_numbers(index: Index) -> None:
     """Warns of numbers without a name, and of classes of one's own table without a pixel; UserError
     if the masks have no number of the table."""
-    data_set = index.data_set
     numbers = set(index.pixels[:, 1].tolist())
     parts = set(index.pixels[:, 2].tolist()) - {0}  # 0: rows of whole objects
-    unknown = sorted((numbers | parts) - index.names.keys() - set(data_set.void))
-    if data_set.own_table and not numbers & index.names.keys() and not any(index.tags):
+    unknown = (numbers | parts) - index.names.keys() - set(index.data_set.void)
+    if unknown:
+        warn(f"{index.source}: numbers without a name, unlabelled: {first_of(sorted(unknown))}")
+    if not index.data_set.own_table:
+        return
+    if not numbers & index.names.keys() and not any(index.tags):
         raise UserError(
             f"{index.folder}: no mask has a class of {first_of(index.names) or '1, 2, ..'}, only "
             f"the numbers {first_of(sorted(numbers))}; {CLASSES_ADVICE}"
         )
-    if unknown:
-        warn(f"{index.source}: numbers without a name, unlabelled: {first_of(unknown)}")
     void = [name for name in index.names.values() if name.lower() in VOID_NAMES]
-    if data_set.own_table and void:
+    if void:
         warn(
             f"{index.source}: {first_of(void)} will be learned as a class; to leave its pixels "
             "unlabelled take its line out of classes.txt"
         )
     unused = [name for number, name in index.names.items() if number not in numbers]
-    if data_set.own_table and unused:
+    if unused:
         message = f"{index.source}: no pixel of {first_of(unused)}"
         if 0 in numbers - index.names.keys():
             message += f"; do your numbers start at 0? Then {CLASSES_ADVICE}"
@@ -745,7 +746,7 @@ def first_of(items) -> str:
     return ", ".join([str(item) for item in items[:9]] + more)
 
 
-def unlabelled(index: Index) -> str:
+def unlabelled_share(index: Index) -> str:
     """What share of the pixels has no class, a sentence; with what that means where they are 0."""
     whole = index.pixels[index.pixels[:, 2] == 0]
     without = whole[~torch.isin(whole[:, 1], torch.tensor(list(index.names)))]
@@ -816,7 +817,7 @@ def class_pixels(index: Index) -> dict[str, dict]:
     """Level -> class -> {image: pixels}, after merging and before any threshold. A class of part is
     (object, part). Scenes and textures, which have no pixels, count one for each image."""
     data_set = index.data_set
-    names = data_set.class_names(index)
+    names = data_set.names_by_level(index)
     table = {level: collections.defaultdict(collections.Counter) for level in names}
     for image, tag in enumerate(index.tags):
         if tag:
@@ -839,8 +840,9 @@ def build_vocabulary(
 
     Section 2.1: objects in at least `min_images` images with at least `min_pixels` pixels; parts of
     an object in at least `min_part_images` images; materials in at least `min_images`; all
-    textures. Ours: scenes in at least `min_scene_images`; the largest first. A data set's own table
-    of classes (SceneParsing, your own) is taken as it is. Raises UserError for two sources of one
+    textures. Ours: scenes in at least `min_scene_images`; objects and parts in the order of their
+    size, the others in that of the alphabet. A data set's own table of classes (SceneParsing, your
+    own) is taken as it is. Raises UserError for two sources of one
     level, and, if `levels` has object, for an own table of which fewer than two classes have
     pixels.
     """
@@ -863,7 +865,7 @@ def build_vocabulary(
             pixels = {name: sum(images.values()) for name, images in classes.items()}
             kept = sorted(name for name, images in classes.items() if len(images) >= least[level])
             if level == "object" and index.data_set.own_table:
-                kept = list(index.data_set.class_names(index)["object"].values())
+                kept = list(index.data_set.names_by_level(index)["object"].values())
                 if "object" in levels and len(pixels) < 2:
                     raise UserError(
                         f"{index.folder}: fewer than two classes have pixels; background is one "
@@ -912,7 +914,7 @@ class Source:
         self.short = short
         self.longest = longest
         if names is None:
-            names = self.data_set.class_names(index)
+            names = self.data_set.names_by_level(index)
         self.tag_level = self.data_set.tag_level
         self.map_level = self.data_set.map_level
         tags = lookup(names, vocabulary, self.tag_level)
@@ -922,8 +924,10 @@ class Source:
         self.class_of = np.full(HIGHEST_NUMBER + 1, upernet.UNLABELLED, np.int16)
         self.class_of[list(classes)] = list(classes.values())
         self.part_of = part_table(names.get("part", {}), vocabulary)
-        known = {self.tag_level: tags, self.map_level: classes, "part": self.part_of.any()}
-        self.levels = [level for level in self.data_set.levels if known[level]]
+        has_classes = {"part": bool(self.part_of.any())}
+        for level in (self.tag_level, self.map_level):
+            has_classes[level] = len(lookup(names, vocabulary, level)) > 0
+        self.levels = [level for level in self.data_set.levels if has_classes[level]]
         content = [index.fingerprint, short, longest]
         content += [(level, vocabulary[level]) for level in self.levels]
         self.prepared_folder = os.path.join(cache, f"{index.source}-{hash_of(content)}")
@@ -1092,17 +1096,17 @@ class TrainingBatches(Dataset):
         labels of the source's levels as in `upernet.losses`, in small integer types.
         """
         iteration, batch_of_step = divmod(k, self.accumulate)
-        position, *of_step = self.plan[iteration].tolist()  # for all batches and processes
+        position, *everybodys = self.plan[iteration].tolist()  # for all batches and processes
         source = self.sources[position]
-        n = len(of_step) // (self.accumulate * self.processes)
+        n = len(everybodys) // (self.accumulate * self.processes)
         first = (batch_of_step * self.processes + self.rank) * n
-        indices = of_step[first : first + n]
+        indices = everybodys[first : first + n]
 
         # Section 3.1 draws a short side for each image; ours: one for all of an iteration, to pad
         # less.
-        short = int(np.random.default_rng((self.seed, iteration)).choice(self.sizes))
+        short = int(np.random.default_rng((self.seed, iteration, 0)).choice(self.sizes))
         samples = []
-        for place, i in enumerate(indices, start=first + 1):  # numpy takes (a, b, 0) for (a, b)
+        for place, i in enumerate(indices, start=first + 1):
             rng = np.random.default_rng((self.seed, iteration, place))
             samples.append(self.sample(source, i, short, rng))
 
@@ -1228,9 +1232,11 @@ def relief(kind, x, y, rng):
     It alone tells them apart, as most of them have any colour. Substances are upright and fine,
     textures are coarser, at a random angle.
     """
-    angle, period = 0, 16  # radians, pixels
+    angle = 0  # radians
+    period = 16  # pixels
     if kind in TOY_TEXTURES:
-        angle, period = rng.uniform(0, np.pi), rng.uniform(24, 34)
+        angle = rng.uniform(0, np.pi)
+        period = rng.uniform(24, 34)
     u = (x * np.cos(angle) - y * np.sin(angle)) / period
     v = (x * np.sin(angle) + y * np.cos(angle)) / period
     match kind:
@@ -1439,11 +1445,9 @@ def ade20k_files(scenes):
     """(path, picture or text) of scenes with objects and parts as in ADE20K 2021."""
     for k in range(scenes):
         scene, picture, (objects, parts, _) = toy_scene(0, k)
-        side, short = "training", "train"
-        if k % 10 == 9:
-            side, short = "validation", "val"
+        side = "validation" if k % 10 == 9 else "training"
         folder = f"ade20k/ADE20K_2021_17_01/images/ADE/{side}/{scene[1]}/{scene[2]}"
-        stem = f"{folder}/ADE_{short}_{k:08d}"
+        stem = f"{folder}/ADE_{side_of(side)}_{k:08d}"
         yield f"{stem}.jpg", picture
         yield f"{stem}_seg.png", label_picture(objects // 256 * 10, objects % 256)
         yield f"{stem}_parts_1.png", label_picture(parts // 256 * 10, parts % 256)
@@ -1476,7 +1480,7 @@ def dtd_files(textures):
             rng = np.random.default_rng((SEED, 2, k))
             y, x = np.indices(rng.integers(168, 226, 2))
             pattern = relief(kind, x, y, rng).astype(int)  # 0 and 1
-            colours = np.uint8([rng.integers(0, 110, 3), rng.integers(140, 256, 3)])
+            colours = np.array([rng.integers(0, 110, 3), rng.integers(140, 256, 3)], np.uint8)
             picture = Image.fromarray(rng.permutation(colours)[pattern])
             names.append(f"{kind}/{kind}_{k:04d}.jpg")
             yield f"dtd/images/{names[-1]}", picture.reduce(2)
@@ -1619,6 +1623,7 @@ DATA_OPTIONS = [
     Option("min-scene-images", int, 10, "keep scenes of so many images"),
     Option("allow-broken", bool, False, "go on if over one file in twenty is broken", resume=True),
 ]
+MINIMA = ("min_images", "min_pixels", "min_part_images", "min_scene_images")
 WORKERS_OPTION = Option(
     "workers", int, None, "processes that read images (one a core, at most 8)", resume=True, least=0
 )
@@ -1668,14 +1673,10 @@ class Parser(argparse.ArgumentParser):
                 text += f" ({'; '.join(defaults)})"
             self.add_argument(f"--{option.name}", help=text, **argparse_kind(option))
 
-    def given(self, argv: list[str] | None) -> dict:
-        """The options that the command line names."""
-        return vars(self.parse_args(argv))
-
     def complete(self, given: dict, stored: dict | None = None) -> argparse.Namespace:
         """All options: as given, else as `stored`, else the toy's default with --data toy, else the
-        default. `folder` is where the data lie, `cache_folder` where the cache is. Raises UserError
-        for numbers out of range."""
+        default. `folder` is where the data lie, `cache_folder` where the cache is, `minima` the
+        thresholds of `build_vocabulary`. Raises UserError for numbers out of range."""
         chosen = {key: value for key, value in (stored or {}).items() if value is not None}
         chosen.update(given)
         is_toy = chosen.get("data", self.options["data"].default) == "toy"
@@ -1694,17 +1695,20 @@ class Parser(argparse.ArgumentParser):
                     )
         args.folder = os.path.join(args.root, "toy") if is_toy else args.root
         args.cache_folder = args.cache or os.path.join(args.folder, ".cache")
+        args.minima = {key: getattr(args, key) for key in MINIMA}
         return args
 
-    def run(self, command, *arguments) -> None:
-        """Calls `command`; what a user can mend becomes one line and status 2."""
+    def run(self, command, argv: list[str] | None) -> None:
+        """Calls `command(self, options that argv names)`; what a user can mend becomes one line and
+        status 2."""
+        given = vars(self.parse_args(argv))
         signal.signal(signal.SIGINT, signal.default_int_handler)  # KeyboardInterrupt from here on
         # Text that a terminal cannot show must not end a program.
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:
-            command(*arguments)
+            command(self, given)
         except KeyboardInterrupt:
             self.exit(130, f"{self.prog}: interrupted\n")
         except (UserError, OSError, RuntimeError, MemoryError) as e:
@@ -1746,40 +1750,34 @@ def as_text(value) -> str:
 def message_of(error: Exception) -> str | None:
     """What to tell the user, or None for a mistake of the program's own."""
     text = str(error)
+    if isinstance(error, UserError) or "UserError: " in text:
+        # From a process that reads images it comes with the traceback.
+        return text.rsplit("UserError: ", 1)[-1]
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
         return (
             "out of memory; a lower --size, or --resume with a lower --batch-size and a higher "
             "--accumulate"
         )
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else text
     killed = re.search(r"DataLoader worker.{0,40}", text)
     if killed:
         return f"a process that reads images was killed ({killed[0]}); perhaps take fewer --workers"
-    if "UserError: " in text:  # raised in a process that reads images, with its traceback
-        return text.rsplit("UserError: ", 1)[1]
-    if isinstance(error, UserError):
-        return text
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else text
     if re.search("InvalidCxxCompiler|C compiler|C\\+\\+ compiler", text + type(error).__name__):
         return "--compile: torch.compile needs a C++ compiler; install one, or leave --compile out"
     return None
 
 
-def minima(options: dict) -> dict[str, int]:
-    """The thresholds of `build_vocabulary`."""
-    return {key: value for key, value in options.items() if key.startswith("min_")}
-
-
 def named_sources(data: str) -> list[str]:
-    """The sources that --data names. Raises UserError for any other name."""
+    """The sources that --data names, in the order of DATA_SETS. Raises UserError for other names."""
     known = list(dict.fromkeys(data_set.source for data_set in DATA_SETS))
     if data == "toy":
         return list(TOY_SOURCES)
-    names = list(dict.fromkeys(name.strip() for name in data.split(",")))
+    names = [name.strip() for name in data.split(",")]
     for name in names:
         if name not in known:
             raise UserError(f"--data {data}: '{name}' is not one of toy, {', '.join(known)}")
-    return names
+    return [name for name in known if name in names]
 
 
 def open_indexes(
@@ -1915,25 +1913,30 @@ def default_workers() -> int:
 
 
 def loader(
-    dataset: Dataset, first: int = 0, workers: int | None = None, pinned=False
+    dataset: Dataset, first: int = 0, workers: int | None = None, pinned: bool = False
 ) -> DataLoader:
     """The items in their order, from `first` on, read ahead by `workers` processes."""
+    if workers is None:
+        workers = default_workers()
+        if len(dataset) - first < 200:
+            workers = 0  # to start processes takes longer
     return DataLoader(
         dataset,
         batch_size=None,
         sampler=range(first, len(dataset)),
-        num_workers=default_workers() if workers is None else workers,
+        num_workers=workers,
         worker_init_fn=ignore_signals,
         pin_memory=pinned,
     )
 
 
 # ---------------------------------------------------------------- the command
-def command(args: argparse.Namespace) -> None:
+def command(parser: Parser, given: dict) -> None:
+    args = parser.complete(given)
     indexes = open_indexes(
         args.data, args.folder, args.cache_folder, args.allow_broken, args.workers
     )
-    vocabulary = build_vocabulary(indexes, minima(vars(args)))
+    vocabulary = build_vocabulary(indexes, args.minima)
     for source, index in indexes.items():
         height, width = index.sizes.double().median(dim=0).values.int().tolist()
         print(
@@ -1954,7 +1957,7 @@ def command(args: argparse.Namespace) -> None:
                     pixels = sum(images.values())
                     print(f"    {number:5d} {name:30s}{pixels:14,} pixels in {len(images)} images")
         if index.data_set.map_level == "object":
-            print(f"  {unlabelled(index)}")
+            print(f"  {unlabelled_share(index)}")
         for _, reason in index.broken:
             print(f"  set aside  {reason}")
 
@@ -1964,8 +1967,7 @@ def main(argv: list[str] | None = None) -> None:
         "Scans data sets: what is there, in which classes, and what is broken.",
         [*DATA_OPTIONS, WORKERS_OPTION],
     )
-    given = parser.given(argv)
-    parser.run(lambda: command(parser.complete(given)))
+    parser.run(command, argv)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ Predictions are evaluated at the label maps' own size; photos are parsed at thei
 """
 
 import argparse
+import collections
 import colorsys
-import csv
 import dataclasses
 import math
 import os
@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 import balance_split
 import datasets
 import upernet
-from datasets import PANEL, Index, Option, Source, UserError, save_picture, sheet_of
+from datasets import Index, Option, Source, UserError
 from upernet import LEVELS, TAGS, UPerNet
 
 SHOWN = 12  # images of each source in pictures
@@ -164,17 +164,21 @@ def network_input(photo: Image.Image, full: tuple[int, int], test_size: tuple) -
     return View(torch.from_numpy(pixels)[None], size)
 
 
-def views_of(
-    photo: Image.Image, full: tuple[int, int], test_size: tuple, sizes: list | None, flip: bool
-) -> list[View]:
-    """The photo at each short side of `sizes` (default: `test_size`'s); `flip`: mirrored too."""
+def test_sizes(test_size: tuple, short_sides: list[int] | None) -> list[tuple]:
+    """`UPerNet.test_size` for each of the short sides (default: its own)."""
     short, longest, multiple = test_size
+    return [(side, max(side, longest), multiple) for side in short_sides or [short]]
+
+
+def views_of(
+    photo: Image.Image, full: tuple[int, int], sizes: list[tuple], flip: bool
+) -> list[View]:
+    """The photo at each of the sizes, see `test_sizes`; `flip`: mirrored too."""
     views = []
-    for size in sizes or [short]:
-        at_size = (size, max(size, longest), multiple)
-        views.append(network_input(photo, full, at_size))
+    for size in sizes:
+        views.append(network_input(photo, full, size))
         if flip:
-            view = network_input(ImageOps.mirror(photo), full, at_size)
+            view = network_input(ImageOps.mirror(photo), full, size)
             views.append(view._replace(mirrored=True))
     return views
 
@@ -188,25 +192,34 @@ def predict(
     network's logits, float32; of several the mean of their probabilities, each one's softmax
     resized to a quarter of the largest view.
     """
-    device = next(net.parameters()).device
+    if len(views) == 1:
+        scores = logits_of(net, views[0], levels, amp)
+        for level in TAGS:
+            if level in scores:
+                scores[level] = scores[level].softmax(dim=0)
+        return scores, views[0].filled
     height = max(math.ceil(view.filled[0] / 4) for view in views)
     width = max(math.ceil(view.filled[1] / 4) for view in views)
-    total = {}
+    total = collections.defaultdict(float)
     for view in views:
-        with torch.inference_mode(), datasets.autocast(device, amp):
-            logits = net(view.pixels.to(device) / 255, levels)
-        for level, value in logits.items():
-            value = value[0].float()
-            if level in TAGS or len(views) > 1:
-                value = probabilities(value, level, net.part_slices) / len(views)
-            if level not in TAGS and len(views) > 1:
+        for level, logits in logits_of(net, view, levels, amp).items():
+            value = probabilities(logits, level, net.part_slices) / len(views)
+            if level not in TAGS:
                 value = upsample(value, view.filled, (height, width))
                 if view.mirrored:
                     value = value.flip(2)
-            total[level] = total[level] + value if level in total else value
-    if len(views) == 1:
-        return total, views[0].filled
-    return total, (4 * height, 4 * width)
+            total[level] = total[level] + value
+    return dict(total), (4 * height, 4 * width)
+
+
+def logits_of(
+    net: UPerNet, view: View, levels: list[str], amp: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The network's answer to one view, without the batch's axis, in float32."""
+    device = next(net.parameters()).device
+    with torch.inference_mode(), datasets.autocast(device, amp):
+        logits = net(view.pixels.to(device) / 255, levels)
+    return {level: value[0].float() for level, value in logits.items()}
 
 
 def probabilities(logits: Tensor, level: str, part_slices: dict[int, slice]) -> Tensor:
@@ -225,15 +238,18 @@ def upsample(maps: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Te
     cell takes 4 * size / filled pixels, and the cells beyond the picture are cut off.
     """
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    sizes = []
     scales = []
-    whole = []
-    for cells, n, full in zip(maps.shape[1:], filled, size):
-        is_covered = 4 * cells == n
-        scales.append(None if is_covered else 4 * full / n)
-        # PyTorch takes an axis of equal sizes over as it is, whatever the scale: ask for one more.
-        whole.append(full + 1 if full == cells and not is_covered else full)
+    for cells, pixels, wanted in zip(maps.shape[1:], filled, size):
+        scale = None  # the maps cover just the picture: PyTorch's own scale
+        if 4 * cells != pixels:
+            scale = 4 * wanted / pixels
+            if wanted == cells:  # such an axis PyTorch would copy, whatever the scale
+                wanted += 1  # cut off below
+        sizes.append(wanted)
+        scales.append(scale)
     # F.interpolate takes either a size or scales, this both.
-    resized = torch.ops.aten.upsample_bilinear2d(maps[None], whole, False, *scales)[0]
+    resized = torch.ops.aten.upsample_bilinear2d(maps[None], sizes, False, *scales)[0]
     return resized[:, : size[0], : size[1]]
 
 
@@ -274,7 +290,7 @@ def part_channels(objects: Tensor, parts: Tensor, part_slices: dict[int, slice])
     return channels
 
 
-def class_names(vocabulary: dict) -> dict[str, list[str]]:
+def channel_names(vocabulary: dict) -> dict[str, list[str]]:
     """Level -> class names; for part a name for every channel of the part logits, "car: wheel"."""
     names = dict(vocabulary)
     if "part" in vocabulary:
@@ -292,8 +308,7 @@ class EvaluationImages(Dataset):
 
     sources: dict[str, Source]
     images: list[tuple[str, int]]  # (source, image index)
-    test_size: tuple
-    sizes: list[int] | None = None
+    sizes: list[tuple]  # see `test_sizes`
     flip: bool = False
 
     def __len__(self) -> int:
@@ -305,14 +320,13 @@ class EvaluationImages(Dataset):
         if source.data_set.squares:
             side = datasets.TEXTURE_SIZE
             photo = datasets.texture_square(source, i, place=0.5)
-            views = views_of(photo, (side, side), (side, side, None), None, self.flip)
+            views = views_of(photo, (side, side), [(side, side, None)], self.flip)
         else:
             full = tuple(source.index.sizes[i].tolist())
-            short, longest, _ = self.test_size
-            largest = max(self.sizes or [short])
-            box = datasets.resized(full, largest, max(largest, longest))
+            short, longest, _ = max(self.sizes)
+            box = datasets.resized(full, short, longest)
             photo = source.photo(i, box[::-1])
-            views = views_of(photo, full, self.test_size, self.sizes, self.flip)
+            views = views_of(photo, full, self.sizes, self.flip)
         labels = source.labels(i)
         return {
             "views": views,
@@ -330,6 +344,7 @@ def evaluate(
     pictures: str | None = None,
     sizes: list[int] | None = None,
     flip: bool = False,
+    workers: int | None = None,
 ) -> dict:
     """The metrics of `net` on the (source, image number)s, in the format of `evaluate.py --json`.
 
@@ -347,8 +362,8 @@ def evaluate(
     metrics = Metrics(vocabulary, [level for level in levels if level in labelled])
     shown = images_to_show(images) if pictures else set()
     images = images[datasets.rank() :: datasets.processes()]
-    dataset = EvaluationImages(sources, images, net.test_size, sizes, flip)
-    items = datasets.loader(dataset, workers=None if len(images) > 500 else 0)
+    dataset = EvaluationImages(sources, images, test_sizes(net.test_size, sizes), flip)
+    items = datasets.loader(dataset, workers=workers)
     for (name, i), item in zip(images, datasets.progress(items, "evaluating")):
         source = sources[name]
         asked = [level for level in source.levels if level in levels]
@@ -356,15 +371,12 @@ def evaluate(
         labels = {level: item[level].to(device) for level in source.levels}
         maps = add_image(metrics, scores, labels, net.part_slices, filled)
         if (name, i) in shown:
-            if "part" in asked:
-                objects = labels["object"].long()
-                seen = maps.get("object", objects)
-                maps["part"] = part_map(scores["part"], seen, net.part_slices, filled)
-                labels["part"] = part_channels(objects, labels["part"].long(), net.part_slices)
+            if "part" in scores:
+                add_part_maps(maps, labels, scores["part"], net.part_slices, filled)
             tags = {level: scores[level].cpu().numpy() for level in asked if level in TAGS}
             sheet = comparison(source.photo(i), maps, tags, labels, vocabulary)
             stem = datasets.without_ending(source.index.images[i]).replace("/", "_")[-80:]
-            save_picture(sheet, os.path.join(pictures, f"{name}_{stem}.png"))
+            datasets.save_picture(sheet, os.path.join(pictures, f"{name}_{stem}.png"))
     if dist.is_initialized():
         metrics.merge()
     return metrics.results()
@@ -387,6 +399,15 @@ def add_image(
     return maps
 
 
+def add_part_maps(
+    maps: dict, labels: dict, scores: Tensor, part_slices: dict[int, slice], filled: tuple
+) -> None:
+    """Prediction and truth of parts as channels of their logits, for pictures."""
+    objects = labels["object"].long()
+    maps["part"] = part_map(scores, maps.get("object", objects), part_slices, filled)
+    labels["part"] = part_channels(objects, labels["part"].long(), part_slices)
+
+
 def images_to_show(images: list[tuple[str, int]]) -> set[tuple[str, int]]:
     """Up to SHOWN images of each source, evenly spaced."""
     shown = set()
@@ -397,10 +418,8 @@ def images_to_show(images: list[tuple[str, int]]) -> set[tuple[str, int]]:
     return shown
 
 
-def table(results: dict, amp: torch.dtype | None = None, untrained: dict | None = None) -> str:
-    """The metrics as text: levels first, then the best and worst ten classes; `untrained` adds
-    those of such a network.
-    """
+def table(results: dict, amp: torch.dtype | None = None) -> str:
+    """The metrics as text: levels first, then the best and worst ten classes."""
     titles = {
         "pixel_accuracy": "pixel accuracy",
         "mean_iou": "mean IoU",
@@ -408,15 +427,11 @@ def table(results: dict, amp: torch.dtype | None = None, untrained: dict | None 
         "top1": "top-1",
     }
     precision = str(amp or torch.float32).removeprefix("torch.")
-    beside = "  untrained" if untrained else ""
-    lines = [f"level     metric                %{beside}   ({precision})"]
+    lines = [f"level     metric                %   ({precision})"]
     for level, metrics in results.items():
         for metric, title in titles.items():
             if metric in metrics:
-                line = f"{level:10s}{title:16s} {percent(metrics[metric])}"
-                if untrained:
-                    line += f"     {percent(untrained[level][metric])}"
-                lines.append(line)
+                lines.append(f"{level:10s}{title:16s} {percent(metrics[metric])}")
     for level, metrics in results.items():
         rows = class_rows(level, metrics.get("iou", {}))
         if rows:
@@ -475,7 +490,7 @@ def parse(
         levels = list(net.classes)
     needed = list(dict.fromkeys(["object", *levels])) if "part" in levels else levels
     full = (photo.height, photo.width)
-    views = views_of(photo, full, net.test_size, sizes, flip)
+    views = views_of(photo, full, test_sizes(net.test_size, sizes), flip)
     scores, filled = predict(net, views, needed, amp)
     seen = {}
     for level, value in scores.items():
@@ -499,7 +514,7 @@ def write_photo(
     <path>_upernet.npz: the arrays, and <level>_names; <path>_object.png, <path>_material.png: masks
     with each class's number in the data's own table, `numbers[level]`, by default 1..K.
     """
-    names = class_names(vocabulary)
+    names = channel_names(vocabulary)
     written = [f"{path}_upernet.png", f"{path}_upernet.npz"]
     arrays = {f"{level}_names": np.array(of_level) for level, of_level in names.items()}
     for level, value in seen.items():
@@ -521,8 +536,8 @@ def write_photo(
             table = np.array(of_level)
             mask = table[seen[level]].astype(np.uint8 if table.max() < 256 else np.uint16)
             written.append(f"{path}_{level}.png")
-            save_picture(Image.fromarray(mask), written[-1])
-    save_picture(sheet_of([panels[:3], panels[3:]]), written[0])
+            datasets.save_picture(Image.fromarray(mask), written[-1])
+    datasets.save_picture(datasets.sheet_of([panels[:3], panels[3:]]), written[0])
     return written
 
 
@@ -544,7 +559,7 @@ class Relations:
     }
 
     def __init__(self, vocabulary: dict, levels: list[str]):
-        self.names = class_names(vocabulary)
+        self.names = channel_names(vocabulary)
         self.photos = np.zeros(len(vocabulary.get("scene", ())), np.int64)  # of each scene
         self.counts = {}  # kind -> (first concepts, second concepts)
         for kind in self.KINDS:
@@ -634,57 +649,30 @@ def overlay(photo: Image.Image, classes: np.ndarray) -> Image.Image:
     return Image.fromarray(picture)
 
 
-class Line(NamedTuple):
-    """A line of a legend."""
-
-    text: str
-    colour: tuple[int, int, int] | None = None
-    bar: float | None = None  # its length, in [0, 1]
-
-
-def panel(title: str, picture: Image.Image | None, lines: list[Line]) -> Image.Image:
-    """A titled picture with a legend below."""
-    width = max(PANEL, picture.width) if picture else PANEL
-    size = 14  # of the text
-    if picture:
-        size = max(14, min(2 * picture.width, 3 * picture.height) // 80)
+def panel(title: str, picture: Image.Image, lines: list[tuple[str, tuple | None]]) -> Image.Image:
+    """A titled picture with a legend below, of (text, colour of its square or None)."""
+    width = max(datasets.PANEL, picture.width)
+    size = max(14, min(2 * picture.width, 3 * picture.height) // 80)  # of the text
     step = round(1.4 * size)
-    height = step + 4 + step * len(lines)
-    if picture:
-        height += picture.height + 6
+    height = picture.height + step * (1 + len(lines)) + 10
     sheet = Image.new("RGB", (width, height), "white")
+    sheet.paste(picture, (0, step + 4))
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size)
-    draw.text((0, 2), title, fill="black", font=font)
-    y = step + 4
-    if picture:
-        sheet.paste(picture, (0, y))
-        y += picture.height + 6
-    for line in lines:
-        draw_line(draw, line, y, width, size, font)
+    draw.text((0, 2), title, "black", font)
+    y = step + picture.height + 10
+    for text, colour in lines:
+        x = 0
+        if colour is not None:
+            # As it looks on a photo of middle grey.
+            on_photo = tuple(round(OPACITY * c + (1 - OPACITY) * 128) for c in colour)
+            draw.rectangle((0, y + 3, size - 2, y + size + 1), on_photo, "black")
+            x = size + 4
+        while draw.textlength(text, font) > width - x:
+            text = text[:-2].rstrip(" .") + "\u2026"
+        draw.text((x, y + 1), text, "black", font)
         y += step
     return sheet
-
-
-def draw_line(draw: ImageDraw.ImageDraw, line: Line, y: int, width: int, size: int, font) -> None:
-    """A line of a legend at the height y, its text cut to the width."""
-    gap = 3 * size // 14
-    bottom = y + round(1.4 * size) - gap - 1
-    right = width
-    if line.bar is not None:
-        right = width * 2 // 3
-        draw.rectangle(
-            [right, y + gap, right + (width // 3 - 2) * line.bar, bottom], fill="#6688bb"
-        )
-    if line.colour is not None:
-        # As it looks on a photo of middle grey.
-        on_photo = tuple(round(OPACITY * c + (1 - OPACITY) * 128) for c in line.colour)
-        draw.rectangle([0, y + gap, size - 2, bottom], fill=on_photo, outline="black")
-    text = line.text
-    while draw.textlength(text, font=font) > right - size - 14:
-        text = text[:-2].rstrip(" .") + "\u2026"
-    x = 0 if text.endswith(":") else size + gap + 1
-    draw.text((x, y + 1), text, fill="black", font=font)
 
 
 def map_panel(title: str, photo: Image.Image, classes: np.ndarray, names: list[str]) -> Image.Image:
@@ -696,27 +684,26 @@ def map_panel(title: str, photo: Image.Image, classes: np.ndarray, names: list[s
         share = pixels[k] / classes.size
         if share >= 0.001:
             number = int(numbers[k])
-            lines.append(Line(f"{names[number]}  {share:.1%}", class_colour(number)))
+            lines.append((f"{names[number]}  {share:.1%}", class_colour(number)))
     if len(order) > len(lines):
-        lines.append(Line(f"and {len(order) - len(lines)} smaller"))
+        lines.append((f"and {len(order) - len(lines)} smaller", None))
     without = (classes < 0).mean()
     if without >= 0.001:
-        lines.append(Line(f"none  {without:.1%}"))
+        lines.append((f"none  {without:.1%}", None))
     return panel(title, overlay(photo, classes), lines)
 
 
 def tag_panel(
-    title: str, photo: Image.Image | None, tags: dict[str, np.ndarray], vocabulary: dict
+    title: str, picture: Image.Image, tags: dict[str, np.ndarray], vocabulary: dict
 ) -> Image.Image:
-    """The photo with the best five guesses of scene (and texture) as bars; tags: probabilities."""
+    """A picture with the best five guesses of scene (and texture); tags: probabilities."""
     lines = []
     for level, values in tags.items():
-        lines.append(Line(f"{level}:"))
+        lines.append((f"{level}:", None))
         for k in np.argsort(-values, kind="stable")[:5]:
             if values[k] >= 0.005:
-                text = f"{vocabulary[level][k]}  {values[k]:.0%}"
-                lines.append(Line(text, bar=float(values[k])))
-    return panel(title, photo, lines)
+                lines.append((f"  {vocabulary[level][k]}  {values[k]:.0%}", None))
+    return panel(title, picture, lines)
 
 
 def comparison(
@@ -725,13 +712,15 @@ def comparison(
     """One validation image: the truth in the upper row, the prediction in the lower (without tags
     all in one row).
     """
-    photo = photo.resize((PANEL, max(1, round(photo.height * PANEL / photo.width))))
-    names = class_names(vocabulary)
+    photo = photo.resize(
+        (datasets.PANEL, max(1, round(photo.height * datasets.PANEL / photo.width)))
+    )
+    names = channel_names(vocabulary)
     title = "photo"
     for level in tags:
         if labels[level] >= 0:
             title += f", true {level}: {names[level][int(labels[level])]}"
-    truth = [tag_panel(title, photo, {}, names)]
+    truth = [tag_panel(title, photo, {}, vocabulary)]
     prediction = []
     for level in maps:
         true_map = labels[level].cpu().numpy()
@@ -739,8 +728,11 @@ def comparison(
         seen = maps[level].cpu().numpy()
         prediction.append(map_panel(f"{level}s, prediction", photo, seen, names[level]))
     if not tags:
-        return sheet_of([truth + prediction])
-    return sheet_of([truth, [tag_panel("prediction", None, tags, names), *prediction]])
+        return datasets.sheet_of([truth + prediction])
+    blank = Image.new("RGB", (datasets.PANEL, 1), "white")
+    return datasets.sheet_of(
+        [truth, [tag_panel("prediction", blank, tags, vocabulary), *prediction]]
+    )
 
 
 # ---------------------------------------------------------------- networks and images
@@ -761,9 +753,9 @@ def open_network(checkpoint: str | None, release: list | None, labels: str | Non
     try:
         if checkpoint:
             net, content = upernet.read_checkpoint(checkpoint)
-            arguments = {"root": "data", **content.get("arguments", {})}
-            split = content.get("split", {})
-            return Network(net, content["vocabulary"], arguments, split, content.get("trained", {}))
+            arguments = {"root": "data", **content["arguments"]}
+            vocabulary = content["vocabulary"]
+            return Network(net, vocabulary, arguments, content["split"], content["trained"])
         if len(release) == 1 and not labels:
             net, vocabulary = upernet.load_mmseg(release[0])
             return Network(net, vocabulary, {"root": "data"}, None, {})
@@ -782,7 +774,7 @@ def open_network(checkpoint: str | None, release: list | None, labels: str | Non
 
 
 def released_names(labels: str | None, index: Index, vocabulary: dict) -> dict[str, dict] | None:
-    """The names of a source for a released network, in the form of `class_names` of its data set.
+    """The names of a source for a released network, as its data set's `names_by_level`.
 
     Without a folder `labels`, SceneParsing's numbers are its classes; the authors'
     label_assignment.csv maps the numbers and scenes of ADE20K 2021, and OpenSurfaces'. None for
@@ -808,8 +800,9 @@ def assigned_names(path: str, index: Index, vocabulary: dict) -> dict[str, dict]
     """Level -> {number or scene in the source's files: class}, of the authors' table of labels."""
     names = {level: {} for level in index.data_set.levels}
     scenes = {}
+    columns = ("dataset", "category", "broden_label", "broden_name", "raw_label", "raw_name")
     try:
-        for row in csv.DictReader(datasets.read_lines(path)):
+        for row in upernet.read_table(path, *columns):
             level = row["category"]
             label = int(row["broden_label"])
             if row["dataset"] != index.source or level not in names:
@@ -820,7 +813,7 @@ def assigned_names(path: str, index: Index, vocabulary: dict) -> dict[str, dict]
                 names[level][int(row["raw_label"])] = row["broden_name"]
             elif label >= 1:
                 names[level][int(row["raw_label"])] = vocabulary[level][label]
-    except (OSError, KeyError, ValueError, IndexError, TypeError, AttributeError) as e:
+    except (ValueError, IndexError) as e:
         raise UserError(f"{path}: not the authors' table of labels ({e})") from None
     if "scene" in names:
         names["scene"] = {tag: scenes.get(plain_scene(tag)) for tag in index.tags if tag}
@@ -865,7 +858,7 @@ def warn_of_unknown(index: Index, classes: list[str]) -> None:
         return
     lower = {name.lower(): name for name in classes}
     unknown = []
-    for name in index.data_set.class_names(index)["object"].values():
+    for name in index.data_set.names_by_level(index)["object"].values():
         if name not in classes:
             alike = lower.get(name.lower())
             unknown.append(f"{name} (the network has {alike})" if alike else name)
@@ -886,15 +879,18 @@ def images_to_evaluate(
     images = []
     for name, source in sources.items():
         index = source.index
-        if split is None and network.split is not None:
-            chosen = set(network.split.get(name, ()))
+        if split is not None:
+            chosen = set(balance_split.validation_images(index, split, folder, cache))
+        elif network.split is None:
+            chosen = set(default_images(index, folder, cache))
         else:
-            chosen = set(chosen_images(index, split, folder, cache))
+            chosen = set(network.split.get(name, ()))
         numbers = [i for i, image in enumerate(index.images) if image in chosen]
         missing = len(chosen) - len(numbers)
         if missing:
             print(
-                f"{name}: {missing} of {len(chosen)} images are missing (--split all: a test set)"
+                f"{name}: {missing} of {len(chosen)} images of the split are missing; --split all "
+                "evaluates what is there"
             )
         known = set(network.trained.get(name, ())) & chosen
         if network.split and not network.trained:  # a checkpoint of an earlier edition
@@ -915,22 +911,16 @@ def is_own_data(network: Network, folder: str) -> bool:
     return os.path.abspath(folder) in (os.path.abspath(root), os.path.abspath(f"{root}/toy"))
 
 
-def chosen_images(index: Index, split: str | None, folder: str, cache: str) -> list[str]:
-    """The images of a source that --split names; without it those of split.json, or, with a word,
-    the official ones, all if it has none.
-    """
-    if split == "all":
-        return index.images
+def default_images(index: Index, folder: str, cache: str) -> list[str]:
+    """The images of a source for a released network: those of split.json, else, with a word, the
+    official ones, all if it has none."""
     path = balance_split.split_path(folder, cache)
-    if split is None and index.source not in balance_split.read_split(path)["sources"]:
-        taken = "its validation folder" if index.data_set.has_official else "all images"
+    split = "balanced"
+    if index.source not in balance_split.read_split(path)["sources"]:
+        split = "official" if index.data_set.has_official else "all"
+        taken = "its validation folder" if split == "official" else "all images"
         print(f"{index.source}: not in {path}; taking {taken}")
-        if not index.data_set.has_official:
-            return index.images
-        return balance_split.official_validation(index)
-    if split == "official" and index.data_set.has_official:
-        return balance_split.official_validation(index)
-    return balance_split.balanced_validation(index, {}, folder, cache, make=False)
+    return balance_split.validation_images(index, split, folder, cache)
 
 
 # ---------------------------------------------------------------- the command
@@ -1056,19 +1046,34 @@ def command(parser: datasets.Parser, given: dict) -> None:
             args.pictures,
             args.size,
             args.flip,
+            args.workers,
         )
         print(table(results, amp))
         if args.json and datasets.is_main_process():
             datasets.write_json(results, args.json)
-        for written in (args.json, args.pictures):
-            if written:
-                print(f"wrote {written}")
-        for name, i in datasets.progress(images if relations else [], "relations"):
-            if not sources[name].data_set.squares:  # close-ups have no things in them
-                photo = sources[name].photo(i)
-                relations.add(parse(net, photo, levels, amp, args.size, args.flip))
+        for name in (args.json, args.pictures):
+            if name:
+                print(f"wrote {name}")
+        if relations:
+            relate(relations, net, sources, images, levels, amp, args.size, args.flip)
     if relations:
         relations.report(args.relations)
+
+
+def relate(
+    relations: Relations,
+    net: UPerNet,
+    sources: dict[str, Source],
+    images: list[tuple[str, int]],
+    levels: list[str],
+    amp: torch.dtype | None,
+    sizes: list[int] | None,
+    flip: bool,
+) -> None:
+    """Counts the relations in images of data sets, but for close-ups, without things in them."""
+    for name, i in datasets.progress(images, "relations"):
+        if not sources[name].data_set.squares:
+            relations.add(parse(net, sources[name].photo(i), levels, amp, sizes, flip))
 
 
 OPTIONS = [
@@ -1107,8 +1112,7 @@ def main(argv: list[str] | None = None) -> None:
         "Metrics and pictures of a network; photos.", options, "%(prog)s ckpt.pt [options]"
     )
     parser.add_argument("checkpoint", nargs="?", metavar="ckpt.pt", help="of train.py")
-    given = parser.given(argv)
-    parser.run(command, parser, given)
+    parser.run(command, argv)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 import unittest
 import zlib
+from os.path import join
 from pathlib import Path
 from unittest import mock
 
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from numpy.testing import assert_array_equal
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -39,22 +40,21 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import balance_split
 import datasets
 import evaluate
+import resnet
 import train
 import upernet
 from resnet import ResNet, load_imagenet
 from upernet import UPerNet
 
 HERE = os.path.dirname(os.path.abspath(upernet.__file__))
-SHARED = os.path.join(
-    os.path.dirname(HERE), "shared"
-)  # real samples; without them tests are skipped
-LONG = os.environ.get("UPERNET_LONG") == "1"  # more kills
+SHARED = join(os.path.dirname(HERE), "shared")  # real samples; some tests need them
 CLASSES = {"scene": 5, "object": 7, "part": {1: 3, 4: 2}, "material": 6, "texture": 4}
 SMALL = (
     *("--channels", 8, "--sizes", 32, "--batch-size", 2, "--workers", 0),
     *("--min-images", 3, "--min-pixels", 500, "--min-part-images", 3, "--min-scene-images", 3),
 )
 
+resnet.BLOCKS[18] = (1, 1, 1, 1)  # a small network; TestResNet has the real one
 folder = tempfile.mkdtemp(prefix="upernet-test-")  # of all tests
 atexit.register(shutil.rmtree, folder)
 
@@ -65,12 +65,11 @@ def new_folder(*names: str) -> str:
     return tempfile.mkdtemp(dir=folder, prefix="-".join(names) + "-")
 
 
-def toy_root(whole: bool = False) -> str:
-    """A root whose toy has few images, or with `whole` all of them; made once."""
-    root = os.path.join(folder, "whole" if whole else "small")
-    counts = {} if whole else {"scenes": 40, "photos": 30, "textures": 3}
+def toy_root() -> str:
+    """A root whose toy has few images; made once."""
+    root = join(folder, "small")
     with contextlib.redirect_stdout(io.StringIO()):
-        datasets.make_toy(os.path.join(root, "toy"), **counts)
+        datasets.make_toy(join(root, "toy"), scenes=40, photos=30, textures=3)
     return root
 
 
@@ -89,7 +88,7 @@ def command(main, *argv) -> tuple[int, str, str]:
 
 def save(picture, *path: str) -> str:
     """Writes a picture, or an array of numbers as one, with the folders above it."""
-    path = os.path.join(*path)
+    path = join(*path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if not isinstance(picture, Image.Image):
         picture = Image.fromarray(np.asarray(picture).astype(np.uint8))
@@ -97,10 +96,10 @@ def save(picture, *path: str) -> str:
     return path
 
 
-def save_jpeg(path: str, height: int, width: int, seed: int = 0) -> None:
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
     rng = np.random.default_rng(seed)
-    noise = rng.integers(0, 255, (height // 4, width // 4, 3), dtype=np.uint8)
-    save(Image.fromarray(noise).resize((width, height)), path)
+    coarse = rng.integers(0, 255, (height // 4, width // 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height))
 
 
 def write(path: str, text: str, encoding: str = "utf-8") -> str:
@@ -127,7 +126,7 @@ def log_lines(out: str) -> int:
 
 
 def checkpoint_of(out: str) -> dict:
-    return torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
+    return torch.load(join(out, "ckpt.pt"), weights_only=True)
 
 
 # ---------------------------------------------------------------- data sets that a test makes
@@ -136,24 +135,22 @@ class Ade:
 
     def __init__(self):
         self.root = new_folder("ade")
-        self.folder = os.path.join(self.root, "ade20k", "ADE20K_2021_17_01")
+        self.folder = join(self.root, "ade20k", "ADE20K_2021_17_01")
         self.count = 0
 
-    def add(
-        self, objects: np.ndarray, names: dict, scene: list[str], parts=None, encoding="utf-8"
-    ) -> str:
+    def add(self, objects: np.ndarray, names: dict, scene: list[str], parts=None) -> str:
         """One image with its class numbers; `names` are those of the JSON. Returns the path
         without its ending."""
-        images = os.path.join(self.folder, "images", "ADE", "training", "a", "b")
-        stem = os.path.join(images, f"ADE_train_{self.count:08d}")
+        images = join(self.folder, "images", "ADE", "training", "a", "b")
+        stem = join(images, f"ADE_train_{self.count:08d}")
         self.count += 1
-        save_jpeg(f"{stem}.jpg", *objects.shape)
+        save(noise(*objects.shape), f"{stem}.jpg")
         self.save_numbers(objects, f"{stem}_seg.png")
         if parts is not None:
             self.save_numbers(parts, f"{stem}_parts_1.png")
         things = [{"name": name, "name_ndx": number} for number, name in names.items()]
         annotation = {"annotation": {"scene": scene, "object": things}}
-        write(f"{stem}.json", json.dumps(annotation, ensure_ascii=False), encoding)
+        write(f"{stem}.json", json.dumps(annotation, ensure_ascii=False))
         return stem
 
     def save_numbers(self, numbers: np.ndarray, path: str) -> None:
@@ -162,7 +159,7 @@ class Ade:
         save(np.stack([red, green, 0 * numbers], axis=-1), path)
 
     def index(self) -> datasets.Index:
-        return datasets.scan(self.root, "ade20k", os.path.join(self.root, ".cache"))
+        return datasets.scan(self.root, "ade20k", join(self.root, ".cache"))
 
 
 def least(images=1, pixels=1, parts=1, scenes=1) -> dict[str, int]:
@@ -178,11 +175,10 @@ def own_data(root: str, masks: list, **files: str) -> str:
     """A folder of one's own data: images/training/<k>.jpg with these masks, and text files such as
     classes="a\\nb"."""
     for k, mask in enumerate(masks):
-        mask = np.asarray(mask)
-        save_jpeg(os.path.join(root, "images", "training", f"{k}.jpg"), *mask.shape[:2])
+        save(noise(*np.shape(mask)[:2]), root, "images", "training", f"{k}.jpg")
         save(mask, root, "annotations", "training", f"{k}.png")
     for name, text in files.items():
-        write(os.path.join(root, f"{name}.txt"), text)
+        write(join(root, f"{name}.txt"), text)
     return root
 
 
@@ -286,16 +282,19 @@ def train_norms(module: nn.Module) -> None:
 
 
 def small_net(classes: dict = CLASSES, **options) -> UPerNet:
-    """A network on a backbone of one block a stage, with the same weights each time."""
+    """A small network with the same weights each time."""
     torch.manual_seed(0)
-    with mock.patch.dict("resnet.BLOCKS", {18: (1, 1, 1, 1)}):
-        net = UPerNet(classes, "resnet18", channels=8, **options)
+    net = UPerNet(classes, "resnet18", channels=8, **options)
     train_norms(net)
     return net.eval()
 
 
 # ---------------------------------------------------------------- the backbone
 class TestResNet(unittest.TestCase):
+    def setUp(self):
+        resnet.BLOCKS[18] = (2, 2, 2, 2)
+        self.addCleanup(resnet.BLOCKS.update, {18: (1, 1, 1, 1)})
+
     def test_stages_are_torchvisions(self):
         for depth in (18, 34, 50, 101):
             self.compare_stages(depth, 32, None)
@@ -329,26 +328,14 @@ class TestResNet(unittest.TestCase):
             self.assertEqual(shapes[0], (2, 64, 16, 23))
             self.assertEqual(shapes[3], (2, 512, 2, 3))
 
-    def test_an_impulse_spreads_in_the_steps_of_the_dilations(self):
-        """In the basic blocks, which torchvision does not dilate."""
-        for output_stride, stage, dilations in (
-            (16, 4, (1, 2, 2, 2)),
-            (8, 3, (1, 2, 2, 2)),
-            (8, 4, (2, 4, 4, 4)),
-        ):
-            net = ResNet(18, output_stride=output_stride).eval()
-            layer = net.get_submodule(f"layer{stage}")
-            for name, p in layer.named_parameters():  # positive, so that nothing cancels
-                nn.init.constant_(p, 0 if name.endswith("bias") else 1 / 64)
-            impulse = torch.zeros(1, 64 * 2 ** (stage - 2), 1, 41)
-            impulse[..., 20] = 1
-            with torch.inference_mode():
-                row = layer(impulse)[0, 0, 0]
-            expected = {20}
-            for d in dilations:
-                further = [x + d for x in expected] + [x - d for x in expected]
-                expected = expected.union(further)
-            self.assertEqual(set(row.nonzero().flatten().tolist()), expected)
+    def test_basic_blocks_are_dilated_as_bottlenecks_are(self):
+        """Which torchvision has not."""
+        net = ResNet(18, output_stride=8)
+        for stage, expected in ((net.layer3, [1, 2, 2, 2]), (net.layer4, [2, 4, 4, 4])):
+            convs = [m for m in stage.modules() if isinstance(m, nn.Conv2d)]
+            dilations = [conv.dilation[0] for conv in convs if conv.kernel_size == (3, 3)]
+            self.assertEqual(dilations, expected)
+        self.assertEqual([x.shape[2] for x in net(torch.rand(2, 3, 64, 64))], [16, 8, 8, 8])
 
     def test_imagenet_weights_are_torchvisions(self):
         theirs = torchvision.models.resnet18().state_dict()
@@ -385,13 +372,10 @@ class Strided(nn.Module):
 class TestNetwork(unittest.TestCase):
     def test_shapes_of_every_level(self):
         net = small_net()
-        counts = {"object": 7, "part": 5, "material": 6, "texture_map": 4}
-        for h, w in ((32, 32), (64, 96), (65, 97), (33, 130)):
-            expected = {"scene": (2, 5), "texture": (2, 4)}
-            for level, count in counts.items():
-                expected[level] = (2, count, math.ceil(h / 4), math.ceil(w / 4))
-            logits = net(torch.rand(2, 3, h, w))
-            self.assertEqual({level: value.shape for level, value in logits.items()}, expected)
+        logits = net(torch.rand(2, 3, 65, 97))
+        expected = {"scene": (2, 5), "texture": (2, 4), "texture_map": (2, 4, 17, 25)}
+        expected.update(object=(2, 7, 17, 25), part=(2, 5, 17, 25), material=(2, 6, 17, 25))
+        self.assertEqual({level: value.shape for level, value in logits.items()}, expected)
         self.assertEqual(net.part_slices, {1: slice(0, 3), 4: slice(3, 5)})
 
     def test_names_of_parameters(self):
@@ -410,25 +394,19 @@ class TestNetwork(unittest.TestCase):
             module.register_forward_hook(lambda *_, name=name: ran.add(name))
         material = {"ppm", "fpn", "fpn.convs.0"}
         fused = {*material, "fpn.convs.1", "fpn.convs.2", "fusion"}
-        needed = {
-            "texture": set(),
-            "scene": {"ppm"},
-            "material": material,
-            "object": fused,
-            "part": fused,
-        }
-        choices = [[level] for level in needed]
-        for levels in [*choices, ["scene", "material"], ["texture", "scene"], list(needed)]:
+        needed = {"texture": set(), "scene": {"ppm"}, "material": material}
+        needed.update(object=fused, part=fused)
+        heads = {f"heads.{level}" for level in needed}
+        for levels in (["texture"], ["scene"], ["object"], ["part"], ["scene", "material"]):
             ran.clear()
             logits = net(images, levels=levels)
+            self.assertEqual(logits.keys() - {"texture_map"}, set(levels))
             for level, value in logits.items():
                 torch.testing.assert_close(value, together[level])
             expected = set()
             for level in levels:
                 expected.update(needed[level], [f"heads.{level}"])
-            heads = {f"heads.{level}" for level in needed}
             self.assertEqual(ran & (fused | heads), expected)
-            self.assertEqual(logits.keys() - {"texture_map"}, set(levels))
 
     def test_rows_of_table_2_against_the_network_written_out(self):
         mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -459,17 +437,13 @@ class TestNetwork(unittest.TestCase):
                 for name, p in net.named_parameters():
                     self.assertIsNotNone(p.grad, name)
 
-    def test_works_on_another_backbone_and_keeps_its_memory_layout(self):
+    def test_another_backbone_has_four_maps_from_stride_4(self):
+        images = torch.rand(1, 3, 64, 64)
         net = UPerNet(CLASSES, Strided(4, 8, 16, 32), channels=8).eval()
-        images = torch.rand(1, 3, 64, 64)
         self.assertEqual(net(images)["object"].shape, (1, 7, 16, 16))
-        self.assertEqual(set(net(images, levels=["texture"])), {"texture", "texture_map"})
-        for p in net.backbone.parameters():
+        for p in net.backbone.parameters():  # its memory layout is left alone
             self.assertTrue(p.is_contiguous())
-
-    def test_refuses_a_backbone_without_four_maps_from_stride_4(self):
-        images = torch.rand(1, 3, 64, 64)
-        for strides in ([4, 8, 16, 32, 64], [4, 8, 16], [2, 4, 8, 16], [8, 16, 32, 64]):
+        for strides in ([4, 8, 16, 32, 64], [4, 8, 16], [2, 4, 8, 16]):
             net = UPerNet(CLASSES, Strided(*strides), channels=8).eval()
             with self.subTest(strides=strides), self.assertRaisesRegex(ValueError, "backbone"):
                 net(images)
@@ -478,7 +452,7 @@ class TestNetwork(unittest.TestCase):
         """Without torchvision and the other files; a module as the backbone needs no resnet.py."""
         place = new_folder("copied")
         for name in ("upernet.py", "resnet.py"):
-            shutil.copy(os.path.join(HERE, name), place)
+            shutil.copy(join(HERE, name), place)
         code = """
 import sys
 sys.modules["torchvision"] = sys.modules["resnet"] = None
@@ -500,35 +474,23 @@ for backbone in (Backbone(), "resnet18"):
 
     def test_images_that_it_takes_and_refuses(self):
         net = small_net()
-        pspnet = small_net(pool="pspnet")
         image = torch.rand(1, 3, 64, 64)
-        for wrong in (
-            image[0],  # no batch dimension
-            255 * image,
-            -image,
-            (255 * image).byte(),
-            image[:, :1],
-            image[:, :, :31],
-            image[:, :, :, :31],
-        ):
+        for wrong in (image[0], 255 * image, -image, image[:, :1], image[:, :, :31]):
             with self.subTest(shape=wrong.shape), self.assertRaises(ValueError):
                 net(wrong)
+        self.assertRaises(ValueError, net, (255 * image).byte())
         self.assertRaisesRegex(ValueError, "scenery", net, image, ["scenery"])
         smallest = image[:, :, :32, :32]
-        two = torch.cat([smallest, smallest])
-        for logits in (net(smallest), pspnet(smallest), pspnet.train()(two)):
-            self.assertTrue(logits["object"].isfinite().all())
+        self.assertTrue(net(smallest)["object"].isfinite().all())
         net.train()(image[:, :, :33, :32])
         self.assertRaises(ValueError, net, smallest)  # batch norm: one value a channel
+        pspnet = small_net(pool="pspnet").train()
         self.assertRaises(ValueError, pspnet, image)
+        pspnet(torch.cat([smallest, smallest]))
 
-    def test_texture_is_the_mean_of_its_map_and_sends_no_gradient_into_the_backbone(self):
+    def test_texture_sends_no_gradient_into_the_backbone(self):
         net = small_net().train()
         logits = net(torch.rand(2, 3, 40, 70), levels=["texture"])
-        maps = logits["texture_map"].detach().numpy()
-        for n in range(2):
-            for k in range(4):
-                self.assertAlmostEqual(logits["texture"][n, k].item(), maps[n, k].mean(), places=5)
         logits["texture_map"].square().sum().backward()
         for name, p in net.named_parameters():
             self.assertEqual(p.grad is not None, name.startswith("heads.texture."), name)
@@ -544,20 +506,14 @@ for backbone in (Backbone(), "resnet18"):
         for wrong in (
             {"classes": {}},
             {"classes": {"colour": 3}},
-            {"classes": {"object": {0: 2}}},
             {"classes": {"object": 0}},
             {"classes": {"part": {0: 2}}},
-            {"classes": {"object": 3, "part": {}}},
             {"classes": {"object": 3, "part": {3: 2}}},
             {"classes": {"object": 3, "part": 4}},
             {"backbone": "vgg16"},
-            {"backbone": "resnet20"},
             {"channels": 0},
             {"pool": "max"},
             {"fpn": 1},
-            {"fpn": 5},
-            {"stem": "3x3"},
-            {"output_stride": 4},
             {"test_size": (600, 450, None)},
         ):
             arguments = {"classes": {"object": 3}, "backbone": "resnet18", "channels": 8, **wrong}
@@ -565,26 +521,18 @@ for backbone in (Backbone(), "resnet18"):
                 UPerNet(**arguments)
 
     def test_is_rebuilt_from_its_arguments_and_state_dict(self):
-        options = {
-            "head_conv": False,
-            "pool": "adaptive",
-            "fpn": 3,
-            "stem": "v1c",
-            "output_stride": 16,
-            "test_size": (300, 700, 8),
-        }
+        options = {"head_conv": False, "pool": "adaptive", "fpn": 3, "stem": "v1c"}
         images = torch.rand(1, 3, 64, 96)
-        for wanted in ({}, options, {"ppm": False}, {"fusion": False}):
+        for wanted in (options, {"ppm": False, "output_stride": 16}, {"fusion": False}):
             net = small_net(**wanted)
-            with mock.patch.dict("resnet.BLOCKS", {18: (1, 1, 1, 1)}):
-                twin = UPerNet(**net.network).eval()
+            net.test_size = (300, 700, 8)
+            twin = UPerNet(**net.network).eval()
             twin.load_state_dict(net.state_dict())
             for level, value in net(images).items():
                 self.assertTrue(torch.equal(twin(images)[level], value), level)
-            self.assertEqual(twin.test_size, wanted.get("test_size", (450, 1200, None)))
+            self.assertEqual(twin.test_size, (300, 700, 8))
             self.assertEqual(twin.network, net.network)
-        net.test_size = (512, 2048, 1)
-        self.assertEqual(net.network["test_size"], (512, 2048, 1))
+        self.assertEqual(small_net().test_size, (450, 1200, None))
 
     def test_initialisation(self):
         torch.manual_seed(0)
@@ -662,20 +610,22 @@ class TestElsewhere(unittest.TestCase):
 
     def test_pruned_weights_stay_pruned_in_training(self):
         net = self.net.to(memory_format=torch.contiguous_format).train()
-        for conv in (net.fusion.conv[0], net.ppm.branches[3][0]):
+        convs = (net.fusion.conv[0], net.ppm.branches[3][0])
+        before = []
+        for conv in convs:
             prune.l1_unstructured(conv, "weight", amount=0.5)
-            pruned = conv.weight == 0
+            before.append(conv.weight.detach().clone())
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            net(self.images)["object"].square().mean().backward()
+            optimizer.step()
+        net(self.images)
+        for conv, weight in zip(convs, before):
+            pruned = weight == 0
             self.assertAlmostEqual(pruned.float().mean().item(), 0.5, places=2)
-            before = conv.weight.detach().clone()
-            optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-            for _ in range(2):
-                optimizer.zero_grad()
-                net(self.images)["object"].square().mean().backward()
-                optimizer.step()
-            net(self.images)
-            self.assertEqual(conv.weight[pruned].count_nonzero(), 0)
-            self.assertTrue(conv.weight.isfinite().all())
-            self.assertFalse(torch.equal(conv.weight, before))
+            self.assertTrue((conv.weight[pruned] == 0).all())
+            self.assertTrue((conv.weight != weight)[~pruned].any())
 
     def test_an_adapter_around_the_convolution_of_the_fusion(self):
         fusion = self.net.fusion
@@ -691,65 +641,42 @@ class TestElsewhere(unittest.TestCase):
         sizes = [(2, 64, 96)]  # alone, before PyTorch 2.6, which has no AUTO
         if free is not None:
             options["dynamic_shapes"] = {"images": {0: free, 2: free, 3: free}}
-            sizes = [(2, 64, 96), (1, 128, 64), (3, 75, 107), (1, 33, 161)]
+            sizes = [(2, 64, 96), (3, 75, 107), (1, 33, 161)]
         loose = {}
         if "2.11" <= torch.__version__ < "2.14":
             # A guard of its max pooling takes sizes of one parity alone.
             loose["check_guards"] = False
-        for pool, classes in (
-            ("prroi", {"object": 7, "scene": 3}),
-            ("adaptive", {"scene": 3}),
-            ("pspnet", {"scene": 3}),
-        ):
+        for pool, classes in (("prroi", {"object": 7, "scene": 3}), ("pspnet", {"scene": 3})):
             net = small_net(classes, pool=pool)
             exported = torch.export.export(net, (self.images,), **options).module(**loose)
-            for size in sizes:
-                images = torch.rand(size[0], 3, *size[1:])
-                with self.subTest(pool=pool, size=size):
-                    self.assert_same(exported(images), net(images))
+            for n, height, width in sizes:
+                images = torch.rand(n, 3, height, width)
+                self.assert_same(exported(images), net(images))
 
-    def test_compiled_values_and_gradients(self):
+    def test_compiled_values_and_gradients_at_several_sizes(self):
         torch.compiler.reset()
         net = small_net({"object": 7}, fpn=4)  # quicker to trace
-        # aot_eager: the default backend without its C++ compiler
-        compiled = torch.compile(net, backend="aot_eager")
-        results = []
-        for network in (net, compiled):
-            net.zero_grad()
-            logits = network(self.images)
-            logits["object"].sum().backward()
-            gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
-            results.append((logits, gradients))
-        self.assert_same(results[1][0], results[0][0], 1e-5)
-        self.assert_same(results[1][1], results[0][1], 1e-3)
-
-    def test_compiled_for_many_sizes_at_once(self):
-        graphs = []
-
-        def backend(graph, _):
-            graphs.append(graph)
-            return graph.forward
-
-        torch.compiler.reset()
-        net = small_net({"material": 7})
-        compiled = torch.compile(net, backend=backend)
-        for size in ((64, 96), (96, 64), (75, 107), (33, 161)):
+        compiled = torch.compile(net, backend="eager")  # as traced, without a C++ compiler
+        for size in ((64, 96), (75, 107)):
             images = torch.rand(2, 3, *size)
-            self.assert_same(compiled(images), net(images))
-        self.assertGreater(len(graphs), 0)
-        self.assertLessEqual(len(graphs), 3)
+            logits = []
+            gradients = []
+            for network in (net, compiled):
+                net.zero_grad()
+                logits.append(network(images))
+                logits[-1]["object"].sum().backward()
+                gradients.append({name: p.grad.clone() for name, p in net.named_parameters()})
+            self.assert_same(logits[1], logits[0], 1e-5)
+            self.assert_same(gradients[1], gradients[0], 1e-3)
 
-    def test_within_another_module_copied_and_in_bfloat16(self):
-        whole = nn.Sequential(nn.Identity(), self.net)
-        twin = copy.deepcopy(whole)
-        state = whole.state_dict()
+    def test_copied_in_another_memory_layout_and_in_bfloat16(self):
+        twin = copy.deepcopy(self.net)
+        twin.to(memory_format=torch.contiguous_format)
+        state = self.net.state_dict()
         twin.load_state_dict({key: value.contiguous() for key, value in state.items()})
         with torch.inference_mode():
             exact = self.net(self.images)
-            self.assert_same(whole(self.images), exact)
             self.assert_same(twin(self.images), exact)
-            whole.to(memory_format=torch.contiguous_format)
-            self.assert_same(whole(self.images), exact)
             rounded = self.net.bfloat16()(self.images.bfloat16())
         self.assertEqual({value.dtype for value in rounded.values()}, {torch.bfloat16})
         self.assert_same(rounded, exact, 0.1)
@@ -781,27 +708,24 @@ class TestPooling(unittest.TestCase):
                     with self.subTest(pool=pool, bins=bins, size=(h, w)):
                         torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-5)
 
-    def test_branches_against_the_plain_line(self):
+    def test_branches_train_as_the_plain_line(self):
+        """In training mode batch norm and the resize do not commute."""
         c5 = torch.rand(2, 6, 5, 7)
         for pool in ("prroi", "adaptive", "pspnet"):
-            for training in (True, False):
-                ppm = upernet.PPM(6, 4, pool).train(training)
-                train_norms(ppm)
-                maps = [c5]
-                for bins, (conv, norm, relu) in zip((1, 2, 3, 6), ppm.branches):
-                    pooled = plain_pool(pool, c5, bins)
-                    if pool == "pspnet":
-                        maps.append(plain_resize(relu(norm(conv(pooled))), (5, 7)))
-                    else:
-                        maps.append(relu(norm(conv(plain_resize(pooled, (5, 7))))))
-                expected = ppm.last(torch.cat(maps, dim=1))
-                with self.subTest(pool=pool, training=training):
-                    torch.testing.assert_close(ppm(c5), expected, rtol=1e-4, atol=1e-4)
+            ppm = upernet.PPM(6, 4, pool)
+            maps = [c5]
+            for bins, (conv, norm, relu) in zip((1, 2, 3, 6), ppm.branches):
+                pooled = plain_pool(pool, c5, bins)
+                if pool == "pspnet":
+                    maps.append(plain_resize(relu(norm(conv(pooled))), (5, 7)))
+                else:
+                    maps.append(relu(norm(conv(plain_resize(pooled, (5, 7))))))
+            expected = ppm.last(torch.cat(maps, dim=1))
+            with self.subTest(pool=pool):
+                torch.testing.assert_close(ppm(c5), expected, rtol=1e-4, atol=1e-4)
 
 
 class TestFusion(unittest.TestCase):
-    SIZES = ((1, 8, 8), (2, 24, 32), (3, 13, 19), (2, 1, 9), (1, 37, 5))  # N, H, W
-
     def case(self, n: int, height: int, width: int, dtype=torch.float32, channels: int = 12):
         """A fusion, and P2..P5 for it."""
         torch.manual_seed(0)
@@ -813,14 +737,6 @@ class TestFusion(unittest.TestCase):
             maps.append(torch.randn(n, channels, *size, dtype=dtype))
         return fusion, maps
 
-    def test_the_plain_way_is_the_papers_line(self):
-        for size in self.SIZES:
-            fusion, maps = self.case(*size, torch.float64)
-            conv, norm, relu = fusion.eval().conv
-            upsampled = [plain_resize(x, size[1:]) for x in maps]
-            y = F.conv2d(torch.cat(upsampled, dim=1), conv.weight, padding=1)
-            self.assertLessEqual(relative_error(fusion.plain(maps), relu(norm(y))), 1e-10)
-
     def gradients(self, way, fusion: nn.Module, maps: list[Tensor]) -> list[Tensor]:
         """The fused map, and the gradients of the maps and of the parameters."""
         maps = [x.clone().requires_grad_() for x in maps]
@@ -829,17 +745,24 @@ class TestFusion(unittest.TestCase):
         loss = (y * torch.randn_like(y)).sum()
         return [y, *torch.autograd.grad(loss, [*maps, *fusion.parameters()])]
 
-    def test_the_fast_way_is_the_plain_one_in_values_and_gradients(self):
+    def test_both_ways_are_the_papers_line_in_values_and_gradients(self):
         for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-            for size in self.SIZES:
+            for n, height, width in ((1, 8, 8), (2, 24, 32), (3, 13, 19), (2, 1, 9), (1, 37, 5)):
                 for training in (True, False):
-                    fusion, maps = self.case(*size, dtype)
-                    fusion.train(training)
-                    fast = self.gradients(fusion, fusion, maps)
-                    plain = self.gradients(fusion.plain, fusion, maps)
-                    with self.subTest(dtype=dtype, size=size, training=training):
-                        for ours, expected in zip(fast, plain, strict=True):
-                            self.assertLessEqual(relative_error(ours, expected), tolerance)
+                    fusion, maps = self.case(n, height, width, dtype)
+                    conv, norm, relu = fusion.train(training).conv
+
+                    def papers_line(maps):
+                        upsampled = [plain_resize(x, (height, width)) for x in maps]
+                        y = F.conv2d(torch.cat(upsampled, dim=1), conv.weight, padding=1)
+                        return relu(norm(y))
+
+                    expected = self.gradients(papers_line, fusion, maps)
+                    for way in (fusion, fusion.plain):
+                        found = self.gradients(way, fusion, maps)
+                        with self.subTest(dtype=dtype, size=(height, width), training=training):
+                            for ours, plain in zip(found, expected, strict=True):
+                                self.assertLessEqual(relative_error(ours, plain), tolerance)
 
     def test_bf16_is_as_near_to_float32_as_the_plain_way(self):
         for height, width in ((24, 32), (31, 45)):
@@ -853,19 +776,6 @@ class TestFusion(unittest.TestCase):
             self.assertGreater(plain, 0)
             self.assertLessEqual(fast, 1.5 * plain)
 
-    def test_keeps_no_upsampled_map_for_the_backward_pass(self):
-        fusion, maps = self.case(1, 32, 32)
-        shapes = []
-
-        def pack(x: Tensor) -> Tensor:
-            shapes.append(x.shape)
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            fusion([x.requires_grad_() for x in maps])
-        large = [shape for shape in shapes if len(shape) == 4 and shape[2:] == (32, 32)]
-        self.assertEqual({shape[1] for shape in large}, {12})
-
 
 # ---------------------------------------------------------------- losses
 class TestLosses(unittest.TestCase):
@@ -874,11 +784,9 @@ class TestLosses(unittest.TestCase):
         slices = {1: slice(0, 3), 4: slice(3, 5), 6: slice(5, 9)}
         logits = torch.randn(3, 9, 6, 7, dtype=torch.float16)  # computed in float32
         objects = torch.randint(-1, 8, (3, 6, 7))
-        objects[2][objects[2] == 4] = 0
-        parts = torch.zeros_like(objects)
-        for index, count in ((1, 3), (4, 2)):  # object 6 has no part in any image
-            inside = objects == index
-            parts[inside] = torch.randint(0, count, (int(inside.sum()),))
+        parts = torch.randint(0, 2, (3, 6, 7))
+        parts[objects == 1] = torch.randint(0, 3, (int((objects == 1).sum()),))
+        parts[objects == 6] = 0  # object 6 has no part in any image
         parts[1][objects[1] == 1] = 0  # and object 1 none in image 1: not valid there
 
         total = 0.0
@@ -897,35 +805,28 @@ class TestLosses(unittest.TestCase):
         self.assertAlmostEqual(found.item(), total, places=4)
 
     def plain_mean(self, logits: Tensor, labels: Tensor) -> float:
-        """The mean cross entropy over the labelled pixels."""
+        """The mean cross entropy over the labelled pixels; (N, K, pixels) and (N, pixels)."""
         values = []
-        for n, y, x in (labels >= 0).nonzero().tolist():
-            values.append(plain_cross_entropy(logits[n, :, y, x], int(labels[n, y, x])))
+        for n, k in (labels >= 0).nonzero().tolist():
+            values.append(plain_cross_entropy(logits[n, :, k], int(labels[n, k])))
         return np.mean(values)
 
-    def test_maps_ignore_unlabelled_pixels(self):
-        logits = torch.randn(2, 5, 4, 6)
+    def test_others_are_the_mean_over_what_is_labelled(self):
+        """Texture is predicted at every pixel."""
+        y = torch.randn(2, 5, 4, 6)
         labels = torch.randint(-1, 5, (2, 4, 6), dtype=torch.int16)
-        for level in ("object", "material"):
-            for dtype in (torch.float32, torch.float16):  # computed in float32
-                y = logits.to(dtype)
-                found = upernet.losses({level: y}, {level: labels}, {})[level]
-                expected = self.plain_mean(y.float(), labels)
-                self.assertAlmostEqual(found.item(), expected, places=5)
-
-    def test_scene_ignores_unlabelled_images(self):
-        logits = torch.randn(4, 3)
-        labels = torch.tensor([2, -1, 0, -1])
-        expected = self.plain_mean(logits[:, :, None, None], labels[:, None, None])
-        found = upernet.losses({"scene": logits}, {"scene": labels}, {})["scene"]
-        self.assertAlmostEqual(found.item(), expected, places=5)
-
-    def test_texture_is_predicted_at_every_pixel(self):
-        logits = torch.randn(3, 5, 4, 6)
-        labels = torch.tensor([2, 0, -1], dtype=torch.int16)
-        expected = self.plain_mean(logits, labels[:, None, None].expand(3, 4, 6))
-        found = upernet.losses({"texture_map": logits}, {"texture": labels}, {})["texture"]
-        self.assertAlmostEqual(found.item(), expected, places=5)
+        tags = torch.tensor([2, -1], dtype=torch.int16)
+        everywhere = tags[:, None, None].expand(2, 4, 6)
+        half = y.half()  # computed in float32
+        for level, key, logits, given, of_pixels in (
+            ("object", "object", y, labels, labels),
+            ("material", "material", half, labels, labels),
+            ("texture", "texture_map", y, tags, everywhere),
+            ("scene", "scene", y[:, :, 0, 0], tags, everywhere[:, :1, :1]),
+        ):
+            found = upernet.losses({key: logits}, {level: given}, {})[level]
+            expected = self.plain_mean(logits.float().view(2, 5, -1), of_pixels.reshape(2, -1))
+            self.assertAlmostEqual(found.item(), expected, places=5)
 
     def test_levels_without_a_label_cost_nothing_and_stay_in_the_graph(self):
         net = small_net({"scene": 3, "object": 4, "part": {1: 3}}).train()
@@ -951,10 +852,7 @@ class Own:
 
 class TestCheckpoint(unittest.TestCase):
     def setUp(self):
-        blocks = mock.patch.dict("resnet.BLOCKS", {18: (1, 1, 1, 1)})
-        blocks.start()
-        self.addCleanup(blocks.stop)
-        self.path = os.path.join(new_folder("checkpoint"), "some.pt")
+        self.path = join(new_folder("checkpoint"), "some.pt")
         self.net = small_net(test_size=(300, 700, 8))
         self.vocabulary = {
             "scene": ["kitchen", "street", "attic", "beach", "office"],
@@ -992,60 +890,28 @@ class TestCheckpoint(unittest.TestCase):
         self.assertEqual(net.test_size, (450, 1000, None))
         self.assertEqual(content["arguments"]["max_size"], 1000)
 
-    def refused(self, content) -> str:
-        """The message about a file with this content: bytes, or an object to save."""
-        if isinstance(content, bytes):
-            Path(self.path).write_bytes(content)
-        else:
-            torch.save(content, self.path)
+    def refused(self, content: dict) -> str:
+        torch.save(content, self.path)
         with self.assertRaisesRegex(ValueError, re.escape(self.path)) as caught:
             upernet.load(self.path)
         return str(caught.exception)
 
-    def test_files_that_are_none(self):
-        self.assertRaisesRegex(ValueError, "nowhere.pt", upernet.load, "nowhere.pt")
-        self.assertRaisesRegex(ValueError, HERE, upernet.load, HERE)
-        torch.save(self.content, self.path)
-        whole = Path(self.path).read_bytes()
-        for content in (b"", b"some text\n", whole[: len(whole) // 2], bytes(1000), [1, 2], {}):
-            with self.subTest(length=len(content)):
-                self.assertNotIn("run code", self.refused(content))
-
     def test_an_object_in_the_file_is_named(self):
-        logging = types.ModuleType("mmengine.logging")
-        logging.HistoryBuffer = type("HistoryBuffer", (), {"__module__": "mmengine.logging"})
-        modules = {"mmengine": types.ModuleType("mmengine"), "mmengine.logging": logging}
-        for thing, name in (
-            (np.float64(1), r"numpy\S*\.scalar"),
-            (Own(), r"\.Own\b"),
-            (logging.HistoryBuffer(), r"mmengine\.logging\.HistoryBuffer"),
-        ):
-            with mock.patch.dict(sys.modules, modules):
-                torch.save({"meta": {"best": thing}, "state_dict": {}}, self.path)
+        for thing, name in ((np.float64(1), r"numpy\S*\.scalar"), (Own(), r"\.Own\b")):
+            torch.save({"meta": {"best": thing}, "state_dict": {}}, self.path)
             with self.subTest(name), self.assertRaisesRegex(ValueError, name) as caught:
                 upernet.read_file(self.path)
             self.assertIn(self.path, str(caught.exception))
 
-    def test_weights_that_do_not_fit(self):
+    def test_what_does_not_fit_is_named(self):
         key = "heads.object.classifier.weight"
         model = self.content["model"]
-        weight = model[key]
-        for wrong in (weight[:-1], 3, weight * math.nan, weight / 0):
-            self.content["model"] = {**model, key: wrong}
-            self.assertIn(key, self.refused(self.content))
-        self.content["model"] = {**model, "heads.colour.weight": weight}
+        weight = model.pop(key)
+        for wrong in ({}, {key: weight[:-1]}, {key: 3}, {key: weight * math.nan}):
+            self.assertIn(key, self.refused({**self.content, "model": {**model, **wrong}}))
+        other = {key: weight, "heads.colour.weight": weight}
+        self.content["model"] = {**model, **other}
         self.assertIn("heads.colour.weight", self.refused(self.content))
-        del model[key]
-        self.content["model"] = model
-        self.assertIn(key, self.refused(self.content))
-
-    def test_entries_that_do_not_fit(self):
-        for name in ("model", "network", "vocabulary"):
-            for value in (None, [], {"object": ["wall"]}):
-                with self.subTest(name, value=value):
-                    self.refused({**self.content, name: value})
-        del self.vocabulary["part"]["person"]
-        self.refused(self.content)
 
 
 # ---------------------------------------------------------------- released weights
@@ -1148,19 +1014,9 @@ def released_files(
     place = new_folder(release)
     paths = []
     for name, content in files.items():
-        paths.append(os.path.join(place, name))
+        paths.append(join(place, name))
         torch.save(content, paths[-1])
     return paths, ours
-
-
-def written_out(release: str, depth: int, weights: dict, x: Tensor) -> dict[str, Tensor]:
-    """The logits of a released network, with the weights under our keys; x as its own code feeds
-    it. TestResNet compares the backbone."""
-    body = ResNet(depth, NETWORKS[release]["stem"]).eval()
-    prefix = "backbone."
-    own = {key.removeprefix(prefix): v for key, v in weights.items() if key.startswith(prefix)}
-    body.load_state_dict(own)
-    return plain_logits(body(x), weights, NETWORKS[release].get("pool", "prroi"))
 
 
 def class_tables(place: str) -> str:
@@ -1171,13 +1027,13 @@ def class_tables(place: str) -> str:
         for k in range(COUNTS[level]):
             background = k == 0 and level != "scene"
             rows.append(f"{k},-" if background else f"{k},{level} {k}")
-        write(os.path.join(place, f"{level}.csv"), "\n".join(rows))
+        write(join(place, f"{level}.csv"), "\n".join(rows))
     rows = ["object_label,object_name,part_labels,part_names"]
     counts = 7 * [4] + 43 * [6] + 27 * [5] + [6]  # 427 channels, backgrounds counted
     for k, count in enumerate(counts, start=1):
         names = ["-", *(f"part {p}" for p in range(1, count))]
         rows.append(f"{k},object {k},,{';'.join(names)}")
-    write(os.path.join(place, "object_part_hierarchy.csv"), "\n".join(rows))
+    write(join(place, "object_part_hierarchy.csv"), "\n".join(rows))
     rows = [
         "dataset,category,raw_label,raw_name,broden_label,broden_name",
         "ade20k,object,7,car;auto,3,object 3",
@@ -1190,7 +1046,7 @@ def class_tables(place: str) -> str:
         "os,material,2,brick,25,material 25",
         "os,material,3,mud,0,-",
     ]
-    write(os.path.join(place, "label_assignment.csv"), "\n".join(rows))
+    write(join(place, "label_assignment.csv"), "\n".join(rows))
     return place
 
 
@@ -1240,7 +1096,7 @@ class TestRelease(unittest.TestCase):
         names[130] = "screen"
         rows = ["Idx,Name"]
         rows.extend(f"{k},{name};other {k}" for k, name in enumerate(names, start=1))
-        cls.table = write(os.path.join(new_folder("table"), "object150.csv"), "\n".join(rows))
+        cls.table = write(join(new_folder("table"), "object150.csv"), "\n".join(rows))
         cls.tables = class_tables(new_folder("joint_dataset"))
         cls.files = {}
         cls.weights = {}
@@ -1269,66 +1125,44 @@ class TestRelease(unittest.TestCase):
                     self.assertLessEqual(abs(errors).max() / largest, 1e-4)
                     self.assertLessEqual(abs(abs(found).max() - largest) / largest, 1e-4)
 
-    @unittest.skipUnless(os.path.isdir(os.path.join(SHARED, "data")), "no recorded keys here")
+    @unittest.skipUnless(os.path.isdir(join(SHARED, "data")), "no recorded keys here")
     def test_stand_ins_have_the_keys_of_the_released_files(self):
         folders = {"paper": "upp_release", "ade20k": "mit_release", "mmseg": "mmseg_release"}
         for release, name in folders.items():
             keys = read_json(SHARED, name, "keys_resnet50.json")["keys"]
-            if release == "mmseg":
-                keys = {key for key in keys if not key.startswith("auxiliary_head.")}
-            else:
-                keys = {*keys["encoder"], *keys["decoder"]}
+            if release != "mmseg":
+                keys = {**keys["encoder"], **keys["decoder"]}
             found = set()
             for path in self.files[release]:
                 content = torch.load(path, weights_only=True)
                 found.update(content.get("state_dict", content))
-            found = {key for key in found if not key.startswith("auxiliary_head.")}
-            self.assertEqual(found, keys)
+            different = found.symmetric_difference(keys)
+            self.assertEqual({key for key in different if "auxiliary_head" not in key}, set())
 
-    def test_other_sizes_and_depths_against_the_networks_written_out(self):
-        deep, of_deep = released_files("paper", 3, backbone="resnet101", channels=32)
-        net, _ = upernet.load_release(*deep, self.tables)
-        self.assert_written_out(net, "paper", 101, of_deep, (90, 71))
-        tiny, of_tiny = released_files(
-            "mmseg", 4, backbone="resnet18", channels=32, classes={"object": 19}
-        )
-        net, _ = upernet.load_mmseg(*tiny)
-        self.assert_written_out(net, "mmseg", 18, of_tiny, (33, 161))
-        for release, size in (("paper", (33, 161)), ("ade20k", (77, 121)), ("mmseg", (75, 107))):
-            net, _ = self.networks[release]
-            self.assert_written_out(net, release, 50, self.weights[release], size)
-
-    def assert_written_out(self, net: UPerNet, release: str, depth: int, weights: dict, size):
-        """The network answers as the released one, written out, for a picture of this size."""
-        rgb = torch.rand(1, 3, *size)
-        if release == "paper":
-            means = torch.tensor([102.9801, 115.9465, 122.7717])  # BGR
-            x = 255 * rgb.flip(1) - means.view(3, 1, 1)
-        else:
-            means = torch.tensor([123.675, 116.28, 103.53])
-            deviations = torch.tensor([58.395, 57.12, 57.375])
-            x = (255 * rgb - means.view(3, 1, 1)) / deviations.view(3, 1, 1)
-        with torch.inference_mode():
-            logits = net(rgb)
-            expected = written_out(release, depth, weights, x)
-        self.assertEqual(logits.keys(), expected.keys())
-        for level, value in logits.items():
-            with self.subTest(release, depth=depth, level=level):
-                self.assertLessEqual(relative_error(value, expected[level]), 1e-4)
+    def test_other_depths_and_widths(self):
+        for release, depth in (("paper", 101), ("mmseg", 18)):
+            network = {"backbone": f"resnet{depth}", "channels": 32}
+            files, weights = released_files(release, 3, **network)
+            load = {"paper": upernet.load_release, "mmseg": upernet.load_mmseg}[release]
+            net, _ = load(*files, *([self.tables] if release == "paper" else []))
+            state = net.state_dict()
+            for key, value in weights.items():
+                if release == "paper" and key == "backbone.conv1.weight":
+                    value = value.flip(1)  # BGR
+                self.assertTrue(torch.equal(state[key], value), key)
 
     def test_sizes_and_classes(self):
         sizes = {release: net.test_size for release, (net, _) in self.networks.items()}
         expected = {"paper": (450, 1000, 8), "ade20k": (450, 1000, 32), "mmseg": (512, 2048, 1)}
         self.assertEqual(sizes, expected)  # short side, longest side, multiple
         net, vocabulary = self.networks["paper"]
-        counts = {level: len(names) for level, names in vocabulary.items()}
-        self.assertEqual(counts, {**COUNTS, "part": 78})
-        self.assertEqual(vocabulary["scene"][0], "scene 0")
-        self.assertEqual(vocabulary["object"][:2], ["background", "object 1"])
-        self.assertEqual(vocabulary["material"][:2], ["background", "material 1"])
+        self.assertEqual(net.part_slices[2], slice(4, 8))
+        self.assertEqual(len(vocabulary["part"]), 78)
+        for level, first in (("scene", "scene 0"), ("object", "background")):
+            self.assertEqual(vocabulary[level][:2], [first, f"{level} 1"])
+            self.assertEqual(len(vocabulary[level]), COUNTS[level])
         parts = ["background", "part 1", "part 2", "part 3"]
         self.assertEqual(vocabulary["part"]["object 1"], parts)
-        self.assertEqual(net.part_slices[2], slice(4, 8))
         objects = self.networks["ade20k"][1]["object"]
         self.assertEqual(objects[0], "thing 1")
         self.assertEqual(len(set(objects)), 150)  # although two begin with "screen"
@@ -1337,35 +1171,24 @@ class TestRelease(unittest.TestCase):
         with self.subTest(named), self.assertRaisesRegex(ValueError, re.escape(named)):
             upernet.load_release(encoder, decoder, labels)
 
-    def test_wrong_and_swapped_files(self):
+    def test_wrong_and_swapped_files_and_tables(self):
         encoder, decoder = self.files["paper"]
-        self.assert_refused(decoder, decoder, encoder, self.tables)
-        self.assert_refused(encoder, encoder, encoder, self.tables)
-        self.assert_refused("nothing.pth", "nothing.pth", decoder, self.tables)
         state = torch.load(decoder, weights_only=True)
         del state["fpn_in.1.0.weight"]
-        damaged = os.path.join(new_folder("wrong"), "damaged.pth")
+        damaged = join(new_folder("wrong"), "damaged.pth")
         torch.save(state, damaged)
-        self.assert_refused(damaged, encoder, damaged, self.tables)
+        self.assert_refused(decoder, decoder, encoder, self.tables)
+        self.assert_refused("nothing.pth", "nothing.pth", decoder, self.tables)
         self.assert_refused("fpn.laterals.1.0.weight", encoder, damaged, self.tables)
-
-    def test_wrong_class_tables(self):
-        encoder, decoder = self.files["paper"]
         self.assert_refused("nowhere", encoder, decoder, "nowhere")
         self.assert_refused(self.table, encoder, decoder, self.table)
-        self.assert_refused(self.tables, *self.files["ade20k"], self.tables)
-        short = write(os.path.join(new_folder("wrong"), "short.csv"), "Idx,Name\n1,wall\n")
+        short = write(join(new_folder("wrong"), "short.csv"), "Idx,Name\n1,wall\n")
         self.assert_refused(short, *self.files["ade20k"], short)
-        header = "label,object_name,part_labels,part_names"
-        for name, row in (
-            ("object.csv", ""),
-            ("object_part_hierarchy.csv", "1,x,,-;y"),  # no object of the table
-            ("object_part_hierarchy.csv", "1,object 3"),
-        ):
-            copied = os.path.join(new_folder("wrong"), "tables")
-            shutil.copytree(self.tables, copied)
-            write(os.path.join(copied, name), f"{header}\n{row}")
-            self.assert_refused(copied, encoder, decoder, copied)
+        copied = join(new_folder("wrong"), "tables")
+        shutil.copytree(self.tables, copied)
+        rows = "label,object_name,part_labels,part_names\n1,object 3"
+        write(join(copied, "object_part_hierarchy.csv"), rows)
+        self.assert_refused(copied, encoder, decoder, copied)
 
 
 class TestMmseg(unittest.TestCase):
@@ -1392,9 +1215,7 @@ class TestMmseg(unittest.TestCase):
 
     def test_refused_files(self):
         aligned = "decode_head=dict(type='UPerHead', align_corners = True)"  # its 769x769 networks
-        other = os.path.join(new_folder("other"), "other.pth")
-        torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}}, other)
-        for path in (other, self.file({"config": aligned}), self.file({"cfg": aligned})):
+        for path in (self.file({"config": aligned}), self.file({"cfg": aligned})):
             self.assertRaisesRegex(ValueError, re.escape(path), upernet.load_mmseg, path)
         self.assertRaisesRegex(ValueError, "upernet.pth", upernet.load_mmseg, self.file(), ["a"])
 
@@ -1403,7 +1224,7 @@ class TestMmseg(unittest.TestCase):
 def scanned(root: str, source: str = "ade20k", **options) -> tuple[datasets.Index, str]:
     """(index, stderr) of a scan with its cache below `root`."""
     with contextlib.redirect_stderr(io.StringIO()) as err:
-        index = datasets.scan(root, source, os.path.join(root, ".cache"), **options)
+        index = datasets.scan(root, source, join(root, ".cache"), **options)
     return index, err.getvalue()
 
 
@@ -1414,8 +1235,15 @@ def vocabulary_of(index: datasets.Index, **minima) -> dict:
 def source_of(root: str, source: str = "ade20k", **sizes) -> datasets.Source:
     """A source with all of its classes."""
     index, _ = scanned(root, source)
-    cache = os.path.join(root, ".cache")
+    cache = join(root, ".cache")
     return datasets.Source(index, vocabulary_of(index), None, cache, **sizes)
+
+
+def succeeded(test: unittest.TestCase, main, *argv) -> str:
+    """What a command printed that had nothing to complain about."""
+    status, said, err = command(main, *argv)
+    test.assertEqual((status, err), (0, ""))
+    return said
 
 
 def refusal(test: unittest.TestCase, main, *argv) -> str:
@@ -1432,12 +1260,13 @@ def columns(*values: int) -> np.ndarray:
 
 
 def textures(root: str, **listed: list[str]) -> str:
-    """DTD with the images that train1, val1 and test1 list: 70 x 210, light in the middle third."""
+    """DTD with the images that train1, val1 and test1 list: 70 x 210, lighter to the right."""
     picture = np.zeros((70, 210, 3))
-    picture[:, 70:140] = 200
+    picture[:, 70:140] = 100
+    picture[:, 140:] = 200
     for name in ("train1", "val1", "test1"):
         images = listed.get(name, [])
-        write(os.path.join(root, "dtd", "labels", f"{name}.txt"), "\n".join(images))
+        write(join(root, "dtd", "labels", f"{name}.txt"), "\n".join(images))
         for image in images:
             save(picture, root, "dtd", "images", image)
     return root
@@ -1449,9 +1278,9 @@ def surfaces(root: str, names: list[str], reds: list[np.ndarray]) -> str:
     table = "substance_id,substance_name,red_color"
     for k, name in enumerate(names, start=1):
         table += f"\n{100 + k},{name},{k}"
-    write(os.path.join(root, "os", "label-substance-colors.csv"), table)
+    write(join(root, "os", "label-substance-colors.csv"), table)
     for k, red in enumerate(reds):
-        save_jpeg(os.path.join(root, "os", "photos", f"{k}.jpg"), 48, 64)
+        save(noise(48, 64), root, "os", "photos", f"{k}.jpg")
         picture = np.stack([red, 7 + 0 * red, 9 + 0 * red], axis=-1)
         save(picture, root, "os", "photos-labels", f"{k}.png")
     return root
@@ -1460,13 +1289,8 @@ def surfaces(root: str, names: list[str], reds: list[np.ndarray]) -> str:
 class TestVocabulary(unittest.TestCase):
     def test_objects_and_scenes_after_merging(self):
         """Objects need images and pixels, scenes images; names in UTF-8 or Latin-1."""
-        names = {
-            7: "voiture à cheval, auto",
-            8: "voiture à chevals",
-            9: "sky",
-            10: "dot",
-            300: "wall",
-        }
+        names = {7: "voiture à cheval, auto", 8: "voiture à chevals"}
+        names.update({9: "sky", 10: "dot", 300: "wall"})
         scenes = [["outdoor", "urban", "Street"], ["street"], ["indoor", "misc"], [], ["attic"]]
         ade = Ade()
         for k, scene in enumerate(scenes):
@@ -1474,7 +1298,9 @@ class TestVocabulary(unittest.TestCase):
             objects[:10] = 9 if k < 2 else 0  # sky in two images
             objects[10:20] = 7 if k % 2 else 8  # together 2000 pixels in five
             objects[39, 39] = 10  # five pixels of dot
-            ade.add(objects, names, scene, encoding="latin-1" if k == 1 else "utf-8")
+            stem = ade.add(objects, names, scene)
+        text = Path(f"{stem}.json").read_text(encoding="utf-8")
+        write(f"{stem}.json", text, "latin-1")
         index = ade.index()
         self.assertEqual(index.tags, ["street", "street", "", "", "attic"])
         vocabulary = vocabulary_of(index, images=5, pixels=2000, scenes=2)
@@ -1483,7 +1309,6 @@ class TestVocabulary(unittest.TestCase):
         source = datasets.Source(index, vocabulary)
         scenes = [source.labels(i)["scene"] for i in range(5)]
         self.assertEqual(scenes, [0, 0, -1, -1, -1])
-        self.assertEqual(vocabulary_of(index)["scene"], ["attic", "street"])
 
     def test_first_synonym_plural_and_sides(self):
         names = "Building, edifice;buildings;bus;box;boxes;berry;berries;glasses".split(";")
@@ -1496,20 +1321,19 @@ class TestVocabulary(unittest.TestCase):
     def test_parts_are_kept_per_object_on_the_first_level(self):
         names = {5: "car", 6: "house", 20: "left wheel", 21: "right wheel", 22: "door"}
         names.update({23: "knob", 24: "background"})
+        parts = columns(20, 0, 22, 24)
+        parts[20:, :10] = 21
         ade = Ade()
         for k in range(3):
-            objects = columns(5, 5, 6, 6)
-            parts = columns(20, 0, 22, 24)
-            parts[20:, :10] = 21
             parts[0, 15] = 22 if k == 0 else 0  # a car's door in a single image
-            stem = ade.add(objects, names, ["street"], parts)
+            stem = ade.add(columns(5, 5, 6, 6), names, ["street"], parts)
             ade.save_numbers(23 * (parts == 22), f"{stem}_parts_2.png")  # parts of parts
         index = ade.index()
         vocabulary = vocabulary_of(index, parts=2)
         expected = {"car": ["background", "wheel"], "house": ["background", "door"]}
         self.assertEqual(vocabulary["part"], expected)
         part = datasets.Source(index, vocabulary).labels(0)["part"]  # no car's door
-        self.assertTrue((part == columns(1, 0, 1, 0)).all())
+        assert_array_equal(part, columns(1, 0, 1, 0))
         self.assertEqual(vocabulary_of(index)["part"]["car"], ["background", "wheel", "door"])
 
     def test_opensurfaces_merges(self):
@@ -1523,23 +1347,22 @@ class TestVocabulary(unittest.TestCase):
             "Fabric/Cloth": "fabric",
             "Paper/Tissue": "paper",
             "Rubber/Latex": "rubber/latex",
-            "Wood": "wood",
             "Sky": None,
             "Wood-painted": None,
             "Brick": None,  # in one image alone
         }
-        red = np.ones((60, 1), int) * (np.arange(70) // 5)  # not of the photo's size
-        root = surfaces(new_folder("surfaces"), list(merged), [red, red * (red < 13)])
+        red = np.ones((60, 1), int) * (np.arange(65) // 5)  # not of the photo's size
+        root = surfaces(new_folder("surfaces"), list(merged), [red, red * (red < 12)])
         index, err = scanned(root, "os")
         self.assertEqual(err, "")
         vocabulary = vocabulary_of(index, images=2)
         materials = sorted(set(merged.values()) - {None})
         self.assertEqual(vocabulary, {"material": materials})
         labels = datasets.Source(index, vocabulary).labels(0)["material"]
-        self.assertEqual(labels.shape, (60, 70))
-        for k, name in enumerate([None, *merged.values()]):
-            expected = materials.index(name) if name else -1
-            self.assertTrue((labels[:, 5 * k : 5 * k + 5] == expected).all(), name)
+        expected = [-1]  # red 0
+        for name in merged.values():
+            expected.append(materials.index(name) if name else -1)
+        assert_array_equal(labels, np.array(expected)[red])
 
 
 def cityscapes_entries(folder, paths):
@@ -1577,7 +1400,7 @@ CITYSCAPES = datasets.DataSet(
     entries=cityscapes_entries,
     numbers=cityscapes_numbers,
     table=cityscapes_table,
-    class_names=cityscapes_names,
+    names_by_level=cityscapes_names,
     void=(0, 4),
 )
 
@@ -1649,52 +1472,41 @@ class TestScan(unittest.TestCase):
 
     def test_broken_files_of_ade20k(self):
         cases = [
-            (".jpg", 400),  # the first bytes alone
-            (".jpg", 0),
+            (".jpg", b"\xff\xd8 no picture"),
             ("_seg.png", None),  # missing
-            ("_seg.png", 0),
-            ("_parts_1.png", "no picture"),
+            ("_parts_1.png", b"no picture"),
             (".json", None),
-            (".json", "{"),
-            (".json", "[]"),
-            (".json", "{}"),
-            (".json", '{"annotation": {"scene": 3, "object": []}}'),
-            (".json", '{"annotation": {"scene": [], "object": [{"name": "wall"}]}}'),
+            (".json", b"{"),
+            (".json", b'{"annotation": {"scene": 3, "object": []}}'),
+            (".json", b'{"annotation": {"scene": [], "object": [{"name": "wall"}]}}'),
             ("_seg.png", "other size"),
             ("_parts_1.png", "other size"),
         ]
         ade = Ade()
         broken = []
-        for ending, content in cases:
+        for ending, content in [*cases, ("", None)]:
             path = ade.add(self.WALL, {5: "wall"}, ["street"], 0 * self.WALL) + ending
             broken.append(os.path.relpath(path, ade.folder))
-            if content is None:
-                os.remove(path)
-            elif content == "other size":
+            if content == "other size":
                 ade.save_numbers(self.WALL[:20], path)
-            elif isinstance(content, str):
-                write(path, content)
-            else:
-                os.truncate(path, content)
-        stem = ade.add(self.WALL, {5: "wall"}, ["street"], 0 * self.WALL)
-        kept = [os.path.relpath(f"{stem}.jpg", ade.folder)]
-        self.check_set_aside(ade.root, "ade20k", broken, kept)
+            elif content is not None:
+                Path(path).write_bytes(content)
+            elif ending:
+                os.remove(path)
+        stem = broken.pop()
+        self.check_set_aside(ade.root, "ade20k", broken, [f"{stem}.jpg"])
 
     def test_broken_files_of_other_layouts(self):
-        root = surfaces(new_folder("others"), ["wood"], [np.ones((64, 64), int)] * 3)
-        own_data(root, [columns(1, 2)] * 5)
-        maps = os.path.join(root, "os", "photos-labels")
-        write(os.path.join(maps, "1.png"), "no picture")
-        os.remove(os.path.join(maps, "2.png"))
-        paths = ["photos-labels/1.png", "photos-labels/2.png"]
-        self.check_set_aside(root, "os", paths, ["photos/0.jpg"])
-        masks = os.path.join(root, "annotations", "training")
+        root = surfaces(new_folder("others"), ["wood"], [np.ones((64, 64), int)] * 2)
+        os.remove(join(root, "os", "photos-labels", "1.png"))
+        self.check_set_aside(root, "os", ["photos-labels/1.png"], ["photos/0.jpg"])
+        own_data(root, [columns(1, 2)] * 4)
+        masks = join(root, "annotations", "training")
         save(np.ones((40, 20, 3)) * [1, 200, 0], masks, "1.png")  # in colours
         save(np.ones((30, 20)), masks, "2.png")
-        os.remove(os.path.join(masks, "3.png"))
-        os.rename(os.path.join(masks, "4.png"), os.path.join(masks, "4.tif"))
-        save(Image.fromarray(np.full((40, 20), 1.5, np.float32)), masks, "4.tif")
-        paths = [f"annotations/training/{name}" for name in ("1.png", "2.png", "3.png", "4.tif")]
+        os.remove(join(masks, "3.png"))
+        save(Image.fromarray(np.full((40, 20), 1.5, np.float32)), masks, "3.tif")
+        paths = [f"annotations/training/{name}" for name in ("1.png", "2.png", "3.tif")]
         self.check_set_aside(root, "ade20k", paths, ["images/training/0.jpg"])
 
     def test_one_broken_file_in_twenty_is_tolerated(self):
@@ -1720,13 +1532,13 @@ class TestScan(unittest.TestCase):
     def test_opens_nothing_again_until_something_changes(self):
         ade = Ade()
         stem = ade.add(self.WALL, {5: "wall"}, ["street"])
-        first = ade.index()
+        self.assertEqual(ade.index().names, {5: "wall"})
         photo = Path(f"{stem}.jpg")
         content = photo.read_bytes()
         times = (0, photo.stat().st_mtime_ns)
         photo.write_bytes(bytes(len(content)))  # no photo, of the same size and time
         os.utime(photo, ns=times)
-        self.assertEqual(ade.index().images, first.images)
+        self.assertEqual(ade.index().broken, [])
         photo.write_bytes(content)
         write(f"{stem}.json", Path(f"{stem}.json").read_text().replace("wall", "door"))
         self.assertEqual(ade.index().names, {5: "door"})
@@ -1738,34 +1550,29 @@ class TestScan(unittest.TestCase):
     def test_a_damaged_index_is_rebuilt(self):
         ade = Ade()
         ade.add(self.WALL, {5: "wall"}, ["street"])
-        content = ade.index()._asdict()
-        path = Path(ade.root, ".cache", "ade20k.index.pt")
-        del content["pixels"]
-        torch.save(content, path)
-        self.assertEqual(ade.index().pixels.tolist(), [[0, 5, 0, 1600]])
+        ade.index()
+        (path,) = Path(ade.root, ".cache").glob("ade20k*")
         for damaged in (b"", path.read_bytes()[:999], b"no index"):
             path.write_bytes(damaged)
             self.assertEqual(ade.index().pixels.tolist(), [[0, 5, 0, 1600]])
 
     def test_processes_change_nothing_and_a_killed_one_ends_it(self):
         root = new_folder("many")
-        noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3))  # takes long to read
-        photo = save(noise, root, "photo.png")
-        os.mkdir(os.path.join(root, "images"))
+        pixels = np.random.default_rng(0).integers(0, 256, (300, 300, 3))  # takes long to read
+        photo = save(pixels, root, "photo.png")
+        os.mkdir(join(root, "images"))
         for k in range(210):
-            os.symlink(photo, os.path.join(root, "images", f"{k}.png"))
+            os.symlink(photo, join(root, "images", f"{k}.png"))
             save(np.full((300, 300), k % 3), root, "annotations", f"{k}.png")
         argv = [sys.executable, "-c", KILLED_READER, root]
         environment = {**os.environ, "PYTHONPATH": HERE}
         killed = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=100)
-        self.assertEqual(killed.returncode, 2, killed.stderr)
-        self.assertEqual(killed.stderr.count("\n"), 1, killed.stderr)
+        self.assertEqual((killed.returncode, killed.stderr.count("\n")), (2, 1), killed.stderr)
         self.assertIn("--workers", killed.stderr)
         index, _ = scanned(root, workers=2)
         self.assertEqual(len(index.images), 210)
-        for (image, number, _, _), name in zip(index.pixels.tolist(), index.images):
-            self.assertEqual(index.images[image], name)
-            self.assertEqual(number, int(Path(name).stem) % 3)
+        for image, number, _, _ in index.pixels.tolist():
+            self.assertEqual(number, int(Path(index.images[image]).stem) % 3)
 
     def test_other_layouts_are_told_what_to_rename(self):
         layouts = ["images masks", "leftImg8bit gtFine", "JPEGImages SegmentationClass"]
@@ -1793,62 +1600,55 @@ class TestPhotos(unittest.TestCase):
 
     def test_deep_ones_are_shown_right_or_refused(self):
         values = np.linspace(0, 65535, 800).reshape(40, 20)
-        pictures = {
-            "0.png": values.astype(np.uint16),
-            "1.png": (values / 16).astype(np.uint16),  # 12 of 16 bits
-            "2.tif": (values / 65535).astype(np.float32),
-        }
-        root = own_data(new_folder("deep"), [columns(1, 2)] * 3)
-        images = os.path.join(root, "images", "training")
-        for name, picture in pictures.items():
-            save(Image.fromarray(picture), images, name)
-            os.remove(os.path.join(images, f"{name[0]}.jpg"))
+        root = new_folder("deep")
+        for name, picture in (
+            ("0.png", values.astype(np.uint16)),
+            ("1.png", (values / 16).astype(np.uint16)),  # 12 of 16 bits
+            ("2.tif", (values / 65535).astype(np.float32)),
+        ):
+            save(Image.fromarray(picture), root, "images", name)
+            save(columns(1, 2), root, "annotations", f"{name[0]}.png")
         index, _ = scanned(root, allow_broken=True)
-        self.assertEqual(index.images, ["images/training/0.png"])
         broken = [path for path, _ in index.broken]
-        self.assertEqual(broken, ["images/training/1.png", "images/training/2.tif"])
-        shown = np.asarray(datasets.open_photo(os.path.join(images, "0.png")), np.float64)
+        self.assertEqual(broken, ["images/1.png", "images/2.tif"])
+        shown = np.asarray(datasets.open_photo(join(root, "images", "0.png")), np.float64)
         self.assertLess(np.abs(shown - values[..., None] / 257).max(), 1.01)
-        for name in ("1.png", "2.tif"):
-            with self.assertRaisesRegex(datasets.UserError, name):
-                datasets.open_photo(os.path.join(images, name))
 
     def test_are_turned_as_their_exif_data_say(self):
-        root = own_data(new_folder("exif"), [columns(1, 2, 2)] * 2)
-        exif = Image.Exif()
-        exif[0x0112] = 6  # a quarter to the right
+        root = own_data(new_folder("exif"), [columns(1, 2, 2)])
         picture = np.zeros((30, 40, 3), np.uint8)
         picture[:, :20] = 255  # light on the left: once it is turned, on top
-        path = os.path.join(root, "images", "training", "0.jpg")
-        Image.fromarray(picture).save(path, exif=exif)
+        photo = Image.fromarray(picture)
+        photo.getexif()[0x0112] = 6  # a quarter to the right
+        photo.save(join(root, "images", "training", "0.jpg"), exif=photo.getexif())
         source = source_of(root)
-        self.assertEqual(source.index.sizes.tolist(), [[40, 30]] * 2)
-        photo = np.asarray(source.photo(0, (15, 20)))
-        self.assertEqual(photo.shape, (40, 30, 3))
-        self.assertGreater(photo[:18].min(), 200)
-        self.assertLess(photo[22:].max(), 50)
+        self.assertEqual(source.index.sizes.tolist(), [[40, 30]])
+        shown = np.asarray(source.photo(0, (15, 20)))
+        self.assertEqual(shown.shape, (40, 30, 3))
+        self.assertGreater(shown[:18].min(), 200)
+        self.assertLess(shown[22:].max(), 50)
 
 
 class TestOwnData(unittest.TestCase):
     MASK = columns(1, 1, 2, 0)
 
     def assert_labels(self, root: str, expected: np.ndarray, i: int = 0):
-        self.assertTrue((source_of(root).labels(i)["object"] == expected).all())
+        assert_array_equal(source_of(root).labels(i)["object"], expected)
 
     def test_lies_in_the_root_in_ade20k_or_one_folder_down(self):
         for place in ("", "ade20k", "ade20k/mine"):
             root = new_folder("own")
-            top = own_data(os.path.join(root, place), [self.MASK])
+            top = own_data(join(root, place), [self.MASK])
             self.assertTrue(os.path.samefile(scanned(root)[0].folder, top))
             self.assert_labels(root, self.MASK - 1)
-        other = own_data(os.path.join(root, "ade20k", "yours"), [self.MASK])
+        other = own_data(join(root, "ade20k", "yours"), [self.MASK])
         line = refusal(self, datasets.main, "--data", "ade20k", "--root", root)
         self.assertRegex(line, f"{top}.*{other}")
 
     def test_sides_and_scenes(self):
         root = own_data(new_folder("own"), [self.MASK] * 2, sceneCategories="0 misc\n1 Street\n")
         for name in ("images", "annotations"):
-            shutil.copytree(os.path.join(root, name, "training"), os.path.join(root, name, "val"))
+            shutil.copytree(join(root, name, "training"), join(root, name, "val"))
         index, _ = scanned(root)
         self.assertEqual(index.tags, ["", "street", "", "street"])
         self.assertEqual(index.official, ["train", "train", "val", "val"])
@@ -1875,6 +1675,16 @@ class TestOwnData(unittest.TestCase):
             self.assertEqual(vocabulary, {"object": names})
             self.assert_labels(root, self.MASK - 1)
 
+    def test_a_class_named_void_and_masks_as_jpeg_are_pointed_out(self):
+        root = own_data(new_folder("own"), [columns(0, 1, 2)], classes="0 sky\n1 Void\n2 car\n")
+        _, err = scanned(root)
+        self.assertRegex(err, r"Void.*classes\.txt")
+        mask = join(root, "annotations", "training", "0.png")
+        with Image.open(mask) as picture:
+            picture.save(mask.replace(".png", ".jpg"))
+        os.remove(mask)
+        self.assertRegex(refusal(self, datasets.main, "--data", "ade20k", "--root", root), "JPEG")
+
     def test_exactly_the_numbers_of_a_table_are_classes(self):
         table = "0 sky\n1: building, tall\n255, void thing\n\n12 car\n"
         root = own_data(new_folder("own"), [columns(0, 1, 7, 12, 255)], classes=table)
@@ -1883,13 +1693,8 @@ class TestOwnData(unittest.TestCase):
         self.assertEqual(vocabulary_of(index), {"object": names})
         self.assert_labels(root, columns(0, 1, -1, 2, 3))
         self.assertRegex(err, r"\b7\b")
-        for wrong in (
-            "0 sky\n0 sea\n",
-            "1 sky\n70000 sea\n",
-            "sky\n\nsea\n",
-            "number name\n1 a\n2 b\n",
-        ):
-            write(os.path.join(root, "classes.txt"), wrong)
+        for wrong in ("0 sky\n0 sea\n", "1 sky\n70000 sea\n", "number name\n1 a\n2 b\n"):
+            write(join(root, "classes.txt"), wrong)
             self.assertIn(root, refusal(self, datasets.main, "--data", "ade20k", "--root", root))
 
     def test_255_and_0_are_unlabelled_unless_the_table_names_them(self):
@@ -1913,14 +1718,16 @@ class TestOwnData(unittest.TestCase):
 
     def test_masks_without_two_classes_are_refused(self):
         training = ("--weights", "none", "--iters", 0, "--out", new_folder("out"), *SMALL)
-        commands = [(datasets.main, ()), (balance_split.main, ()), (train.main, training)]
         names = {"classes": "one\ntwo\n"}
-        cases = [([51, 52], names), ([0, 51], {"classes": "0 background\n2 thing\n"})]
-        for values in ([0, 255], [0], [0, 1], [0, 1, 255]):
-            cases += [(values, {}), (values, names)]
-        for values, tables in cases:
+        for values, tables in (
+            ([0, 255], {}),
+            ([0, 1, 255], {}),
+            ([0, 1], names),
+            ([51, 52], names),
+            ([0, 51], {"classes": "0 background\n2 thing\n"}),
+        ):
             root = own_data(new_folder("own"), [columns(*values)] * 2, **tables)
-            for main, options in commands:
+            for main, options in ((datasets.main, ()), (train.main, training)):
                 status, _, err = command(main, "--data", "ade20k", "--root", root, *options)
                 with self.subTest(values=values, tables=tables, main=main.__module__):
                     self.assertEqual(status, 2, err)
@@ -1928,15 +1735,12 @@ class TestOwnData(unittest.TestCase):
 
     def test_numbers_that_are_no_classes_are_refused_without_a_table(self):
         """Where fewer than half of 1..highest occur."""
-        resampled = Image.fromarray(columns(1, 90).astype(np.uint8)).resize((30, 40))
-        cases = [
+        for mask, expected in (
             (columns(0, 85, 170, 255), 2),  # gray levels
-            (np.asarray(resampled), 2),
             (columns(1001, 1002, 2001), 2),  # class * 1000 + instance
             (columns(3, 5, 255, 0), 2),
             (columns(2, 4, 255, 0), 0),
-        ]
-        for mask, expected in cases:
+        ):
             root = own_data(new_folder("own"), [mask])
             picture = Image.fromarray(mask.astype(np.uint16))
             save(picture, root, "annotations", "training", "0.png")
@@ -1946,8 +1750,7 @@ class TestOwnData(unittest.TestCase):
 
     def test_numbers_beyond_the_table_are_reported_and_unlabelled(self):
         beyond = columns(1, 1, 7, 0)
-        masks = [self.MASK, beyond, beyond]
-        root = own_data(new_folder("own"), masks, classes="sea\nland\nglacier\n")
+        root = own_data(new_folder("own"), [self.MASK, beyond], classes="sea\nland\nglacier\n")
         for _ in range(2):  # a scan, and its index
             _, err = scanned(root)
             self.assertRegex(err, r"\b7\b")
@@ -1955,8 +1758,7 @@ class TestOwnData(unittest.TestCase):
             self.assertNotIn("land", err)
         self.assert_labels(root, columns(0, 0, -1, -1), 1)
         _, out, _ = command(datasets.main, "--data", "ade20k", "--root", root)
-        pixels = re.findall(r"^ +\d+ (\w+) +([\d,]+) pixels", out, re.MULTILINE)
-        self.assertEqual(pixels, [("sea", "2,400"), ("land", "400"), ("glacier", "0")])
+        self.assertRegex(out, r"sea +1,600 pixels[^|]*land +400 pixels[^|]*glacier +0 pixels")
 
     def test_the_unlabelled_share_is_that_of_a_plain_count(self):
         masks = [columns(0, 1, 2, 7), columns(255, 2, 1, 1, 1)]
@@ -1964,7 +1766,7 @@ class TestOwnData(unittest.TestCase):
         ade = Ade()
         ade.add(columns(0, 5, 5), {5: "car", 6: "wheel"}, ["street"], columns(6, 6, 6))
         for index, expected in ((scanned(root)[0], 3 / 9), (ade.index(), 1 / 3)):
-            share = re.search(r"([\d.]+)%", datasets.unlabelled(index))
+            share = re.search(r"([\d.]+)%", datasets.unlabelled_share(index))
             self.assertAlmostEqual(float(share[1]), 100 * expected, delta=0.051)
 
     def test_masks_of_any_mode_with_one_number_a_pixel(self):
@@ -1972,16 +1774,14 @@ class TestOwnData(unittest.TestCase):
         palette = grey.copy()
         palette.putpalette(np.random.default_rng(0).bytes(768))
         wide = 150 * self.MASK  # numbers beyond 255
-        cases = [
-            (grey, self.MASK),
+        classes = "\n".join(f"name {n}" for n in range(1, 301))
+        for picture, numbers in (
             (grey.convert("RGB"), self.MASK),
             (grey.convert("RGBA"), self.MASK),
             (palette, self.MASK),
             (Image.fromarray(self.MASK == 1), 1 * (self.MASK == 1)),
             (Image.fromarray(wide.astype(np.uint16)), wide),
-        ]
-        classes = "\n".join(f"name {n}" for n in range(1, 301))
-        for picture, numbers in cases:
+        ):
             root = own_data(new_folder("own"), [self.MASK] * 2, classes=classes)
             save(picture, root, "annotations", "training", "0.png")
             with self.subTest(mode=picture.mode):
@@ -1990,17 +1790,15 @@ class TestOwnData(unittest.TestCase):
     def test_hidden_files_and_files_elsewhere_are_not_data(self):
         root = own_data(new_folder("own"), [self.MASK])
         before, _ = scanned(root)
-        hidden = ["images/training/._0.jpg", "annotations/training/._0.png", "images/.x/0.jpg"]
-        for name in (*hidden, "notes.txt", "more/0.jpg"):
-            write(os.path.join(root, name), "no picture")
+        for name in ("images/training/._0.jpg", "images/.x/0.jpg", "notes.txt", "more/0.jpg"):
+            write(join(root, name), "no picture")
         after, err = scanned(root)
-        self.assertEqual(err, "")
-        self.assertEqual(after.fingerprint, before.fingerprint)
+        self.assertEqual((err, after.fingerprint), ("", before.fingerprint))
 
     def test_text_in_utf16_and_masks_without_a_photo(self):
         root = own_data(new_folder("own"), [self.MASK] * 2)
-        write(os.path.join(root, "classes.txt"), "sea\nland\n", "utf-16")
-        os.remove(os.path.join(root, "images", "training", "1.jpg"))
+        write(join(root, "classes.txt"), "sea\nland\n", "utf-16")
+        os.remove(join(root, "images", "training", "1.jpg"))
         index, err = scanned(root)
         self.assertEqual(index.names, {1: "sea", 2: "land"})
         self.assertIn("annotations/training/1.png", err)
@@ -2009,7 +1807,7 @@ class TestOwnData(unittest.TestCase):
 class TestToy(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        root = os.path.join(new_folder("toy"), "toy")
+        root = join(new_folder("toy"), "toy")
         with contextlib.redirect_stdout(io.StringIO()):
             datasets.make_toy(root, scenes=120, photos=90, textures=24)
         cls.indexes = {name: scanned(root, name)[0] for name in datasets.TOY_SOURCES}
@@ -2066,25 +1864,24 @@ class TestToy(unittest.TestCase):
             self.assertEqual(index.broken, [])
         self.assertEqual(set(self.indexes["ade20k"].official), {"train", "val"})
 
-    def test_is_always_the_same(self):
-        for files in (datasets.ade20k_files, datasets.opensurfaces_files, datasets.dtd_files):
-            many = dict(files(3))
-            for path, content in files(2):
-                if isinstance(content, Image.Image):
-                    self.assertEqual(content.tobytes(), many[path].tobytes(), path)
-
-    def test_is_complete_or_not_there_at_all(self):
+    def test_is_always_the_same_and_complete_or_not_there_at_all(self):
         place = new_folder("toy")
-        with mock.patch("datasets.relief", side_effect=OSError("full")):
-            with contextlib.redirect_stdout(io.StringIO()), self.assertRaises(OSError):
-                datasets.make_toy(os.path.join(place, "toy"), 0, 0, 1)
-        self.assertEqual(os.listdir(place), [])
+        with contextlib.redirect_stdout(io.StringIO()):
+            for name in ("one", "other"):
+                datasets.make_toy(join(place, name), 2, 1, 1)
+            with mock.patch("PIL.Image.Image.save", side_effect=OSError("full")):
+                with self.assertRaises(OSError):
+                    datasets.make_toy(join(place, "cut"), 2, 1, 1)
+        self.assertEqual(set(os.listdir(place)), {"one", "other"})
+        for path in Path(place, "one").rglob("*.*"):
+            other = Path(place, "other", path.relative_to(Path(place, "one")))
+            self.assertEqual(path.read_bytes(), other.read_bytes(), path)
 
 
 class TestBatches(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.root = os.path.join(toy_root(), "toy")
+        cls.root = join(toy_root(), "toy")
         cls.sources = []
         cls.plan = []  # of each source an upright image and three others
         for k, name in enumerate(datasets.TOY_SOURCES):
@@ -2119,38 +1916,16 @@ class TestBatches(unittest.TestCase):
         self.assertTrue((plan == datasets.plan_batches(groups, 4000, 2, seed=0)).all())
         self.assertFalse((plan == datasets.plan_batches(groups, 4000, 2, seed=1)).all())
 
-    def test_training_mixes_orientations_only_in_crops(self):
-        index = self.sources[1].index
-        heights = dict(zip(index.images, index.sizes[:, 0].tolist()))
-        options = ("--data", "os", "--root", self.root, "--backbone", "resnet18", *SMALL)
-        options += ("--weights", "none", "--iters", 8)
-        read = datasets.TrainingBatches.__getitem__
-        for crop in (0, 32):
-            counts = []
-
-            def recorded(batches, k):
-                batch = read(batches, k)
-                counts.append(len({heights[name] for name in batch["files"]}))
-                return batch
-
-            with mock.patch("datasets.TrainingBatches.__getitem__", recorded):
-                more = ("--crop", crop, "--out", new_folder("out"))
-                status, _, err = command(train.main, *options, *more[0 if crop else 2 :])
-            self.assertEqual(status, 0, err)
-            self.assertEqual(len(counts), 8)
-            self.assertEqual(max(counts), 2 if crop else 1)
-
     def test_item_k_depends_on_plan_seed_and_k_alone(self):
+        others = [self.plan[0], self.plan[0], self.plan[2]]
         for crop in (0, 64):
             batches = self.batches(crop=crop)
             last = batches[2]
             self.assert_same(batches[0], self.batches(crop=crop)[0])
-            others = [self.plan[0], self.plan[0], self.plan[2]]
             self.assert_same(last, self.batches(others, crop=crop)[2])
-            first, second = [self.batches(others, crop=crop)[k]["images"] for k in range(2)]
-            self.assertFalse(torch.equal(first, second))
-            other_seed = self.batches(others, crop=crop, seed=4)[0]["images"]
-            self.assertFalse(torch.equal(first, other_seed))
+            first = batches[0]["images"]
+            for other in (self.batches(others, crop=crop)[1], self.batches(crop=crop, seed=4)[0]):
+                self.assertFalse(torch.equal(first, other["images"]))
 
     def test_a_short_side_is_drawn_for_each_iteration(self):
         heights = []
@@ -2168,58 +1943,46 @@ class TestBatches(unittest.TestCase):
         self.assert_same(last, batches[2])
 
     def test_processes_and_accumulation_change_nothing(self):
+        """Shares hold the images of the whole batch, but for their padding."""
         for crop in (0, 64):
+            whole = self.batches(crop=crop)[0]
             for accumulate, processes in ((1, 2), (2, 1), (2, 2)):
-                shares = []
-                for k in range(accumulate):
-                    for rank in range(processes):
-                        share = {"accumulate": accumulate, "rank": rank, "processes": processes}
-                        shares.append(self.batches(crop=crop, **share)[k])
-                self.check_shares(self.batches(crop=crop)[0], shares)
+                n = 4 // (accumulate * processes)
+                for share in range(accumulate * processes):
+                    k, rank = divmod(share, processes)
+                    options = {"accumulate": accumulate, "rank": rank, "processes": processes}
+                    batch = self.batches(crop=crop, **options)[k]
+                    mine = slice(share * n, (share + 1) * n)
+                    self.assertEqual(batch["files"], whole["files"][mine])
+                    self.assertTrue(torch.equal(batch["scene"], whole["scene"][mine]))
+                    for key in ("images", "object", "part"):
+                        height, width = batch[key].shape[-2:]
+                        expected = whole[key][mine, ..., :height, :width]
+                        self.assertTrue(torch.equal(batch[key], expected), key)
         self.assertEqual(len(self.batches(accumulate=2)), 6)
 
-    def check_shares(self, whole: dict, shares: list[dict]):
-        """Asserts that the shares hold the images of the whole batch, but for their padding."""
-        n = 4 // len(shares)
-        for k, share in enumerate(shares):
-            mine = slice(k * n, (k + 1) * n)
-            self.assertEqual(share["files"], whole["files"][mine])
-            self.assertTrue(torch.equal(share["scene"], whole["scene"][mine]))
-            for key in ("images", "object", "part"):
-                height, width = share[key].shape[-2:]
-                expected = whole[key][mine, ..., :height, :width]
-                self.assertTrue(torch.equal(share[key], expected), key)
-
-    def flips(self, source: datasets.Source, i: int, **options) -> int:
-        """How often of 20 times an image is mirrored, with its labels, at its own size."""
+    def test_half_of_the_images_are_mirrored_with_their_labels(self):
+        source = self.sources[0]
+        i = int(self.plan[0][2])
         height, width = source.index.sizes[i].tolist()
         photo = np.asarray(source.photo(i)).transpose(2, 0, 1)
         labels = source.labels(i)
-        batches = self.batches([[0, i]] * 20, [source], sizes=[min(height, width)], **options)
+        self.assertGreater(labels["part"].max(), 0)
+        batches = self.batches([[0, i]] * 20, sizes=[min(height, width)])
         flips = 0
         for k in range(20):
             batch = batches[k]
             shown = batch["images"][0, :, :height, :width].numpy()
-            is_flipped = (shown == photo[..., ::-1]).all()
-            self.assertTrue(is_flipped or (shown == photo).all())
-            flips += is_flipped
-            for level in {"object", "part"} & labels.keys():
-                expected = labels[level][:, ::-1] if is_flipped else labels[level]
-                quarter = batch[level][0, : height // 4, : width // 4].numpy()
-                self.assertTrue((quarter == expected[2::4, 2::4]).all())
-        return flips
-
-    def test_half_of_the_images_are_mirrored_with_their_labels(self):
-        root = textures(new_folder("square"), train1=["spotted/a.png"])
-        picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3))
-        save(picture, root, "dtd", "images", "spotted", "a.png")
-        scene = int(self.plan[0][2])
-        self.assertGreater(self.sources[0].labels(scene)["part"].max(), 0)
-        for source, i in ((self.sources[0], scene), (source_of(root, "dtd"), 0)):
-            flips = self.flips(source, i)
-            self.assertGreater(flips, 4)
-            self.assertLess(flips, 16)
-            self.assertEqual(self.flips(source, i, flip=False), 0)
+            step = 1
+            if not np.array_equal(shown, photo):
+                step = -1
+                flips += 1
+            assert_array_equal(shown, photo[..., ::step])
+            for level in ("object", "part"):
+                quarter = batch[level][0, : height // 4, : width // 4]
+                assert_array_equal(quarter, labels[level][:, ::step][2::4, 2::4])
+        self.assertGreater(flips, 4)
+        self.assertLess(flips, 16)
 
     def test_shapes_types_and_padding(self):
         batches = self.batches(sizes=[72])
@@ -2229,74 +1992,79 @@ class TestBatches(unittest.TestCase):
         self.assertEqual(squares["texture"].shape, (4,))
         self.assertEqual(scenes["scene"].shape, (4,))
         mean = torch.tensor(datasets.MEAN_COLOUR).view(3, 1, 1)
+        inside = torch.zeros(4, 128, 128, dtype=bool)
+        inside[0, :108, :72] = True
+        inside[1:, :72, :108] = True
+        cells = inside[:, 2::4, 2::4]
         for batch, level in ((scenes, "object"), (photos, "material")):
-            self.assertEqual(batch["images"].shape, (4, 3, 128, 128))
-            self.assertEqual(batch["images"].dtype, torch.uint8)
-            self.assertEqual(batch[level].dtype, torch.int16)
-            for n, (height, width) in enumerate([(108, 72), (72, 108), (72, 108), (72, 108)]):
-                inside = torch.zeros(128, 128, dtype=bool)
-                inside[:height, :width] = True
-                is_mean = (batch["images"][n] == mean).all(dim=0)
-                self.assertTrue(is_mean[~inside].all())
-                self.assertLess(is_mean[inside].double().mean(), 0.1)
-                labels = batch[level][n]
-                self.assertTrue((labels[~inside[2::4, 2::4]] == -1).all())
-                self.assertTrue((labels[inside[2::4, 2::4]] >= 0).any())
+            images = batch["images"]
+            self.assertEqual((images.shape, images.dtype), ((4, 3, 128, 128), torch.uint8))
+            is_mean = (images == mean).all(dim=1)
+            self.assertTrue(is_mean[~inside].all())
+            self.assertLess(is_mean[inside].double().mean(), 0.1)
+            labels = batch[level]
+            self.assertEqual(labels.dtype, torch.int16)
+            self.assertTrue((labels[~cells] == -1).all())
+            for n in range(4):
+                self.assertTrue((labels[n][cells[n]] >= 0).any())
 
-    def test_labels_lie_on_what_they_label(self):
-        """Photos whose red is the pixel's column and green its row; masks of columns, and of rows.
-        Resized, cut to crops smaller and larger than the image, mirrored."""
+    def ramps(self) -> datasets.Source:
+        """Photos whose red is the pixel's column and green its row; masks of columns, of rows."""
         root = new_folder("ramps")
         rows, across = np.indices((96, 160))
         for k, numbers in enumerate((across, rows)):
             save(np.stack([across, rows, 0 * rows], axis=-1), root, "images", f"{k}.png")
             save(numbers + 1, root, "annotations", f"{k}.png")
-        source = source_of(root, short=96)
-        for crop, flip in ((0, True), (64, True), (64, False)):
-            plan = [[0, 0, 1]] * 30
-            batches = self.batches(plan, [source], sizes=[61, 96, 110], crop=crop, flip=flip)
-            lefts = []
-            scales = []
+        return source_of(root, short=96)
+
+    def test_labels_lie_on_what_they_label(self):
+        """Resized, cut to crops smaller and larger than the image, mirrored."""
+        source = self.ramps()
+        for crop in (0, 64):
+            batches = self.batches([[0, 0, 1]] * 30, [source], sizes=[61, 96, 110], crop=crop)
             for k in range(30):
                 images = batches[k]["images"].double()
-                if crop:
-                    self.assertEqual(images.shape[2:], (64, 64))
-                for n in range(2):  # red for columns, green for rows
-                    labels = batches[k]["object"][n]
-                    inside = images[n, 2] < 1  # the padding is bluer
-                    self.assertTrue(torch.equal(labels >= 0, inside[2::4, 2::4]))
-                    middle = (images[n, n, 1:, 1:] + images[n, n, :-1, :-1]) / 2
-                    whole = inside[1::4, 1::4] & inside[2::4, 2::4]
-                    error = (labels - middle[1::4, 1::4])[whole].abs()
-                    self.assertLess(error.max(), 3)
-                    self.assertLess(error.mean(), 1)
-                red = images[0, 0, 5]
-                scales.append(abs(red[25] - red[5]).item() / 20)  # columns of the photo for one
-                lefts.append(red[0].item())
-            if not flip:  # short sides from half the crop to twice that, from all over the photo
-                self.assertTrue(0.7 < min(scales) < 0.9)
-                self.assertTrue(2.4 < max(scales) < 3.1)
-                self.assertTrue(min(lefts) < 5 and max(lefts) > 60)
+                labels = batches[k]["object"]
+                inside = images[:, 2] < 1  # the padding is bluer
+                self.assertTrue(torch.equal(labels >= 0, inside[:, 2::4, 2::4]))
+                numbers = torch.stack([images[0, 0], images[1, 1]])  # columns; rows
+                middle = (numbers[:, 1:, 1:] + numbers[:, :-1, :-1]) / 2
+                whole = inside[:, 1::4, 1::4] & inside[:, 2::4, 2::4]
+                error = (labels - middle[:, 1::4, 1::4]).abs()
+                self.assertLess(error[whole].max(), 3)
+                for n in range(2):
+                    self.assertLess(error[n][whole[n]].mean(), 1)
 
-    def test_sizes(self):
-        self.assertEqual(datasets.resized((300, 400), 150, 1000), (150, 200))
-        self.assertEqual(datasets.resized((400, 300), 150, 1000), (200, 150))
-        self.assertEqual(datasets.resized((100, 900), 150, 600), (67, 600))  # the long side's limit
-        self.assertEqual(datasets.resized((900, 100), 150, 600), (600, 67))
-        self.assertEqual(datasets.resized((1, 5000), 450, 1200), (1, 1200))
+    def test_crops_have_short_sides_from_half_their_own_to_twice_that(self):
+        """And come from all over the photo."""
+        batches = self.batches([[0, 0]] * 30, [self.ramps()], crop=64, flip=False)
+        scales = []
+        lefts = []
+        for k in range(30):
+            self.assertEqual(batches[k]["images"].shape, (1, 3, 64, 64))
+            red = batches[k]["images"][0, 0, 5].double()
+            scales.append((red[25] - red[5]).item() / 20)  # columns of the photo for one
+            lefts.append(red[0].item())
+        self.assertTrue(0.7 < min(scales) < 0.9)
+        self.assertTrue(2.4 < max(scales) < 3.1)
+        self.assertTrue(min(lefts) < 5 and max(lefts) > 60)
 
-    def test_textures_are_cut_to_squares(self):
+    def test_textures_are_cut_to_squares_at_random_and_mirrored(self):
         name = "gepünktelt 点/ein bild.png"
         source = source_of(textures(new_folder("odd names"), train1=[name]), "dtd")
         self.assertEqual(source.index.images, [f"images/{name}"])
         self.assertEqual(source.index.tags, ["gepünktelt 点"])
-        for place, colour in ((0, 0), (0.5, 200), (1, 0)):
-            square = np.asarray(datasets.texture_square(source, 0, place))
-            self.assertEqual(square.shape, (64, 64, 3))
-            self.assertTrue((square[:, 3:-3] == colour).all())
         batches = self.batches([[0, 0]] * 10, [source])
-        means = [batches[k]["images"].double().mean().item() for k in range(10)]
+        means = []
+        slopes = []
+        for k in range(10):
+            images = batches[k]["images"].double()
+            self.assertEqual(images.shape, (1, 3, 64, 64))
+            means.append(images.mean().item())
+            slopes.append((images[..., -1] - images[..., 0]).mean().item())
         self.assertGreater(max(means) - min(means), 50)
+        self.assertLess(min(slopes), -50)
+        self.assertGreater(max(slopes), 50)
 
 
 class TestPrepared(unittest.TestCase):
@@ -2319,14 +2087,14 @@ class TestPrepared(unittest.TestCase):
         names = vocabulary_of(self.source.index)["object"]
         position = {name: k for k, name in enumerate(names)}
         classes = np.vectorize(lambda n: position[f"thing {n}"])(self.objects)
-        self.assertTrue((self.first["object"] == classes).all())
-        self.assertTrue((self.first["part"] == self.wheels).all())
+        assert_array_equal(self.first["object"], classes)
+        assert_array_equal(self.first["part"], self.wheels)
         with Image.open(self.folder / "0.png") as picture:
             self.assertIn(picture.mode, ("I;16", "I"))  # I: Pillow before version 11
-            self.assertTrue((np.asarray(picture) == classes + 1).all())
+            assert_array_equal(picture, classes + 1)
         with Image.open(self.folder / "0_parts.png") as picture:
             self.assertEqual(picture.mode, "L")
-            self.assertTrue((np.asarray(picture) == self.wheels).all())
+            assert_array_equal(picture, self.wheels)
         self.assertEqual(len(os.listdir(self.folder)), 2)
 
     def test_are_written_again_when_deleted_and_else_only_read(self):
@@ -2336,16 +2104,14 @@ class TestPrepared(unittest.TestCase):
             self.source.prepared(0)
             self.assertEqual((self.folder / name).read_bytes(), content)
         os.remove(f"{self.stem}_seg.png")
-        again = self.source.prepared(0)
-        for level in ("object", "part"):
-            self.assertTrue((again[level] == self.first[level]).all())
+        np.testing.assert_equal(self.source.prepared(0), self.first)
 
     def test_a_damaged_one_is_named(self):
         for name in ("0.png", "0_parts.png"):
             path = self.folder / name
             whole = path.read_bytes()
-            cut = [b"", whole[:20], whole[: len(whole) // 2], whole[:-40] + bytes(40)]
-            for damaged in (*cut, b"no picture", whole[:11] + b"\5" + whole[12:]):
+            cut = whole[: len(whole) // 2]
+            for damaged in (b"", cut, whole[:-40] + bytes(40), b"no picture"):
                 path.write_bytes(damaged)
                 with self.assertRaisesRegex(datasets.UserError, str(path)):
                     self.source.prepared(0)
@@ -2354,7 +2120,7 @@ class TestPrepared(unittest.TestCase):
     def test_each_vocabulary_and_size_has_its_own(self):
         vocabulary = vocabulary_of(self.source.index)
         vocabulary["object"].reverse()
-        cache = os.path.join(self.ade.root, ".cache")
+        cache = join(self.ade.root, ".cache")
         turned = datasets.Source(self.source.index, vocabulary, cache=cache).prepared(0)
         self.assertTrue((self.first["object"] + turned["object"] == 319).all())
         for size in ({"short": 20}, {"longest": 24}):
@@ -2364,7 +2130,7 @@ class TestPrepared(unittest.TestCase):
 
     def test_a_changed_data_set_removes_those_of_its_earlier_state(self):
         source_of(self.ade.root, short=20).prepared(0)
-        other = write(os.path.join(self.ade.root, ".cache", "os-01", "0.png"), "of another source")
+        other = write(join(self.ade.root, ".cache", "os-01", "0.png"), "of another source")
         self.ade.add(self.objects, {1: "thing 1"}, ["attic"])
         source_of(self.ade.root).prepared(0)
         (folder,) = self.folders()
@@ -2372,19 +2138,17 @@ class TestPrepared(unittest.TestCase):
         self.assertTrue(os.path.exists(other))
 
     def test_smaller_ones_are_sampled_at_the_centres_of_their_cells(self):
-        for name in ("ade20k", "os"):
-            source = source_of(os.path.join(toy_root(), "toy"), name, short=70, longest=90)
-            for i in range(6):
-                prepared = source.prepared(i)
-                upright = source.index.sizes[i, 0] > source.index.sizes[i, 1]
-                height, width = (90, 60) if upright else (60, 90)  # the long side's limit
-                rows = np.arange(height) + 0.5
-                across = np.arange(width) + 0.5
-                for level, labels in prepared.items():
-                    full = source.labels(i)[level]
-                    y = (rows * full.shape[0] / height).astype(int)
-                    x = (across * full.shape[1] / width).astype(int)
-                    self.assertTrue(np.array_equal(labels, full[y[:, None], x]))
+        source = source_of(join(toy_root(), "toy"), short=70, longest=90)
+        for i in range(6):
+            height, width = (60, 90)  # the long side's limit
+            if source.index.sizes[i, 0] > source.index.sizes[i, 1]:
+                height, width = (90, 60)
+            full = source.labels(i)
+            for level, labels in source.prepared(i).items():
+                rows = (np.arange(height) + 0.5) * full[level].shape[0] / height
+                across = (np.arange(width) + 0.5) * full[level].shape[1] / width
+                expected = full[level][rows.astype(int)[:, None], across.astype(int)]
+                assert_array_equal(labels, expected)
 
 
 class TestSplit(unittest.TestCase):
@@ -2409,8 +2173,6 @@ class TestSplit(unittest.TestCase):
             side = balance_split.balance(counts, swaps=swaps, seed=1, chance=0)
             values.append(self.plain_deviation(counts, side))
         self.assertEqual(values, sorted(values, reverse=True))
-        shares = balance_split.class_shares(counts)
-        self.assertAlmostEqual(balance_split.deviation(shares, side, 0.1), values[-1], places=5)
         annealed = balance_split.balance(counts, swaps=20000, seed=1, chance=0.5)
         self.assertFalse((annealed == side).all())
         for value in (values[-1], self.plain_deviation(counts, annealed)):
@@ -2420,24 +2182,19 @@ class TestSplit(unittest.TestCase):
         odd = np.zeros((9, 3))
         odd[4, 0] = 7  # a class in one image, one in all, one without a pixel
         odd[:, 1] = 1
-        tables = [odd[:1], odd[:2], odd[:5], odd, np.zeros((20, 3)), self.counts(33)]
-        for counts in tables:
+        for counts in (odd[:1], odd[:2], odd, np.zeros((20, 3)), self.counts(33)):
             for fraction in (0.01, 0.1, 0.5):
                 side = balance_split.balance(counts, fraction, swaps=500, seed=3)
-                self.assertEqual(side.dtype, bool)
                 self.assertEqual(len(side), len(counts))
-                least_size = 1 if len(counts) > 1 else 0
-                self.assertEqual(side.sum(), max(least_size, round(fraction * len(counts))))
+                fewest = min(1, len(counts) - 1)
+                self.assertEqual(side.sum(), max(fewest, round(fraction * len(counts))))
                 tensor = torch.from_numpy(counts)
                 again = balance_split.balance(tensor, fraction, swaps=500, seed=3)
                 self.assertTrue((side == again).all())
         one, other = [balance_split.balance(self.counts(), seed=s, swaps=500) for s in (1, 2)]
         self.assertFalse((one == other).all())
-        for wrong in (0, 1, -0.5, 2):
-            with self.assertRaises(ValueError):
-                balance_split.balance(self.counts(), wrong)
 
-    def test_is_balanced_in_the_pixels_of_all_levels(self):
+    def test_is_balanced_in_the_pixels_of_objects_and_parts_and_the_images_of_scenes(self):
         ade = Ade()
         names = {5: "car", 6: "house", 7: "wheel", 8: "dot"}
         ade.add(columns(5, 5, 6), names, ["street"], columns(7, 0, 7))
@@ -2448,35 +2205,44 @@ class TestSplit(unittest.TestCase):
         self.assertEqual(sorted(table.T.tolist()), [[1, 1], [400, 0], [400, 400], [800, 0]])
 
     def test_the_command_writes_split_json_and_keeps_other_sources(self):
-        root = os.path.join(new_folder("split"), "toy")
-        shutil.copytree(os.path.join(toy_root(), "toy"), root)
-        path = os.path.join(root, "split.json")
+        root = join(new_folder("split"), "toy")
+        shutil.copytree(join(toy_root(), "toy"), root)
+        path = join(root, "split.json")
         Path(path).unlink(missing_ok=True)
         options = ("--root", root, "--min-images", 5, "--min-pixels", 50)
-        plot = os.path.join(root, "plot.png")
-        main = balance_split.main
-        command(main, "--data", "dtd", *options, "--plot", plot)
+        plot = join(root, "plot.png")
+        command(balance_split.main, "--data", "dtd", *options, "--plot", plot)
         Image.open(plot).close()
         first = read_json(path)
         self.assertEqual(first.keys(), {"seed", "fraction", "sources"})
-        command(main, "--data", "os", *options)
+        command(balance_split.main, "--data", "os", *options)
         split = read_json(path)
         self.assertEqual(split["sources"]["dtd"], first["sources"]["dtd"])
         entry = split["sources"]["os"]
-        deviations = {"deviation_before", "deviation_after"}
-        self.assertEqual(entry.keys(), {"images", "fingerprint", "validation", *deviations})
-        self.assertEqual(entry["images"], 30)
-        self.assertEqual(len(entry["validation"]), 3)
-        self.assertTrue(os.path.isfile(os.path.join(root, "os", entry["validation"][0])))
+        keys = "images fingerprint validation deviation_before deviation_after"
+        self.assertEqual(entry.keys(), set(keys.split()))
+        self.assertEqual((entry["images"], len(entry["validation"])), (30, 3))
+        self.assertTrue(Path(root, "os", entry["validation"][0]).is_file())
         self.assertLess(entry["deviation_after"], entry["deviation_before"])
-        line = refusal(self, main, "--data", "os", *options, "--fraction", 0.9)  # dtd has 0.1
-        self.assertIn(path, line)
-        command(main, "--data", "os,dtd", *options, "--fraction", 0.9)
-        self.assertEqual(len(read_json(path)["sources"]["os"]["validation"]), 27)
-        os.remove(os.path.join(root, "dtd", "images", "banded", "banded_0000.jpg"))
-        training = ("--out", new_folder("out"), "--weights", "none", "--iters", 0)
-        line = refusal(self, train.main, "--data", "dtd", *options, *training)
-        self.assertIn(path, line)
+        wrong = ("--data", "os", *options, "--fraction", 0.9)  # dtd has 0.1
+        self.assertIn(path, refusal(self, balance_split.main, *wrong))
+
+    def test_a_split_is_added_and_one_of_other_images_or_damaged_is_refused(self):
+        root = textures(new_folder("split"), train1=[f"a/{k}.png" for k in range(4)])
+        path = join(root, "split.json")
+        argv = ("--data", "dtd", "--root", root, "--weights", "none", "--iters", 0, *SMALL)
+        argv = (*argv, "--texture-iters", 0, "--out")
+        other = {"validation": [], "fingerprint": ""}
+        write(path, json.dumps({"sources": {"os": other}}))
+        self.assertEqual(command(train.main, *argv, join(root, "out"))[0], 0)
+        sources = read_json(path)["sources"]  # train.py adds what is missing
+        self.assertEqual(len(sources["dtd"]["validation"]), 1)
+        self.assertEqual(sources["os"], other)
+        os.remove(join(root, "dtd", "images", "a", "0.png"))
+        self.assertIn(path, refusal(self, train.main, *argv, new_folder("out")))
+        for content in ("{", '{"sources": {"dtd": 3}}', '{"sources": {"dtd": {}}}'):
+            write(path, content)
+            self.assertIn(path, refusal(self, train.main, *argv, new_folder("out")))
 
     def test_official_validation(self):
         listed = {
@@ -2485,47 +2251,13 @@ class TestSplit(unittest.TestCase):
             "test1": ["b/4.png", "a/3.png"],
         }
         index, _ = scanned(textures(new_folder("sides"), **listed), "dtd")
-        validation = balance_split.official_validation(index)
+        validation = balance_split.validation_images(index, "official", "", "")
         self.assertEqual(validation, ["images/a/3.png", "images/b/4.png"])
-        index, _ = scanned(os.path.join(toy_root(), "toy"))
+        index, _ = scanned(join(toy_root(), "toy"))
         expected = sorted(name for name in index.images if "/validation/" in name)
         self.assertEqual(len(expected), 4)
-        self.assertEqual(balance_split.official_validation(index), expected)
-
-    def test_balanced_validation_is_split_once(self):
-        index, _ = scanned(os.path.join(toy_root(), "toy"), "os")
-        root = new_folder("which")
-        path = os.path.join(root, "split.json")
-
-        def validation(index, **options):
-            vocabulary = vocabulary_of(index)
-            return balance_split.balanced_validation(index, vocabulary, root, root, **options)
-
-        with self.assertRaisesRegex(datasets.UserError, path):
-            validation(index, make=False)
-        self.assertFalse(os.path.exists(path))
-        chosen = validation(index)
-        self.assertEqual(len(chosen), 3)
-        self.assertEqual(chosen, sorted(read_json(path)["sources"]["os"]["validation"]))
-        self.assertEqual(validation(index, make=False), chosen)
-        with self.assertRaisesRegex(datasets.UserError, f"{path}.*os"):
-            validation(index._replace(images=["photos/other.jpg", *index.images[1:]]))
-        write(path, '{"sources": {"dtd": {"validation": [], "fingerprint": ""}}}')
-        self.assertEqual(validation(index), chosen)
-        self.assertEqual(read_json(path)["sources"].keys(), {"dtd", "os"})
-        for content in ("{", "[]", '{"sources": {"os": 3}}', '{"sources": {"os": {}}}'):
-            write(path, content)
-            with self.assertRaisesRegex(datasets.UserError, path):
-                validation(index)
-
-    def test_images_that_are_kept_for_training_do_not_validate(self):
-        index, _ = scanned(os.path.join(toy_root(), "toy"), "os")
-        for kept in (15, 28):
-            keep = frozenset(index.images[:kept])
-            entry = balance_split.split_source(index, vocabulary_of(index), 0.1, keep=keep)
-            chosen = set(entry["validation"])
-            self.assertFalse(keep & chosen)
-            self.assertEqual(len(chosen), 3 if kept == 15 else 1)
+        validation = balance_split.validation_images(index, "official", "", "")
+        self.assertEqual(validation, expected)
 
 
 # ---------------------------------------------------------------- evaluation: what tests share
@@ -2536,20 +2268,6 @@ CONCEPTS = {
     "material": ["wood", "brick", "metal", "glass", "stone"],
     "texture": ["dotted", "banded", "grid"],
 }
-
-
-def noise(height: int, width: int, seed: int = 0) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 255, (height // 4, width // 4, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height))
-
-
-def jpeg(height: int, width: int) -> Image.Image:
-    """The photo that `save_jpeg` writes."""
-    path = os.path.join(new_folder("jpeg"), "photo.jpg")
-    save_jpeg(path, height, width)
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
 
 
 def varied_net() -> UPerNet:
@@ -2574,7 +2292,7 @@ def varied_net() -> UPerNet:
 
 def save_checkpoint(net: UPerNet, vocabulary: dict, split: dict = {}, **arguments: str) -> str:
     """A checkpoint with what evaluate.py reads."""
-    path = os.path.join(new_folder("checkpoint"), "ckpt.pt")
+    path = join(new_folder("checkpoint"), "ckpt.pt")
     content = {
         "model": net.state_dict(),
         "network": net.network,
@@ -2754,10 +2472,8 @@ class TestMetrics(unittest.TestCase):
 
     def test_the_table_has_the_best_and_worst_ten_classes(self):
         iou = {f"class {k:02d}": 1 - k / 100 for k in range(25)}
-        results = {"object": {"pixel_accuracy": 0.5, "mean_iou": 0.25, "iou": iou}}
-        shown = evaluate.table(results)
-        for k, name in enumerate(iou):
-            self.assertEqual(name in shown, k < 10 or k >= 15, name)
+        shown = evaluate.table({"object": {"pixel_accuracy": 0.5, "mean_iou": 0.25, "iou": iou}})
+        self.assertEqual(set(iou) - set(re.findall(r"class \d\d", shown)), set(list(iou)[10:15]))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -2815,72 +2531,54 @@ class TestClassMap(unittest.TestCase):
 
 
 class TestRelations(unittest.TestCase):
-    def test_against_a_plain_count(self):
-        """Objects in three of ten photos of a scene; the three largest shares above a tenth."""
+    def test_scenes_have_the_objects_of_three_in_ten_of_their_photos(self):
+        relations = evaluate.Relations(CONCEPTS, ["scene", "object"])
+        for k in range(10):  # a car in four kitchens, a pot in two; the street has a person
+            objects = np.array([[0, 1 if k < 4 else 0, 2 if k > 7 else 0]])
+            relations.add({"scene": np.array([0.9, 0.1]), "object": objects})
+        relations.add({"scene": np.array([0.1, 0.9]), "object": np.array([[3]])})
+        expected = {"kitchen": {"wall": 1.0, "car": 0.4}, "street": {"person": 1.0}}
+        self.assertEqual(relations.results(), {"scene-object": expected})
+
+    def test_materials_are_the_three_largest_shares_above_a_tenth(self):
+        """Of the pixels of an object or part over all photos; a material's textures likewise."""
         rng = np.random.default_rng(0)
-        zeros = np.zeros((6, 8), int)
         photos = []
-        for k in range(15):
-            seen = {
-                "scene": np.array([0.9, 0.1]),
-                "object": zeros + 2 * (k < 2),  # two kitchens with a pot
-                "part": zeros - 1,
-                "material": zeros,
-                "texture_map": rng.integers(0, 2, (6, 8)),
-            }
-            if k >= 8:
-                seen["scene"] = rng.random(2)
-                seen["object"] = rng.integers(0, 2, (6, 8))
-                seen["part"] = rng.choice([-1, 1, 2], (6, 8))
-                seen["material"] = rng.integers(0, 5, (6, 8))
+        for _ in range(7):
+            seen = {"scene": np.array([0.9, 0.1]), "object": rng.integers(0, 2, (6, 8))}
+            seen["part"] = rng.choice([-1, 1, 2], (6, 8))
+            seen["material"] = rng.choice(5, (6, 8), p=[0.02, 0.55, 0.25, 0.05, 0.13])
+            seen["texture_map"] = rng.choice(3, (6, 8), p=[0.3, 0.65, 0.05])
             photos.append(seen)
         relations = evaluate.Relations(CONCEPTS, upernet.LEVELS)
         for seen in photos:
             relations.add(seen)
         found = relations.results()
-
-        for k, scene in enumerate(CONCEPTS["scene"]):
-            maps = [seen["object"] for seen in photos if seen["scene"].argmax() == k]
-            expected = {}
-            for index, name in enumerate(CONCEPTS["object"]):
-                share = np.mean([(objects == index).any() for objects in maps])
-                if share >= 0.3:
-                    expected[name] = share
-            self.assertEqual(found["scene-object"][scene], expected)
-        self.assertNotIn("pot", found["scene-object"]["kitchen"])
-
         for first, second, index, name in (
             ("object", "material", 1, "car"),
             ("part", "material", 2, "car: door"),
             ("material", "texture_map", 4, "stone"),
         ):
-            inside = [seen[second][seen[first] == index] for seen in photos]
-            values = np.concatenate(inside).tolist()
+            values = np.concatenate([seen[second][seen[first] == index] for seen in photos])
             level = second.removesuffix("_map")
-            counts = {}
-            for k, of_level in enumerate(CONCEPTS[level]):
-                if values.count(k) >= 0.1 * len(values):
-                    counts[of_level] = values.count(k)
-            best = sorted(counts, key=counts.get, reverse=True)[:3]
-            total = sum(counts[of_level] for of_level in best)
+            shares = np.bincount(values) / len(values)
+            best = [k for k in np.argsort(-shares)[:3] if shares[k] >= 0.1]
+            expected = {CONCEPTS[level][k]: shares[k] / shares[best].sum() for k in best}
             shares = found[f"{first}-{level}"][name]
-            self.assertEqual(list(shares), best)
-            for of_level in best:
-                self.assertAlmostEqual(shares[of_level], counts[of_level] / total)
+            self.assertEqual(list(shares), list(expected))
+            np.testing.assert_allclose(list(shares.values()), list(expected.values()))
 
     def test_are_told_in_the_words_of_table_4(self):
-        material = np.repeat([0, 1, 2], [60, 31, 9]).reshape(10, 10)
-        seen = {"scene": np.array([1.0, 0.0]), "object": material * 0 + 2, "part": material * 0 - 1}
-        seen.update(material=material, texture_map=material * 0)
-        relations = evaluate.Relations(CONCEPTS, upernet.LEVELS)
+        material = np.repeat([0, 1, 2], [60, 31, 9])[None]
+        seen = {"scene": np.array([1.0, 0.0]), "object": material * 0 + 2, "material": material}
+        relations = evaluate.Relations(CONCEPTS, list(seen))
         relations.add(seen)
-        path = os.path.join(new_folder("relations"), "r.json")
+        path = join(new_folder("relations"), "r.json")
         with contextlib.redirect_stdout(io.StringIO()) as out:
             relations.report(path)
         said = out.getvalue().splitlines()
         self.assertIn("kitchen is composed of pot", said)
         self.assertIn("pot is made of wood (66%) and brick (34%)", said)
-        self.assertIn("wood is dotted (100%)", said)
         self.assertEqual(read_json(path)["scene-object"], {"kitchen": {"pot": 1.0}})
 
 
@@ -2919,23 +2617,18 @@ class TestParse(unittest.TestCase):
 
     def test_a_picture_is_turned_as_its_exif_data_say_and_an_array_is_not(self):
         net = varied_net()
-        exif = Image.Exif()
-        exif[0x0112] = 6  # to be turned by a quarter, clockwise
         photo = noise(48, 80)
-        path = os.path.join(new_folder("exif"), "turned.png")
-        photo.save(path, exif=exif)
         upright = evaluate.parse(net, photo.rotate(-90, expand=True))["object"]
-        with Image.open(path) as picture:
-            np.testing.assert_array_equal(evaluate.parse(net, picture)["object"], upright)
-            array = np.asarray(picture)
-        self.assertEqual(evaluate.parse(net, array)["object"].shape, (48, 80))
+        photo.getexif()[0x0112] = 6  # to be turned by a quarter, clockwise
+        assert_array_equal(evaluate.parse(net, photo)["object"], upright)
+        self.assertEqual(evaluate.parse(net, np.asarray(photo))["object"].shape, (48, 80))
 
     def test_levels_and_arrays_that_it_takes(self):
         net = varied_net()
         photo = np.asarray(noise(48, 64))
         self.assertEqual(set(evaluate.parse(net, photo, ["part", "scene"])), {"part", "scene"})
         self.assertRaises(ValueError, evaluate.parse, net, photo, ["colour"])
-        for wrong in (photo / 255, photo.astype(int), photo[..., 0], photo[None], [1, 2]):
+        for wrong in (photo / 255, photo[..., 0], [1, 2]):
             self.assertRaises(ValueError, evaluate.parse, net, wrong)
 
 
@@ -2943,33 +2636,36 @@ class TestEvaluation(unittest.TestCase):
     def test_labels_that_the_loop_over_the_views_predicts_are_all_right(self):
         """Of all levels; OpenSurfaces' labels are larger than their photo."""
         net = varied_net()
-        ade = Ade()
-        seen = plain_parse(net, jpeg(96, 128), [36, 80], True)
+        place = new_folder("photos")
+        photo = Image.open(save(noise(96, 128), place, "a.jpg"))
+        seen = plain_parse(net, photo, [36, 80], True)
         names = {10 + k: name for k, name in enumerate(CONCEPTS["object"])}
         names.update({21: "wheel", 22: "door", 24: "head"})
         parts = np.where(seen["part"] >= 0, 20 + seen["part"], 0)
         scene = CONCEPTS["scene"][seen["scene"].argmax()]
-        stem = ade.add(10 + seen["object"].numpy(), names, [scene], parts)
+        ade = Ade()
+        ade.add(10 + seen["object"].numpy(), names, [scene], parts)
 
-        seen = plain_parse(net, jpeg(48, 64), [36, 80], True, size=(96, 128))
+        photo = Image.open(save(noise(48, 64), place, "b.jpg"))
+        seen = plain_parse(net, photo, [36, 80], True, size=(96, 128))
         surfaces(ade.root, CONCEPTS["material"], [1 + seen["material"].numpy()])
 
-        textures = []
-        for k in range(8):  # squares from the middle at 64 pixels, whatever --size says
+        squares = {}
+        for k in range(8):  # from the middle at 64 pixels, whatever --size says
             square = noise(64, 88, k)
             seen = plain_parse(net, square.crop((12, 0, 76, 64)), [64], True)
-            texture = CONCEPTS["texture"][seen["texture"].argmax()]
-            textures.append(f"images/{texture}/{k}.png")
-            save(square, ade.root, "dtd", textures[-1])
-        for name in ("train1", "val1", "test1"):
-            write(os.path.join(ade.root, "dtd", "labels", f"{name}.txt"), "")
+            squares[f"{CONCEPTS['texture'][seen['texture'].argmax()]}/{k}.png"] = square
+        textures(ade.root, train1=list(squares))
+        for name, square in squares.items():
+            save(square, ade.root, "dtd", "images", name)
 
-        objects = [os.path.relpath(f"{stem}.jpg", ade.folder)]
-        split = {"ade20k": objects, "os": ["photos/0.jpg"], "dtd": textures}
+        split = {}
+        for source in ("ade20k", "os", "dtd"):
+            split[source] = scanned(ade.root, source)[0].images
         checkpoint = save_checkpoint(net, CONCEPTS, split, data="ade20k,os,dtd", root=ade.root)
-        path = os.path.join(ade.root, "m.json")
+        path = join(ade.root, "m.json")
         argv = ("--size", "36,80", "--flip", "--json", path)
-        self.assertEqual(command(evaluate.main, checkpoint, *argv)[::2], (0, ""))
+        succeeded(self, evaluate.main, checkpoint, *argv)
         found = read_json(path)
         for level in ("object", "part", "material"):
             self.assertGreaterEqual(found[level]["pixel_accuracy"], 0.999)
@@ -2994,12 +2690,10 @@ class TestReleasedNetworks(unittest.TestCase):
         cls.paper, _ = released_files("paper", 1, **cls.small)
         cls.of_paper = ("--release", *cls.paper, "--labels", cls.tables)
 
-    def succeeded(self, *argv):
+    def metrics(self, root: str, *argv) -> dict:
+        argv = (*argv, "--root", root, "--json", join(root, "m.json"))
         status, _, err = command(evaluate.main, *argv)
         self.assertEqual(status, 0, err)
-
-    def metrics(self, root: str, *argv) -> dict:
-        self.succeeded(*argv, "--root", root, "--json", os.path.join(root, "m.json"))
         return read_json(root, "m.json")
 
     def predicted(self, net: UPerNet, photo: str, size: tuple, multiple: int) -> np.ndarray:
@@ -3010,12 +2704,8 @@ class TestReleasedNetworks(unittest.TestCase):
 
     def test_the_papers_on_ade20k_and_opensurfaces(self):
         """The authors' table says which of their classes a number or scene of the data is."""
-        objects = np.full((48, 64), 300)
-        objects[:24, :32] = 7
-        objects[40:] = 9
-        parts = np.zeros((48, 64), int)
-        parts[:4, :4] = 20
-        parts[6:8, :4] = 21
+        objects = columns(300, 7, 7, 9)
+        parts = columns(0, 20, 21, 0)
         names = {7: "car", 300: "wall", 9: "dust", 20: "wheel", 21: "dent"}
         ade = Ade()
         ade.add(objects, names, ["outdoor", "bus stop"], parts)
@@ -3031,9 +2721,8 @@ class TestReleasedNetworks(unittest.TestCase):
         self.assertIn("attic", said.getvalue())
         source = datasets.Source(index, vocabulary, of_release)
         labels = source.labels(0)
-        expected = np.select([objects == 7, objects == 300], [3, 1], -1)
-        np.testing.assert_array_equal(labels["object"], expected)
-        np.testing.assert_array_equal(labels["part"], parts == 20)
+        assert_array_equal(labels["object"], columns(1, 3, 3, -1))
+        assert_array_equal(labels["part"], columns(0, 1, 0, 0))
         self.assertEqual(source.tags, [17, -1])
 
         metrics = self.metrics(ade.root, *self.of_paper, "--data", "ade20k,os", "--size", 32)
@@ -3041,36 +2730,36 @@ class TestReleasedNetworks(unittest.TestCase):
         self.assertEqual(labelled(metrics["object"]), ["object 1", "object 3"])
         self.assertEqual(labelled(metrics["part"]["iou"]["object 3"]), ["background", "part 1"])
         self.assertEqual(labelled(metrics["material"]), ["material 25"])
-        self.assertFalse(os.path.exists(os.path.join(ade.root, "split.json")))
+        self.assertFalse(os.path.exists(join(ade.root, "split.json")))
 
     def test_masks_of_the_papers_have_the_authors_numbers_from_0(self):
         """At a size rounded up to a multiple of 8, as in their code."""
         place = new_folder("photo")
         photo = save(noise(48, 76), place, "x.png")
-        self.succeeded(*self.of_paper, "--size", 34, "--photo", photo, "--pictures", place)
+        succeeded(
+            self, evaluate.main, *self.of_paper, "--size", 34, "--photo", photo, "--pictures", place
+        )
         net, _ = upernet.load_release(*self.paper, self.tables)
         expected = self.predicted(net, photo, (40, 56), 8)  # of 34 x 54
-        with Image.open(os.path.join(place, "x_object.png")) as mask:
+        with Image.open(join(place, "x_object.png")) as mask:
             self.assertGreaterEqual((np.asarray(mask) == expected).mean(), 0.995)
 
     def test_mmsegmentations_on_photos_and_sceneparsing(self):
         names = [f"thing {k}" for k in range(1, 151)]
         (path,), _ = released_files("mmseg", 1, {"CLASSES": names}, **self.small)
         root = new_folder("sceneparsing")
-        table = "Idx\tRatio\tTrain\tVal\tName"
-        for k, name in enumerate(names, start=1):
-            table += f"\n{k}\t0\t0\t0\t{name}, other"
-        write(os.path.join(root, "objectInfo150.txt"), table)
-        photo = os.path.join(root, "images", "validation", "a.jpg")
-        save_jpeg(photo, 48, 60)
+        rows = [f"{k}\t0\t0\t0\t{name}, other" for k, name in enumerate(names, start=1)]
+        table = "\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows])
+        write(join(root, "objectInfo150.txt"), table)
+        photo = save(noise(48, 60), root, "images", "validation", "a.jpg")
         net, _ = upernet.load_mmseg(path)
         predicted = self.predicted(net, photo, (512, 640), 1) + 1
         truth = np.random.default_rng(0).choice([0, 1, 2, 77, 150], (48, 60))
         truth[:24] = predicted[:24]  # something to get right
         save(truth, root, "annotations", "validation", "a.png")
 
-        self.succeeded("--release", path, "--photo", photo, "--pictures", root)
-        with Image.open(os.path.join(root, "a_object.png")) as mask:
+        succeeded(self, evaluate.main, "--release", path, "--photo", photo, "--pictures", root)
+        with Image.open(join(root, "a_object.png")) as mask:
             self.assertGreater((np.asarray(mask) == predicted).mean(), 0.99)
         found = self.metrics(root, "--release", path, "--data", "ade20k")["object"]
         pairs = [(t, p) for t, p in zip(truth.ravel(), predicted.ravel()) if t > 0]
@@ -3099,9 +2788,7 @@ class TestParsedPhotos(unittest.TestCase):
 
     def parsed(self, *argv) -> str:
         """What the command printed."""
-        status, said, err = command(evaluate.main, self.checkpoint, "--photo", *argv)
-        self.assertEqual((status, err), (0, ""))
-        return said
+        return succeeded(self, evaluate.main, self.checkpoint, "--photo", *argv)
 
     def test_files_have_what_parse_sees(self):
         place = new_folder("photos")
@@ -3111,70 +2798,49 @@ class TestParsedPhotos(unittest.TestCase):
         names = ["a.PNG", "a_material.png", "a_object.png", "a_upernet.npz", "a_upernet.png"]
         self.assertEqual(sorted(os.listdir(place)), names)
         seen = evaluate.parse(self.net, photo)
-        with np.load(os.path.join(place, "a_upernet.npz")) as maps:
+        with np.load(join(place, "a_upernet.npz")) as maps:
             for level, value in seen.items():
-                np.testing.assert_array_equal(maps[level], value.astype(maps[level].dtype))
+                assert_array_equal(maps[level], value.astype(maps[level].dtype))
             self.assertEqual(maps["scene_names"].tolist(), CONCEPTS["scene"])
             parts = ["car: background", "car: wheel", "car: door"]
             self.assertEqual(maps["part_names"].tolist()[:3], parts)
         for level in ("object", "material"):
-            with Image.open(os.path.join(place, f"a_{level}.png")) as mask:
-                np.testing.assert_array_equal(np.asarray(mask), seen[level] + 1)
+            with Image.open(join(place, f"a_{level}.png")) as mask:
+                assert_array_equal(np.asarray(mask), seen[level] + 1)
 
     def test_any_mode(self):
         place = new_folder("modes")
         photo = noise(48, 80)
         modes = {"grey.png": "L", "cmyk.jpg": "CMYK", "alpha.png": "RGBA", "palette.gif": "P"}
         for name, mode in modes.items():
-            photo.convert(mode).save(os.path.join(place, name))
-        photo.save(os.path.join(place, "really-a-png.jpg"), "PNG")
-        photo.save(os.path.join(place, "marred.jpg"), exif=b"Exif\0\0" + b"\xff" * 9)
-        for width, height in ((1, 1), (2000, 2), (2, 2000)):
-            photo.resize((width, height)).save(os.path.join(place, f"{width}x{height}.png"))
-        paths = [os.path.join(place, name) for name in os.listdir(place)]
+            photo.convert(mode).save(join(place, name))
+        photo.save(join(place, "really-a-png.jpg"), "PNG")
+        photo.save(join(place, "marred.jpg"), exif=b"Exif\0\0" + b"\xff" * 9)
+        photo.resize((2000, 2)).save(join(place, "flat.png"))
+        photo.resize((1, 1)).save(join(place, "dot.png"))
+        paths = list(Path(place).iterdir())
         self.parsed(*paths, "--pictures", place)
         for path in paths:
             with Image.open(path) as picture:
                 size = picture.size
-            with np.load(f"{os.path.splitext(path)[0]}_upernet.npz") as maps:
+            with np.load(path.with_name(f"{path.stem}_upernet.npz")) as maps:
                 for level in ("object", "part", "material", "texture_map"):
                     self.assertEqual(maps[level].shape, size[::-1], path)
 
-    def test_transparent_pixels_are_white(self):
-        pixels = np.array([[[10, 20, 30, 0], [10, 20, 30, 255]]], np.uint8)
-        shown = np.asarray(datasets.rgb(Image.fromarray(pixels)))
-        self.assertEqual(shown.tolist(), [[[255, 255, 255], [10, 20, 30]]])
-
-    def test_deep_photos_are_named_and_the_others_parsed(self):
-        place = new_folder("deep")
-        grey = np.asarray(noise(48, 64).convert("L"))
-        save(Image.fromarray(grey.astype(np.uint16) * 16), place, "twelve.png")
-        save(Image.fromarray(grey / np.float32(255)), place, "float.tiff")
-        save(noise(48, 64), place, "whole.png")
-        argv = ("--photo", place, "--pictures", place)
-        err = refusal(self, evaluate.main, self.checkpoint, *argv)
-        self.assertIn("twelve.png", err)
-        self.assertIn("float.tiff", err)
-        written = [name for name in os.listdir(place) if name.endswith(".npz")]
-        self.assertEqual(written, ["whole_upernet.npz"])
-
     def test_folders_and_what_is_passed_over_in_them(self):
         place = new_folder("folder")
-        for name in ("a.webp", "b.tif", "c.bmp", "d.JPEG", "e_object.png"):
+        for name in ("a.webp", "b.tif", "c.bmp", "d.JPEG", "e_object.png", "below/f.png"):
             save(noise(48, 64), place, name)
-        write(os.path.join(place, "notes.txt"), "no photo")
-        save(noise(48, 64), place, "below", "f.png")
+        write(join(place, "notes.txt"), "no photo")
         said = self.parsed(place, "--pictures", place)
         self.assertRegex(said, f"{re.escape(place)}.* 2 ")  # notes.txt and the folder
         names = sorted(os.listdir(place))
         self.assertEqual([name[0] for name in names if name.endswith(".npz")], list("abcde"))
-
-        self.parsed(place, "--pictures", place)  # its own results are passed over
+        # Its own results are passed over, in the folder and as files.
+        pictures = [join(place, name) for name in names if name.endswith(".png")]
+        self.parsed(place, *pictures, "--pictures", place)
         self.assertEqual(sorted(os.listdir(place)), names)
-        pictures = [os.path.join(place, name) for name in names if name.endswith(".png")]
-        self.parsed(*pictures, os.path.join(place, "b.tif"), "--pictures", place)
-        self.assertEqual(sorted(os.listdir(place)), names)
-        for nothing in (new_folder("empty"), os.path.join(place, "a_upernet.png")):
+        for nothing in (new_folder("empty"), join(place, "a_upernet.png")):
             refusal(self, evaluate.main, self.checkpoint, "--photo", nothing)
 
     def test_photos_of_one_name_are_all_parsed(self):
@@ -3194,7 +2860,7 @@ class TestParsedPhotos(unittest.TestCase):
     def test_relations_of_photos(self):
         place = new_folder("relations")
         photo = save(noise(48, 64), place, "a.png")
-        path = os.path.join(place, "r.json")
+        path = join(place, "r.json")
         argv = (photo, "--pictures", place, "--relations", path)
         self.assertIn("is made of", self.parsed(*argv))
         found = read_json(path)
@@ -3204,7 +2870,7 @@ class TestParsedPhotos(unittest.TestCase):
 
 class TestPictures(unittest.TestCase):
     def test_panels_have_the_photos_size_up_to_1600_pixels_a_side(self):
-        path = os.path.join(new_folder("large"), "x")
+        path = join(new_folder("large"), "x")
         for width, height, panel in (
             (2000, 900, (1600, 720)),
             (700, 2000, (560, 1600)),
@@ -3224,12 +2890,12 @@ class TestPictures(unittest.TestCase):
 
     def test_classes_lie_in_their_colours_on_the_photo(self):
         classes = np.repeat([[0, 7, -1]], 10, axis=1) * np.ones((20, 1), int)
+        below = np.array([50, 60, 70])
         picture = np.asarray(evaluate.overlay(Image.new("RGB", (30, 20), (50, 60, 70)), classes))
         for x, k in ((5, 0), (15, 7)):
-            mixed = 0.6 * np.array(evaluate.class_colour(k)) + 0.4 * np.array([50, 60, 70])
+            mixed = 0.6 * np.array(evaluate.class_colour(k)) + 0.4 * below
             np.testing.assert_allclose(picture[10, x], mixed, atol=1)
-        self.assertEqual(picture[10, 25].tolist(), [50, 60, 70])
-        self.assertEqual(picture[10, 10].tolist(), [255, 255, 255])  # outlined
+        assert_array_equal(picture[10, 25], below)
 
     def test_of_ten_neighbouring_classes_no_two_are_alike(self):
         colours = np.array([evaluate.class_colour(k) for k in range(336)])
@@ -3243,44 +2909,41 @@ class TestOwnNetwork(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        root = new_folder("own")
-        table = "0 sky\n3 road\n255 sign\n300 tree"
-        scenes = "\n".join(f"{k} street" for k in range(6))
-        own_data(root, [columns(0, 3, 9, 255)] * 6, classes=table, sceneCategories=scenes)
-        out = new_folder("run")
-        network = ("--backbone", "resnet18", "--weights", "none", *SMALL)
-        argv = ("--data", "ade20k", "--root", root, *network, "--iters", 2, "--out", out)
-        status, _, err = command(train.main, *argv)
-        assert status == 0, err
-        cls.checkpoint = os.path.join(out, "ckpt.pt")
+        names = ("sky", "road", "sign", "tree")
+        cls.root = coloured(*names, numbers=(0, 40, 255, 300))
+        scenes = "\n".join(f"{k} street" for k in range(20))
+        write(join(cls.root, "sceneCategories.txt"), scenes)
+        argv = (*OWN, "--root", cls.root, "--channels", 16, "--min-scene-images", 3)
+        cls.out, _ = trained(*argv, "--split", "official", "--iters", 40, validates=True)
+        cls.checkpoint = join(cls.out, "ckpt.pt")
 
-    def test_masks_have_the_numbers_of_the_table(self):
-        out = new_folder("out")
-        photo = save(noise(48, 64), out, "x.png")
-        command(evaluate.main, self.checkpoint, "--photo", photo, "--pictures", out)
-        with Image.open(os.path.join(out, "x_object.png")) as mask:
+    def test_classes_with_gaps_are_learned_and_written_with_their_numbers(self):
+        metrics = read_json(self.out, "metrics.json")
+        self.assertEqual(list(metrics["object"]["iou"]), ["sky", "road", "sign", "tree"])
+        self.assertGreater(metrics["object"]["mean_iou"], 0.5)
+        photo = join(self.root, "images", "validation", "4.png")
+        argv = ("--photo", photo, "--pictures", self.out)
+        succeeded(self, evaluate.main, self.checkpoint, *argv)
+        with Image.open(join(self.out, "4_object.png")) as mask:
             numbers = np.asarray(mask)
-        with np.load(os.path.join(out, "x_upernet.npz")) as maps:
-            self.assertEqual(maps["object_names"].tolist(), ["sky", "road", "sign", "tree"])
-            np.testing.assert_array_equal(numbers, np.array([0, 3, 255, 300])[maps["object"]])
+        with np.load(join(self.out, "4_upernet.npz")) as maps:
+            assert_array_equal(numbers, np.array([0, 40, 255, 300])[maps["object"]])
+        with Image.open(photo.replace("images", "annotations")) as mask:
+            self.assertGreater((numbers == np.asarray(mask)).mean(), 0.5)
 
     def test_split_all_evaluates_every_image_and_counts_those_that_trained(self):
-        path = os.path.join(new_folder("out"), "m.json")
-        status, said, _ = command(evaluate.main, self.checkpoint, "--json", path)
-        validation = read_json(path)["scene"]["n"]
-        self.assertLess(validation, 6)
-        self.assertNotIn("trained", said)
-        argv = ("--split", "all", "--json", path)
-        status, said, _ = command(evaluate.main, self.checkpoint, *argv)
-        self.assertEqual((status, read_json(path)["scene"]["n"]), (0, 6))
-        self.assertRegex(said, f"{6 - validation} of 6 images have trained")
+        path = join(new_folder("out"), "m.json")
+        for split, n, trained in ((), 4, False), (("--split", "all"), 20, True):
+            status, said, _ = command(evaluate.main, self.checkpoint, *split, "--json", path)
+            self.assertEqual((status, read_json(path)["scene"]["n"]), (0, n))
+            self.assertEqual(bool(re.search("16 of 20 images have trained", said)), trained)
 
     def test_split_all_of_a_test_set(self):
         """Of other images, with a class that the network lacks, one that it writes otherwise."""
         table = "0 Sky\n3 road\n7 dog\n255 sign"
         root = own_data(new_folder("test-set"), [columns(0, 3, 7, 255)] * 3, classes=table)
-        argv = ("--split", "all", "--root", root, "--json", os.path.join(root, "m.json"))
-        pictures = os.path.join(root, "pictures")
+        argv = ("--split", "all", "--root", root, "--json", join(root, "m.json"))
+        pictures = join(root, "pictures")
         status, said, err = command(evaluate.main, self.checkpoint, *argv, "--pictures", pictures)
         self.assertEqual(status, 0, err)
         self.assertNotIn("trained", said)
@@ -3288,31 +2951,12 @@ class TestOwnNetwork(unittest.TestCase):
         self.assertNotIn("road", err)
         self.assertEqual(labelled(read_json(root, "m.json")["object"]), ["road", "sign"])
         self.assertEqual(len(os.listdir(pictures)), 3)
-
-    def test_no_split_is_made(self):
-        root = own_data(new_folder("unsplit"), [columns(0, 3)] * 4, classes="0 sky\n3 road")
+        # It makes no split.
         argv = ("--split", "balanced", "--root", root)
-        self.assertIn("split.json", refusal(self, evaluate.main, self.checkpoint, *argv))
-        self.assertFalse(os.path.exists(os.path.join(root, "split.json")))
-
-    def test_names_that_the_terminal_cannot_show_end_nothing(self):
-        vocabulary = {"object": ["天空", "дом"], "material": ["木", "石"]}
-        classes = upernet.class_counts(vocabulary)
-        net = UPerNet(classes, "resnet18", channels=8, test_size=(64, 99, None))
-        checkpoint = save_checkpoint(net, vocabulary)
-        place = new_folder("encoding")
-        photo = save(noise(48, 64), place, "点.png")
-        path = os.path.join(place, "r.json")
-        argv = ("evaluate.py", checkpoint, "--photo", photo, "--pictures", place)
-        run = subprocess.run(
-            [sys.executable, *argv, "--relations", path, "--device", "cpu"],
-            cwd=HERE,
-            env={**os.environ, "PYTHONIOENCODING": "cp1252"},
-            capture_output=True,
-        )
-        self.assertEqual(run.returncode, 0, run.stderr)
-        self.assertIn("点_object.png", os.listdir(place))
-        self.assertTrue(os.path.exists(path))
+        status, _, err = command(evaluate.main, self.checkpoint, *argv)
+        self.assertEqual(status, 2)
+        self.assertIn("split.json", err)
+        self.assertFalse(os.path.exists(join(root, "split.json")))
 
 
 # ---------------------------------------------------------------- runs of train.py
@@ -3379,29 +3023,26 @@ def scaled_losses(factor: float):
 
 def coloured(*names: str, numbers: tuple = (), images: int = 20) -> str:
     """A folder of images with these classes, each of its colour; one image in five validates."""
-    numbers = np.array(numbers or range(1, 1 + len(names)))
+    numbers = np.array(numbers or range(1, 1 + len(names)), np.uint16)
     root = new_folder("coloured")
     rows = [f"{number} {name}" for number, name in zip(numbers, names)]
-    write(os.path.join(root, "classes.txt"), "\n".join(rows))
+    write(join(root, "classes.txt"), "\n".join(rows))
     rng = np.random.default_rng(0)
     colours = rng.integers(20, 235, (len(names), 3))
     for k in range(images):
         side = "validation" if k % 5 == 4 else "training"
         classes = rng.integers(0, len(names), (2, 3)).repeat(24, axis=0).repeat(24, axis=1)
-        noise = rng.integers(-20, 20, (48, 72, 3))
-        save(numbers[classes], root, "annotations", side, f"{k}.png")
-        save(colours[classes] + noise, root, "images", side, f"{k}.png")
+        grain = rng.integers(-20, 20, (48, 72, 3))
+        save(Image.fromarray(numbers[classes]), root, "annotations", side, f"{k}.png")
+        save(colours[classes] + grain, root, "images", side, f"{k}.png")
     return root
 
 
 class Runs(unittest.TestCase):
-    """Runs on few images, on a backbone of one block a stage."""
+    """Runs on few images."""
 
     @classmethod
     def setUpClass(cls):
-        blocks = mock.patch.dict("resnet.BLOCKS", {18: (1, 1, 1, 1)})
-        blocks.start()
-        cls.addClassCleanup(blocks.stop)
         cls.toy = ("--root", toy_root(), *SMALL)
 
     def assert_same_run(self, one: str, other: str):
@@ -3423,15 +3064,15 @@ class TestUpdate(unittest.TestCase):
     """Steps of a network in eval mode, so that images do not depend on each other."""
 
     def batch(self, seed: int) -> dict:
-        rng = np.random.default_rng(seed)
-        batch = {
-            "images": rng.integers(0, 255, (2, 3, 64, 64)).astype(np.uint8),
-            "scene": rng.integers(0, 5, 2),
-            "object": rng.integers(0, 7, (2, 16, 16)),
-            "part": rng.integers(0, 2, (2, 16, 16)),
+        torch.manual_seed(seed)
+        return {
+            "source": "ade20k",
+            "files": [f"file {seed}"],
+            "images": torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8),
+            "scene": torch.randint(0, 5, (2,)),
+            "object": torch.randint(0, 7, (2, 16, 16)),
+            "part": torch.randint(0, 2, (2, 16, 16)),
         }
-        tensors = {key: torch.from_numpy(value) for key, value in batch.items()}
-        return {"source": "ade20k", "files": [f"file {seed}"], **tensors}
 
     def step(self, *batches: dict, scaler=None) -> tuple[dict, dict]:
         """(losses, parameter -> its step) at a rate of 1, without decay."""
@@ -3448,12 +3089,12 @@ class TestUpdate(unittest.TestCase):
         loss_1, step_1 = self.step(one)
         loss_2, step_2 = self.step(self.batch(2))
         loss, step = self.step(one, self.batch(2))
-        for level, value in loss.items():
-            self.assertAlmostEqual(value, (loss_1[level] + loss_2[level]) / 2, places=5)
         net = small_net()
         logits = net(one["images"] / 255, ["scene", "object", "part"])
         each = upernet.losses(logits, one, net.part_slices)
-        self.assertEqual({level: value.item() for level, value in each.items()}, loss_1)
+        for level, value in loss.items():
+            self.assertEqual(loss_1[level], each[level].item())
+            self.assertAlmostEqual(value, (loss_1[level] + loss_2[level]) / 2, places=5)
         (0.25 * each["scene"] + 1.0 * each["object"] + 0.5 * each["part"]).backward()
         for name, p in net.named_parameters():
             expected = torch.zeros_like(p) if p.grad is None else p.grad
@@ -3472,14 +3113,6 @@ class TestUpdate(unittest.TestCase):
         self.assertFalse(any(value.any() for value in step.values()))
         self.assertEqual(scaler.get_scale(), 512)
 
-    def test_a_loss_that_is_not_finite_ends_before_the_step(self):
-        for factor in (math.inf, math.nan):
-            with scaled_losses(factor):
-                with self.assertRaisesRegex(FloatingPointError, "ade20k.*file 1.*file 2"):
-                    self.step(self.batch(1), self.batch(2))
-            for name, p in small_net().named_parameters():
-                self.assertTrue(torch.equal(self.net.get_parameter(name), p), name)
-
     def test_no_decay_on_biases_and_norms(self):
         net = small_net()
         spared = set()
@@ -3494,15 +3127,11 @@ class TestUpdate(unittest.TestCase):
         self.assertEqual(set(decayed["params"]), set(net.parameters()) - spared)
 
     def test_defaults_that_depend_on_the_machine(self):
-        for cores, processes, workers in ((16, "4", 4), (64, "2", 8), (2, "4", 1), (6, "1", 6)):
+        for cores, processes, workers in ((16, "4", 4), (64, "2", 8), (2, "4", 1)):
             with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=processes):
                 with mock.patch("os.cpu_count", return_value=cores):
                     self.assertEqual(datasets.default_workers(), workers)
-        for capability, expected in (
-            ((7, 5), torch.float16),
-            ((8, 0), torch.bfloat16),
-            ((9, 0), torch.bfloat16),
-        ):
+        for capability, expected in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
             with mock.patch("torch.cuda.get_device_capability", return_value=capability):
                 self.assertEqual(datasets.pick_amp("auto", torch.device("cuda")), expected)
         self.assertIsNone(datasets.pick_amp("auto", torch.device("cpu")))
@@ -3514,22 +3143,22 @@ class TestTraining(Runs):
     def setUpClass(cls):
         super().setUpClass()
         cls.out = new_folder("run")
-        write(os.path.join(cls.out, "log.jsonl"), "a line that an older run left\n")
+        write(join(cls.out, "log.jsonl"), "a line that an older run left\n")
         argv = (*cls.toy, "--iters", 6, "--texture-iters", 2, "--accumulate", 2)
         _, cls.said = trained(*argv, "--eval-every", 2, out=cls.out, validates=True)
-        cls.checkpoint = os.path.join(cls.out, "ckpt.pt")
+        cls.checkpoint = join(cls.out, "ckpt.pt")
 
     def test_files_and_the_log(self):
         files = ["best.pt", "ckpt.pt", "curves.png", "log.jsonl", "metrics.json", "pictures"]
         self.assertEqual(sorted(os.listdir(self.out)), files)
         levels = {"ade20k": {"scene", "object", "part"}, "os": {"material"}, "dtd": {"texture"}}
         steps = [("main", k) for k in range(6)] + [("texture", 0), ("texture", 1)]
+        keys = {"stage", "iteration", "source", "lr", "loss", "seconds"}
         log = read_log(self.out)
-        self.assertEqual([(line["stage"], line["iteration"]) for line in log], steps)
         for k, line in enumerate(log):
-            self.assertEqual("metrics" in line, k in (1, 3, 5))  # the last is metrics.json
-            line.pop("metrics", None)
-            self.assertEqual(set(line), {"stage", "iteration", "source", "lr", "loss", "seconds"})
+            self.assertEqual((line["stage"], line["iteration"]), steps[k])
+            validated = {"metrics"} if k in (1, 3, 5) else set()  # the last is metrics.json
+            self.assertEqual(set(line), keys | validated)
             self.assertEqual(set(line["loss"]), levels[line["source"]])
         # The texture stage has a policy of its own.
         np.testing.assert_allclose(log[3]["lr"], 0.04 * (3 / 6) ** 0.9)
@@ -3546,21 +3175,23 @@ class TestTraining(Runs):
         net, vocabulary = upernet.load(self.checkpoint)
         self.assertFalse(net.training)
         self.assertEqual(vocabulary, content["vocabulary"])
-        self.assertEqual(net(torch.rand(1, 3, 64, 64))["object"].shape[1], 14)
 
     def test_evaluate_finds_the_metrics_of_the_last_and_of_the_best(self):
         metrics = read_json(self.out, "metrics.json")
-        again = os.path.join(new_folder("json"), "again.json")
+        again = join(new_folder("json"), "again.json")
         self.assertEqual(command(evaluate.main, self.checkpoint, "--json", again)[0], 0)
         self.assertEqual(read_json(again), metrics)
         self.assertEqual(set(metrics), set(upernet.LEVELS))
         validated = [line["metrics"] for line in read_log(self.out) if "metrics" in line]
-        best = max(of_run["object"]["mean_iou"] for of_run in [*validated, metrics])
-        path = os.path.join(self.out, "best.pt")
-        command(evaluate.main, path, "--levels", "object", "--json", again)
-        self.assertEqual(list(read_json(again)), ["object"])
-        self.assertEqual(read_json(again)["object"]["mean_iou"], best)
+        best = max(self.mean_of_levels(of_run) for of_run in [*validated, metrics])
+        command(evaluate.main, join(self.out, "best.pt"), "--json", again)
+        self.assertAlmostEqual(self.mean_of_levels(read_json(again)), best)
         self.assertRegex(self.said, f"best.pt.*{best:.4f}")
+
+    def mean_of_levels(self, metrics: dict) -> float:
+        total = metrics["scene"]["top1"] + metrics["object"]["mean_iou"]
+        total += metrics["part"]["mean_iou_bg"] + metrics["material"]["mean_iou"]
+        return (total + metrics["texture"]["top1"]) / 5
 
     def test_the_first_lines_say_what_follows(self):
         """Sizes; iterations, images a step, passes and rate of each stage; what is unlabelled."""
@@ -3597,13 +3228,13 @@ class TestTraining(Runs):
             return result
 
         argv = (*self.toy, "--sizes", 64, "--iters", 6, "--texture-iters", 2, "--save-every", 1)
-        for amp, steps in (("off", 8), ("bf16", 8), ("off", 3), ("off", 7)):
+        for amp, steps in (("bf16", 8), ("off", 3), ("off", 7)):
             states.clear()
             with self.subTest(amp=amp, steps=steps), mock.patch("train.update", recorded):
                 if steps == 8:
                     out, _ = trained(*argv, "--amp", amp)
                 else:
-                    out = killed(steps, *argv)
+                    out = killed(steps, *argv, "--amp", amp)
                     trained("--resume", out=out)
                 sources = [line["source"] for line in read_log(out)]
                 self.assertEqual(set(sources), set(paths))
@@ -3638,14 +3269,22 @@ class TestTraining(Runs):
                 self.assertEqual(set(of_run), set(levels))
             self.assertEqual([line["source"] for line in log], [source, source])
 
-    def test_crops_are_squares_and_resume_bit_for_bit(self):
-        argv = (*self.toy, "--crop", 64, "--accumulate", 2, "--save-every", 2)
-        argv = (*argv, "--iters", 4, "--texture-iters", 0)
-        for batch in batches_of(*argv):
-            self.assertEqual(batch["images"].shape, (2, 3, 64, 64))
-        whole, _ = trained(*argv)
+    def test_crops_are_squares_of_both_orientations_and_resume_bit_for_bit(self):
+        argv = (*self.toy, "--accumulate", 2, "--save-every", 2, "--iters", 4)
+        argv = (*argv, "--texture-iters", 0)
+        heights = {}
+        for source in ("ade20k", "os"):
+            index, _ = scanned(join(toy_root(), "toy"), source)
+            heights.update(zip(index.images, index.sizes[:, 0].tolist()))
+        for crop, orientations in ((0, 1), (64, 2)):
+            counts = []
+            for batch in batches_of(*argv, "--crop", crop):
+                counts.append(len({heights[name] for name in batch["files"]}))
+                self.assertTrue(crop == 0 or batch["images"].shape == (2, 3, 64, 64))
+            self.assertEqual(max(counts), orientations)
+        whole, _ = trained(*argv, "--crop", 64)
         self.assertEqual(checkpoint_of(whole)["network"]["test_size"], (64, 256, None))
-        stopped = killed(3, *argv)
+        stopped = killed(3, *argv, "--crop", 64)
         trained("--resume", out=stopped)
         self.assert_same_run(whole, stopped)
 
@@ -3660,13 +3299,10 @@ PREAMBLE = """
 import os, signal, sys, time
 import torch
 import torch.distributed as dist
-import datasets, resnet, train, upernet
+import datasets, evaluate, resnet, train, upernet
 
 resnet.BLOCKS[18] = (1, 1, 1, 1)
 update = train.update
-
-def no_evaluation(*_, **__):
-    return {}
 """
 HANGS = """
 def hanging(*arguments):
@@ -3682,7 +3318,7 @@ train.main()
 
 def started(text: str, *argv, processes: int = 0, restarts: int = 0, **variables):
     """A script that runs beside this one, under torchrun if it has several processes."""
-    script = write(os.path.join(new_folder("script"), "script.py"), PREAMBLE + text)
+    script = write(join(new_folder("script"), "script.py"), PREAMBLE + text)
     launcher = [sys.executable]
     threads = torch.get_num_threads()
     if processes:
@@ -3705,7 +3341,7 @@ class TestResume(Runs):
         """In the middle of a stage, in its last iteration, in the texture stage."""
         argv = (*self.toy, "--iters", 5, "--texture-iters", 3, "--save-every", 100)
         whole, _ = trained(*argv)
-        stopped = os.path.join(new_folder("a"), "b c")
+        stopped = join(new_folder("a"), "b c")
         plain = upernet.losses
         for number, iteration, stage in (
             (signal.SIGTERM, 2, "main"),
@@ -3741,43 +3377,36 @@ class TestResume(Runs):
 
     def test_a_kill_and_a_signal_to_the_group_resume_bit_for_bit(self):
         """With processes that read images, which both reach too; the log may be ahead."""
-        rng = np.random.default_rng(0)
-        cases = ((0, 1, 8), (2, 1, 8), (0, 3, 8)) if LONG else ((1, 2, 1),)
-        for workers, save_every, kills in cases:
-            argv = (*self.toy, "--iters", 20, "--texture-iters", 12)
-            argv = (*argv, "--workers", workers, "--save-every", save_every)
-            whole, _ = trained(*argv)
-            stopped = new_folder("stopped")
-            for number in [*[signal.SIGKILL] * kills, signal.SIGTERM]:
-                lines = log_lines(stopped)
-                run = started("train.main()", *argv, "--out", stopped)
-                argv = ("--resume",)
-                while run.poll() is None and log_lines(stopped) <= lines:
-                    time.sleep(0.02)
-                if number == signal.SIGKILL:
-                    time.sleep(rng.uniform(0, 0.3))
-                os.killpg(run.pid, number)
-                _, err = run.communicate()
-                expected = -9 if number == signal.SIGKILL else 143
-                self.assertEqual((err, run.returncode), ("", expected))
-            content = checkpoint_of(stopped)
-            done = content["iteration"] + 20 * (content["stage"] == "texture")
-            self.assertEqual(done, log_lines(stopped))
-            self.assertGreater(done, lines)
-            trained("--resume", out=stopped)
-            self.assert_same_run(whole, stopped)
+        argv = (*self.toy, "--iters", 12, "--texture-iters", 8, "--workers", 1, "--save-every", 2)
+        whole, _ = trained(*argv)
+        stopped = new_folder("stopped")
+        for number, expected in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+            lines = log_lines(stopped)
+            run = started("train.main()", *argv, "--out", stopped)
+            while run.poll() is None and log_lines(stopped) <= lines + 2:
+                time.sleep(0.01)
+            os.killpg(run.pid, number)
+            _, err = run.communicate()
+            self.assertEqual((err, run.returncode), ("", expected))
+            argv = ("--resume",)
+        content = checkpoint_of(stopped)
+        done = content["iteration"] + 12 * (content["stage"] == "texture")
+        self.assertEqual(done, log_lines(stopped))
+        self.assertGreater(done, lines)
+        trained("--resume", out=stopped)
+        self.assert_same_run(whole, stopped)
 
     def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(self):
         out = killed(2, *self.toy, "--iters", 4, "--texture-iters", 0, "--save-every", 1)
-        good = Path(out, "ckpt.pt").read_bytes()
+        path = join(out, "ckpt.pt")
+        good = Path(path).read_bytes()
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         self.addCleanup(signal.signal, signal.SIGXFSZ, handler)
         self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, hard))
-        err = refusal(self, train.main, "--resume", "--out", out)
-        self.assertIn(os.path.join(out, "ckpt.pt"), err)
-        self.assertEqual(Path(out, "ckpt.pt").read_bytes(), good)
+        self.assertIn(path, refusal(self, train.main, "--resume", "--out", out))
+        self.assertEqual(Path(path).read_bytes(), good)
         self.assertEqual([name for name in os.listdir(out) if name.startswith(".")], [])
 
     def test_failures_from_outside_are_told_in_one_line(self):
@@ -3797,30 +3426,32 @@ class TestResume(Runs):
             argv = (*argv, "--out", new_folder("ours"))
             self.assertRaises(RuntimeError, command, train.main, *argv)
 
-    def test_a_loss_that_is_not_finite_ends_the_run(self):
+    def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(self):
         out = new_folder("infinite")
-        argv = (*self.toy, "--data", "os", "--root", os.path.join(toy_root(), "toy"))
-        argv = (*argv, "--backbone", "resnet18", "--weights", "none", "--out", out)
-        with scaled_losses(math.inf):
-            err = refusal(self, train.main, *argv)
-        self.assertIn(os.path.join(out, "ckpt.pt"), err)
-        self.assertRegex(err, r"photos/\d+\.jpg, photos/\d+\.jpg")
-        self.assertEqual((checkpoint_of(out)["iteration"], log_lines(out)), (0, 0))
+        argv = (*self.toy, "--levels", "material", "--iters", 1, "--out", out)
+        for factor in (math.inf, math.nan):
+            shutil.rmtree(out, ignore_errors=True)
+            with scaled_losses(factor), mock.patch("torch.optim.SGD.step") as step:
+                err = refusal(self, train.main, *argv)
+            step.assert_not_called()
+            self.assertIn(join(out, "ckpt.pt"), err)
+            self.assertRegex(err, r"photos/\d+\.jpg, photos/\d+\.jpg")
+            self.assertEqual((checkpoint_of(out)["iteration"], log_lines(out)), (0, 0))
 
     def test_changed_data_or_a_log_that_is_none_are_refused(self):
         root = coloured("a", "b", images=8)
         out = killed(2, *OWN, "--root", root, "--iters", 3, "--save-every", 1)
-        for content in (b"\xff\xfe\n\n", b"{}\nno JSON\n"):
-            Path(out, "log.jsonl").write_bytes(content)
-            self.assertIn("log.jsonl", refusal(self, train.main, "--resume", "--out", out))
-            self.assertEqual(Path(out, "log.jsonl").read_bytes(), content)
-        os.remove(os.path.join(out, "log.jsonl"))
-        table = os.path.join(root, "classes.txt")
+        log = Path(out, "log.jsonl")
+        log.write_text("{}\nno JSON\n")
+        self.assertIn("log.jsonl", refusal(self, train.main, "--resume", "--out", out))
+        self.assertEqual(log.read_text(), "{}\nno JSON\n")
+        log.unlink()
+        table = join(root, "classes.txt")
         write(table, "1 a\n2 c")
         self.assertIn(out, refusal(self, train.main, "--resume", "--out", out))
         write(table, "1 a\n2 b")
-        masks = os.path.join(root, "annotations", "training")
-        shutil.copy(os.path.join(masks, "1.png"), os.path.join(masks, "2.png"))
+        masks = join(root, "annotations", "training")
+        shutil.copy(join(masks, "1.png"), join(masks, "2.png"))
         self.assertIn(out, refusal(self, train.main, "--resume", "--out", out))
 
     def test_a_restarted_group_resumes_the_run_of_its_own_options_alone(self):
@@ -3877,7 +3508,11 @@ print("same gradient", file=sys.stderr)
 
 datasets.join_processes = dist.barrier
 train.update = compared
+leave = dist.destroy_process_group
+dist.destroy_process_group = dist.barrier  # evaluate.py in the same group
 train.main()
+dist.destroy_process_group = leave
+evaluate.main([sys.argv[-1] + "/ckpt.pt", "--json", sys.argv[-1] + "/shared.json"])
 """
 KILLED = """
 calls = []
@@ -3897,12 +3532,11 @@ train.update = failing
 train.main()
 """
 FINISHES = """
+def no_evaluation(*_, **__):
+    return {}
+
 train.evaluate.evaluate = no_evaluation
 train.main()
-"""
-EVALUATES = """
-import evaluate
-evaluate.main()
 """
 
 
@@ -3928,17 +3562,13 @@ class TestProcesses(Runs):
 
     def test_their_metrics_are_those_of_one(self):
         """No image is counted twice, in train.py and in evaluate.py."""
-        checkpoint = os.path.join(self.whole, "ckpt.pt")
-        shared = os.path.join(new_folder("json"), "shared.json")
-        alone = os.path.join(new_folder("json"), "alone.json")
-        run = started(EVALUATES, checkpoint, "--json", shared, processes=2)
-        said, err = run.communicate()
-        self.assertEqual(said.count("mIoU-bg"), 1, err)
+        alone = join(new_folder("json"), "alone.json")
         self.addCleanup(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
+        checkpoint = join(self.whole, "ckpt.pt")
         self.assertEqual(command(evaluate.main, checkpoint, "--json", alone)[0], 0)
-        self.assertEqual(read_json(shared), read_json(alone))
-        self.assertEqual(read_json(self.whole, "metrics.json"), read_json(alone))
+        for name in ("metrics.json", "shared.json"):
+            self.assertEqual(read_json(self.whole, name), read_json(alone))
 
     def test_a_group_is_restarted_after_a_kill_and_stopped_and_resumed_by_hand(self):
         """By as many processes, with the same result, or by a single one."""
@@ -3951,44 +3581,25 @@ class TestProcesses(Runs):
         done = content["iteration"] + 8 * (content["stage"] == "texture")
         self.assertEqual(done, log_lines(out))
         self.assertIn(done, (6, 7, 8, 9))
-        single = shutil.copytree(out, os.path.join(new_folder("copy"), "single"))
+        single = shutil.copytree(out, join(new_folder("copy"), "single"))
         trained("--resume", out=single)
         self.assertEqual((log_lines(single), checkpoint_of(single)["stage"]), (10, "done"))
-        _, err = started(FINISHES, "--resume", "--out", out, processes=2).communicate()
+        started(FINISHES, "--resume", "--out", out, processes=2).communicate()
         self.assert_same_run(self.whole, out)
 
 
 # ---------------------------------------------------------------- data and weights of one's own
 class TestOwnRuns(Runs):
-    def test_classes_with_gaps_are_learned_and_written_with_their_numbers(self):
-        root = coloured("leaf", "soil", "stone", numbers=(0, 40, 255))
-        argv = (*OWN, "--root", root, "--split", "official", "--channels", 16, "--iters", 40)
-        out, _ = trained(*argv, validates=True)
-        metrics = read_json(out, "metrics.json")
-        self.assertEqual(list(metrics["object"]["iou"]), ["leaf", "soil", "stone"])
-        self.assertGreater(metrics["object"]["mean_iou"], 0.5)
-        photo = os.path.join(root, "images", "validation", "4.png")
-        place = new_folder("pictures")
-        argv = (os.path.join(out, "ckpt.pt"), "--photo", photo, "--pictures", place)
-        self.assertEqual(command(evaluate.main, *argv)[::2], (0, ""))
-        mask = np.asarray(Image.open(os.path.join(place, "4_object.png")))
-        truth = np.asarray(Image.open(photo.replace("images", "annotations")))
-        self.assertGreater((mask == truth).mean(), 0.5)
 
-    def test_few_images_train_and_validate(self):
-        for count in (2, 5):
-            masks = [[[1, 2] * 20] * 40] * count
-            root = own_data(new_folder("few"), masks, classes="a\nb")
+    def test_few_images_train_and_from_two_on_one_validates(self):
+        for count in (5, 2, 1):
+            root = own_data(new_folder("few"), [[[1, 2] * 20] * 40] * count, classes="a\nb")
             out, _ = trained(*OWN, "--root", root, "--iters", 2, validates=True)
             content = checkpoint_of(out)
-            self.assertEqual(len(content["split"]["ade20k"]), 1)
-            self.assertEqual(len(content["trained"]["ade20k"]), count - 1)
-            self.assertEqual(set(read_json(out, "metrics.json")), {"object"})
-
-    def test_a_run_without_validation_images_is_finished_too(self):
-        root = own_data(new_folder("one"), [[[1, 2] * 20] * 40], classes="a\nb")
-        out, _ = trained(*OWN, "--root", root, "--iters", 2, validates=True)
-        self.assertFalse(os.path.exists(os.path.join(out, "metrics.json")))
+            validates = 1 if count > 1 else 0
+            self.assertEqual(len(content["split"]["ade20k"]), validates)
+            self.assertEqual(len(content["trained"]["ade20k"]), count - validates)
+            self.assertEqual(os.path.exists(join(out, "metrics.json")), count > 1)
         before = Path(out, "ckpt.pt").read_bytes()
         self.assertIn("finished", trained("--resume", out=out)[1])
         self.assertEqual(Path(out, "ckpt.pt").read_bytes(), before)
@@ -4007,27 +3618,27 @@ class TestOwnRuns(Runs):
         masks = [[[1] * 32 + [2] * 32] * 64] * 4
         root = own_data(new_folder("sides"), masks, classes="left hand\nRight hand")
         argv = (*OWN, "--root", root, "--iters", 8)
-        kept = batches_of(*argv, "--no-flip")
-        mirrored = batches_of(*argv)
-        for batches, expected in ((kept, {(0, 1)}), (mirrored, {(0, 1), (1, 0)})):
-            maps = torch.cat([batch["object"] for batch in batches])
+        for options, expected in ((["--no-flip"], {(0, 1)}), ([], {(0, 1), (1, 0)})):
+            maps = torch.cat([batch["object"] for batch in batches_of(*argv, *options)])
             sides = {(row[0], row[-1]) for row in maps[:, 8].tolist()}
             self.assertEqual(sides, expected)
-        _, said = trained(*argv, "--iters", 0)
-        self.assertRegex(said, "left hand.*Right hand.*--no-flip")
-        _, said = trained(*argv, "--iters", 0, "--no-flip")
-        self.assertNotIn("hand", said)
+            _, said = trained(*argv, *options, "--iters", 0)
+            is_told = re.search("left hand.*Right hand.*--no-flip", said) is not None
+            self.assertEqual(is_told, not options)
 
-    def test_class_names_that_stdout_cannot_encode_do_not_end_the_run(self):
+    def test_names_that_the_terminal_cannot_show_end_neither_script(self):
         root = own_data(new_folder("names"), [[[1, 2] * 20] * 40] * 3, classes="猫\nсобака")
         out = new_folder("out")
-        argv = (*OWN, "--root", root, "--iters", 1, "--eval-every", 1, "--out", out)
-        run = started("train.main()", *argv, PYTHONIOENCODING="cp1252")
-        said, err = run.communicate()
-        self.assertEqual((run.returncode, err), (0, ""))
-        self.assertIn("ckpt.pt", said)
+        photo = save(noise(48, 64), out, "点.png")
+        training = (*OWN, "--root", root, "--iters", 1, "--eval-every", 1, "--out", out)
+        parsing = (join(out, "ckpt.pt"), "--photo", photo, "--pictures", out)
+        for text, argv in (("train.main()", training), ("evaluate.main()", parsing)):
+            run = started(text, *argv, PYTHONIOENCODING="cp1252")
+            _, err = run.communicate()
+            self.assertEqual((run.returncode, err), (0, ""))
         metrics = read_json(out, "metrics.json")
         self.assertEqual(set(metrics["object"]["iou"]), {"猫", "собака"})
+        self.assertIn("点_object.png", os.listdir(out))
 
 
 class TestStart(Runs):
@@ -4040,7 +3651,7 @@ class TestStart(Runs):
         network = ("--stem", "deep", "--no-head-conv", "--seed", 1)
         cls.out, _ = trained(*OWN, "--root", cls.root, *network, "--iters", 1)
         cls.theirs = checkpoint_of(cls.out)
-        cls.path = os.path.join(cls.out, "ckpt.pt")
+        cls.path = join(cls.out, "ckpt.pt")
 
     def begun(self, *argv) -> dict:
         """The checkpoint of a run of no iteration."""
@@ -4066,9 +3677,10 @@ class TestStart(Runs):
             if name.startswith("backbone."):
                 self.assertTrue(torch.equal(value, self.theirs["model"][name]), name)
 
-        others = self.begun(*data[:3], coloured("a", "b"), "--weights", self.path)["model"]
-        key = "heads.object.classifier.weight"  # no name in common: nothing is kept
-        rows = others[key].flatten(1)[:, None]
+    def test_ours_keeps_no_classifier_without_a_name_in_common(self):
+        data = ("--data", "ade20k", "--root", coloured("a", "b"), "--weights", self.path)
+        key = "heads.object.classifier.weight"
+        rows = self.begun(*data)["model"][key].flatten(1)[:, None]
         self.assertTrue((rows != self.theirs["model"][key].flatten(1)).all())
 
     def test_ours_brings_data_and_root_if_none_is_given(self):
@@ -4085,20 +3697,17 @@ class TestStart(Runs):
         self.assertEqual(len(trained_by), 18)
         root = new_folder("more")
         shutil.copytree(self.root, root, dirs_exist_ok=True)
-        os.remove(os.path.join(root, "split.json"))
-        for folder in ("images", "annotations"):
-            for k in range(20):
-                of_side = os.path.join(root, folder, "validation" if k % 5 == 4 else "training")
-                shutil.copy(os.path.join(of_side, f"{k}.png"), os.path.join(of_side, f"{k}b.png"))
+        path = join(root, "split.json")
+        os.remove(path)
+        for copied in list(Path(root).rglob("*/*/*.png")):
+            shutil.copy(copied, copied.with_stem(f"{copied.stem}b"))
         argv = ("--data", "ade20k", "--root", root, "--weights", self.path)
         ours = self.begun(*argv)
         validation = set(ours["split"]["ade20k"])
         self.assertEqual(len(validation), 4)
         self.assertFalse(validation & trained_by)
-        self.assertLessEqual(trained_by, set(ours["trained"]["ade20k"]))
         self.assertEqual(len(ours["trained"]["ade20k"]), 36)
         # The images that its weights were trained on stay known, though they validate now.
-        path = os.path.join(root, "split.json")
         split = read_json(path)
         split["sources"]["ade20k"]["validation"] = sorted(trained_by)[:3]
         write(path, json.dumps(split))
@@ -4124,31 +3733,23 @@ class TestStart(Runs):
         out, _ = trained(*data, "--iters", 2)
         self.assertEqual((log_lines(out), checkpoint_of(out)["network"]), (2, ours["network"]))
 
+    @mock.patch.dict("resnet.BLOCKS", {18: (2, 2, 2, 2)})
     def test_a_backbone_as_most_are_saved(self):
-        with mock.patch.dict("resnet.BLOCKS", {18: (2, 2, 2, 2)}):
-            theirs = torchvision.models.resnet18().state_dict()
-            path = os.path.join(new_folder("backbone"), "weights.pth")
-            for under, prefix in (
-                ("", ""),
-                ("state_dict", "module."),
-                ("model", "backbone."),
-                ("state_dict", "module.backbone."),
-            ):
-                state = {f"{prefix}{key}": value for key, value in theirs.items()}
-                torch.save({under: state, "epoch": 3} if under else state, path)
-                ours = self.begun(*OWN, "--root", self.root, "--weights", path)["model"]
-                for key, value in theirs.items():
-                    if not key.startswith("fc."):
-                        self.assertTrue(torch.equal(ours[f"backbone.{key}"], value), key)
+        theirs = torchvision.models.resnet18().state_dict()
+        path = join(new_folder("backbone"), "weights.pth")
+        for under, prefix in (("", ""), ("model", "backbone."), ("state_dict", "module.backbone.")):
+            state = {f"{prefix}{key}": value for key, value in theirs.items()}
+            torch.save({under: state, "epoch": 3} if under else state, path)
+            ours = self.begun(*OWN, "--root", self.root, "--weights", path)["model"]
+            for key, value in theirs.items():
+                if not key.startswith("fc."):
+                    self.assertTrue(torch.equal(ours[f"backbone.{key}"], value), key)
 
     def test_weights_of_which_nothing_fits_are_refused_by_key(self):
-        path = os.path.join(new_folder("other"), "other.pth")
-        for content in ({"encoder.a.weight": torch.zeros(3)}, {"state_dict": 3}, {"model": [1]}):
-            torch.save(content, path)
-            err = refusal(self, train.main, *OWN, "--root", self.root, "--weights", path)
-            self.assertIn(path, err)
-            if "encoder.a.weight" in content:
-                self.assertIn("encoder.a.weight", err)
+        path = join(new_folder("other"), "other.pth")
+        torch.save({"encoder.a.weight": torch.zeros(3)}, path)
+        err = refusal(self, train.main, *OWN, "--root", self.root, "--weights", path)
+        self.assertRegex(err, f"{re.escape(path)}.*encoder.a.weight")
 
 
 # ---------------------------------------------------------------- mistakes
@@ -4170,22 +3771,22 @@ class TestMistakes(Runs):
         super().setUpClass()
         cls.place = new_folder("mistakes")
         cls.begun, _ = trained(*cls.toy, "--iters", 1, "--texture-iters", 1)
-        cls.checkpoint = os.path.join(cls.begun, "ckpt.pt")
+        cls.checkpoint = join(cls.begun, "ckpt.pt")
         short = ("--iters", 0, "--texture-iters", 0)
-        cls.new = (*cls.toy, *short, "--out", os.path.join(cls.place, "new"))
+        cls.new = (*cls.toy, *short, "--out", join(cls.place, "new"))
 
     def at(self, *names: str) -> str:
-        return os.path.join(self.place, *names)
+        return join(self.place, *names)
 
     def refused(self, main, name: str, *argv):
         with self.subTest(script=main.__module__, argv=argv):
             self.assertIn(name, refusal(self, main, *argv))
 
     def test_options_of_train(self):
-        wrong = """--data ade --backbone vgg16 --weights nothing.pth --lr -1 --lr nan --batch-size 0
-            --iters -3 --fpn 1 --seed 1e30 --sizes 64,x --sizes 8 --max-size 1 --batch-size 1
-            --crop 33 --crop -32 --device abacus --device meta --colour red --levels colour
-            --levels part --levels scene,part --levels object, --min-images 100000""".split()
+        wrong = """--data ade --backbone vgg16 --weights nothing.pth --lr nan --batch-size 0
+            --iters -3 --fpn 1 --seed 1e30 --sizes 64,x --max-size 1 --batch-size 1 --crop 33
+            --device abacus --device meta --colour red --levels colour --levels part
+            --min-images 100000""".split()
         for option, value in zip(wrong[::2], wrong[1::2]):
             name = "--min-" if option == "--min-images" else option
             self.refused(train.main, name, *self.new, option, value)
@@ -4201,7 +3802,6 @@ class TestMistakes(Runs):
         ckpt = self.checkpoint
         missing = self.at("nowhere")
         released = ("--release", self.at("a"), self.at("b"))
-        scene = (ckpt, "--levels", "scene")
         for name, *argv in (
             ("--release",),
             ("--release", ckpt, *released),
@@ -4209,11 +3809,9 @@ class TestMistakes(Runs):
             (missing, missing),
             (self.place, self.place),
             ("--size", ckpt, "--size", "1e3"),
-            ("--levels", ckpt, "--levels", "colour"),
             (missing, ckpt, "--data", "dtd", "--root", missing),
             ("--json", ckpt, "--photo", self.at("x.jpg"), "--json", self.at("m.json")),
-            (self.place, *scene, "--json", self.place),
-            ("--relations", *scene, "--relations", self.at("r.json")),
+            (self.place, ckpt, "--levels", "scene", "--json", self.place),
         ):
             self.refused(evaluate.main, name, *argv)
         self.refused(balance_split.main, "--fraction", *self.toy[:2], "--fraction", 2)
@@ -4225,47 +3823,43 @@ class TestMistakes(Runs):
         write(self.at("old", "ade20k", "index_ade20k.mat"), "")
         masks = [np.ones((40, 40))] * 2
         own_data(self.at("words"), masks, objectInfo150="Idx Name\n1 wall\n")
-        own_data(self.at("blank"), masks, objectInfo150="")
         own_data(self.at("empty"), masks, classes="")
         for root, name in (
             ("occupied", "occupied"),
             ("none", "images/ADE"),
             ("old", "2021"),
             ("words", "objectInfo150.txt"),
-            ("blank", "objectInfo150.txt"),
             ("empty", "classes.txt"),
         ):
             self.refused(datasets.main, name, "--data", "ade20k", "--root", self.at(root))
         self.refused(datasets.main, "--data ade20k", "--root", self.at("words"))  # not the toy
         self.refused(datasets.main, "dtd", "--data", "dtd", "--root", self.at("words"))
 
-        shutil.copytree(os.path.join(toy_root(), "toy", "os"), self.at("os"))
-        surfaces = ("--data", "os", "--root", self.place)
-        self.refused(datasets.main, occupied, *surfaces, "--cache", occupied)
-        table = self.at("os", "label-substance-colors.csv")
-        columns = "substance_id,red_color,substance_name\n"
-        for text in ("a,b\n1,2\n", f"{columns}1,1\n", f"{columns}1,inf,wood\n"):
+        root = surfaces(new_folder("surfaces"), ["wood"], [columns(1)])
+        argv = ("--data", "os", "--root", root)
+        self.refused(datasets.main, occupied, *argv, "--cache", occupied)
+        table = join(root, "os", "label-substance-colors.csv")
+        for text in ("a,b\n1,2\n", "substance_id,red_color,substance_name\n1,inf,wood\n"):
             write(table, text)
-            self.refused(datasets.main, table, *surfaces)
+            self.refused(datasets.main, table, *argv)
         os.remove(table)
-        self.refused(datasets.main, table, *surfaces)
+        self.refused(datasets.main, table, *argv)
 
     def test_files_that_are_no_checkpoints_and_no_code_in_them_runs(self):
         """In the three places where a checkpoint is read."""
         good = checkpoint_of(self.begun)
-        model = good["model"]
         weight = "ppm.last.0.weight"
+        sparse = good["model"][weight].to_sparse()
         scenes = good["vocabulary"]["scene"]
         ran = self.at("ran")
         files = {
             "half": Path(self.checkpoint).read_bytes()[:9999],
-            "random": np.random.default_rng(0).bytes(5000),
+            "text": b"some text\n",
             "nothing": b"",
             "list": [1],
             "lacking": {"a": torch.zeros(3)},
             "code": {**good, "model": RunsCode(ran)},
-            "sparse": {**good, "model": {**model, weight: model[weight].to_sparse()}},
-            "nan": {**good, "model": {**model, weight: model[weight] * math.nan}},
+            "sparse": {**good, "model": {**good["model"], weight: sparse}},
             "option": {**good, "network": {**good["network"], "colour": 3}},
             "huge": {**good, "network": {**good["network"], "channels": 10**9}},
             "module": {**good, "network": {**good["network"], "backbone": "os"}},
@@ -4286,25 +3880,21 @@ class TestMistakes(Runs):
         self.assertFalse(os.path.exists(ran))
 
     def test_photos_that_cannot_be_read_are_named_and_the_others_parsed(self):
-        save_jpeg(self.at("good.jpg"), 50, 80)
+        good = save(noise(50, 80), self.at("good.jpg"))
         save(np.zeros((300, 300)), self.at("bomb.png"))
-        Path(self.at("cut.jpg")).write_bytes(Path(self.at("good.jpg")).read_bytes()[:-900])
-        Path(self.at("zero.png")).write_bytes(b"")
+        grey = np.linspace(0, 4095, 4000).reshape(50, 80)
+        save(Image.fromarray(grey.astype(np.uint16)), self.at("twelve.png"))
+        save(Image.fromarray(grey.astype(np.float32)), self.at("float.tiff"))
+        Path(self.at("cut.jpg")).write_bytes(Path(good).read_bytes()[:-900])
         Path(self.at("words.jpg")).write_bytes(b"no picture")
-        broken = ["gone.jpg", "bomb.png", "cut.jpg", "zero.png", "words.jpg"]
+        broken = ["gone.jpg", "bomb.png", "twelve.png", "float.tiff", "cut.jpg", "words.jpg"]
         out = self.at("pictures")
-        argv = ("--photo", *map(self.at, broken), self.at("good.jpg"), "--pictures", out)
+        argv = ("--photo", *map(self.at, broken), good, "--pictures", out)
         with mock.patch("PIL.Image.MAX_IMAGE_PIXELS", 20000):
             err = refusal(self, evaluate.main, self.checkpoint, *argv)
         for name in broken:
             self.assertIn(name, err)
         self.assertEqual({name.split("_")[0] for name in os.listdir(out)}, {"good"})
-
-    def test_as_a_command_of_its_own(self):
-        argv = [sys.executable, os.path.join(HERE, "balance_split.py"), "--data", "ade"]
-        run = subprocess.run(argv, capture_output=True, text=True)
-        self.assertEqual(run.returncode, 2)
-        self.assertRegex(run.stderr, r"^balance_split.py: --data ade.*\n$")
 
     def test_help_is_short(self):
         for script in (train, evaluate, balance_split, datasets, upernet):
@@ -4315,34 +3905,29 @@ class TestMistakes(Runs):
 
 
 # ---------------------------------------------------------------- real images
-@unittest.skipUnless(os.path.isdir(os.path.join(SHARED, "data")), "the real samples are not here")
+@unittest.skipUnless(os.path.isdir(join(SHARED, "data")), "the real samples are not here")
 class TestRealSamples(Runs):
     def test_they_are_scanned_trained_on_and_evaluated(self):
         root = new_folder("real")
-        ade = os.path.join("ADE20K_2021_17_01", "images", "ADE")
-        sample = os.path.join(SHARED, "data", "ade20k_2021_sample", ade, "training")
+        ade = join("ADE20K_2021_17_01", "images", "ADE")
+        sample = join(SHARED, "data", "ade20k_2021_sample", ade, "training")
         for side in ("training", "validation"):
-            shutil.copytree(sample, os.path.join(root, "ade20k", ade, side))
-        shutil.copytree(os.path.join(SHARED, "data", "dtd_sample"), os.path.join(root, "dtd"))
+            shutil.copytree(sample, join(root, "ade20k", ade, side))
+        shutil.copytree(join(SHARED, "data", "dtd_sample"), join(root, "dtd"))
         argv = ["--data", "ade20k,dtd", "--root", root, "--min-images", 1, "--min-pixels", 1]
         argv += ["--min-part-images", 1, "--min-scene-images", 1]
-        status, said, err = command(datasets.main, *argv)
-        self.assertEqual((status, err), (0, ""))
-        self.assertIn("ade20k: 6 images", said)
-        self.assertIn("10 classes", said)
+        self.assertIn("ade20k: 6 images", succeeded(self, datasets.main, *argv))
         argv += ["--split", "official", "--backbone", "resnet18", "--channels", 16]
-        argv += ["--weights", "none", "--workers", 0, "--sizes", "96,128"]
-        out, _ = trained(*argv, "--iters", 12, "--texture-iters", 3, validates=True)
+        argv += ["--weights", "none", "--workers", 0, "--sizes", "96"]
+        out, _ = trained(*argv, "--iters", 8, "--texture-iters", 3, validates=True)
         vocabulary = checkpoint_of(out)["vocabulary"]
         self.assertEqual(vocabulary["scene"], ["street"])
         self.assertLessEqual({"wheel", "headlight", "windshield"}, set(vocabulary["part"]["car"]))
-        losses = [line["loss"]["object"] for line in read_log(out)[:12]]
+        losses = [line["loss"]["object"] for line in read_log(out)[:8]]
         self.assertLess(np.mean(losses[-4:]), np.mean(losses[:4]))
         metrics = read_json(out, "metrics.json")
         self.assertEqual(set(metrics), {"scene", "object", "part", "texture"})
         self.assertEqual(metrics["texture"]["n"], 20)
-        pictures = os.listdir(os.path.join(out, "pictures"))
-        self.assertEqual(sum(name.startswith("ade20k") for name in pictures), 3)
 
 
 def main() -> int:

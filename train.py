@@ -79,7 +79,7 @@ def update(
             values[level] = values.get(level, 0) + value.detach() / len(batches)
     values = {level: value.item() for level, value in values.items()}
     is_finite = all(math.isfinite(value) for value in values.values())
-    if not scaler.is_enabled() and largest_of_processes(not is_finite):
+    if not scaler.is_enabled() and largest_of_processes(int(not is_finite)):
         files = [file for batch in batches for file in batch["files"]]
         raise FloatingPointError(f"{batches[0]['source']}: {', '.join(files)}")
     scaler.step(optimizer)
@@ -114,6 +114,8 @@ def train(run: "Run") -> None:
                 run.iteration = iteration + 1
 
                 if run.scaler.get_scale() < scale:  # lowered, since gradients overflowed
+                    if run.scaler.get_scale() < 1:
+                        raise FloatingPointError("fp16 gradients overflow at every scale")
                     bar.write(
                         f"iteration {iteration}: fp16 gradients overflow, the step is skipped"
                     )
@@ -164,7 +166,7 @@ def finite(loss: dict[str, float]) -> dict[str, float | None]:
 
 def largest_of_processes(number: int) -> int:
     """The largest of the processes' numbers, without waiting for a GPU."""
-    largest = torch.tensor(int(number))
+    largest = torch.tensor(number)
     if dist.is_initialized():
         dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
@@ -226,29 +228,22 @@ def divide(
     """
     everything = datasets.build_vocabulary(indexes, minima, levels)
     vocabulary = {level: names for level, names in everything.items() if level in levels}
-    validates = {}
+    validation = {}
     for name, index in indexes.items():
         if not set(index.data_set.levels) & set(vocabulary):
             raise UserError(
                 f"{name}: no class is large enough to be kept; lower the --min- options"
             )
-        has_both = {"train", "val"} <= set(index.official)
-        if split == "official" and index.data_set.has_official:
-            if not has_both:
-                raise UserError(
-                    f"{name}: --split official needs photos in images/training/ and images/validation/"
-                )
-            validates[name] = balance_split.official_validation(index)
-            continue
-        if has_both and index.data_set.own_table:
-            print(f"{name}: --split official keeps its division into training and validation")
-        keep = set(trained.get(name, ())) & set(index.images)
-        if keep:
-            print(f"{name}: {len(keep)} images that trained the weights do not join a new split")
-        validates[name] = balance_split.balanced_validation(
-            index, everything, folder, cache, keep=frozenset(keep)
+        keep = frozenset(trained.get(name, ())) & frozenset(index.images)
+        if split == "balanced":
+            if index.data_set.own_table and {"train", "val"} <= set(index.official):
+                print(f"{name}: --split official keeps its division into training and validation")
+            if keep:
+                print(f"{name}: {len(keep)} images that trained the weights join no new split")
+        validation[name] = balance_split.validation_images(
+            index, split, folder, cache, everything, keep
         )
-    return vocabulary, validates
+    return vocabulary, validation
 
 
 TEXTURE_IMAGES = 8  # times --batch-size: textures have a fiftieth of the area (ours)
@@ -256,67 +251,65 @@ TEXTURE_IMAGES = 8  # times --batch-size: textures have a fiftieth of the area (
 
 class Stage(NamedTuple):
     name: str  # "main" or "texture"
-    sources: list[str]
-    iterations: int
-    images: int  # of the sources, to train on
-    step: int  # images of an iteration, in all processes
+    batches: datasets.TrainingBatches  # of this process
+    images: int  # to train on
+
+    @property
+    def iterations(self) -> int:
+        return len(self.batches.plan)
+
+    @property
+    def sources(self) -> list[str]:
+        return [source.index.source for source in self.batches.sources]
 
 
-def plan_stages(data: Data, iters: int | None, texture_iters: int | None, step: int) -> list[Stage]:
+def plan_stages(
+    data: Data,
+    iters: int | None,
+    texture_iters: int | None,
+    step: int,
+    seed: int,
+    augmentation: dict,
+) -> list[Stage]:
     """The stages that have images and iterations: all sources but the textures, then these.
 
-    step: images of an iteration. By default 5 iterations per training image at 16 images a step,
-    the paper's 100k for ADE20K's 20k images, then 5 passes over the textures (ours; the paper has
-    "a few").
+    step: images of an iteration in all processes. By default 5 iterations per training image at 16
+    images a step, the paper's 100k for ADE20K's 20k images, then 5 passes over the textures (ours;
+    the paper has "a few"). augmentation: further arguments of `TrainingBatches`.
     """
-    textures = [name for name, source in data.sources.items() if source.data_set.squares]
-    others = [name for name in data.sources if name not in textures]
+    textures = [source for source in data.sources.values() if source.data_set.squares]
+    others = [source for source in data.sources.values() if not source.data_set.squares]
+    images = sum(len(data.training[source.index.source]) for source in others)
+    of_textures = sum(len(data.training[source.index.source]) for source in textures)
+    texture_step = TEXTURE_IMAGES * step
+    if iters is None:
+        iters = math.ceil(5 * 16 * images / step)
+    if texture_iters is None:
+        texture_iters = math.ceil(5 * of_textures / texture_step)
     stages = []
-    for name, sources, iterations, passes, per_iteration in (
-        ("main", others, iters, 5 * 16, step),
-        ("texture", textures, texture_iters, 5, TEXTURE_IMAGES * step),
-    ):
-        images = sum(len(data.training[source]) for source in sources)
-        if iterations is None:
-            iterations = math.ceil(passes * images / per_iteration)
-        if images and iterations:
-            stages.append(Stage(name, sources, iterations, images, per_iteration))
+    if images and iters:
+        groups = image_groups(data, others, not augmentation["crop"])
+        plan = datasets.plan_batches(groups, iters, step, seed)
+        batches = datasets.TrainingBatches(others, plan, seed=seed, **augmentation)
+        stages.append(Stage("main", batches, images))
+    if of_textures and texture_iters:
+        groups = image_groups(data, textures, by_orientation=False)
+        plan = datasets.plan_batches(groups, texture_iters, texture_step, seed)
+        batches = datasets.TrainingBatches(textures, plan, seed=seed, **augmentation)
+        stages.append(Stage("texture", batches, of_textures))
     return stages
 
 
-def training_batches(
-    data: Data,
-    stage: Stage,
-    sizes: list[int],
-    longest: int,
-    crop: int,
-    flip: bool,
-    accumulate: int,
-    seed: int,
-) -> datasets.TrainingBatches:
-    """The batches of a stage for this process, `accumulate` of them an iteration."""
-    sources = [data.sources[name] for name in stage.sources]
+def image_groups(data: Data, sources: list[Source], by_orientation: bool) -> list:
+    """The groups of images that a batch comes from, for `datasets.plan_batches`."""
     groups = []
     for position, source in enumerate(sources):
         images = data.training[source.index.source]
-        if crop or source.data_set.squares:
-            groups.append((position, np.array(images, np.int32)))
-        else:
-            for group in datasets.orientation_groups(source.index, images):
-                groups.append((position, group))
-    plan = datasets.plan_batches(groups, stage.iterations, stage.step, seed)
-    return datasets.TrainingBatches(
-        sources,
-        plan,
-        sizes,
-        longest,
-        seed,
-        crop=crop,
-        flip=flip,
-        accumulate=accumulate,
-        rank=datasets.rank(),
-        processes=datasets.processes(),
-    )
+        of_source = [np.array(images, np.int32)]
+        if by_orientation:
+            of_source = datasets.orientation_groups(source.index, images)
+        groups += [(position, group) for group in of_source]
+    return groups
 
 
 def describe(
@@ -325,12 +318,12 @@ def describe(
     trained: dict[str, list[str]],
     split: str,
     flip: bool,
-    images: str,
+    sizes: str,
     lr: float,
 ) -> None:
     """Prints what the run is about to do, and what may be wrong with it.
 
-    trained: images of each source that trained the weights to start from; images: their sizes.
+    trained: images of each source that trained the weights to start from; sizes: in words.
     """
     for name, source in data.sources.items():
         validates = data.split[name]
@@ -344,7 +337,7 @@ def describe(
                 f"{name}: {known} of its validation images have trained the weights to start from"
             )
         if source.map_level == "object" and "object" in source.levels:
-            print(datasets.unlabelled(source.index))
+            print(datasets.unlabelled_share(source.index))
         unseen = classes_without_training(source, data.training[name], data.vocabulary)
         if unseen:
             print(f"{name}: only in validation images: {datasets.first_of(unseen)}")
@@ -360,11 +353,12 @@ def describe(
         n = sum(len(p) - 1 for p in names.values()) if level == "part" else len(names)
         counts.append(f"{n} {level}")
     print(f"classes: {', '.join(counts)}")
-    print(f"images: {images}")
+    print(f"images: {sizes}")
     for stage in stages:
-        passes = stage.iterations * stage.step / stage.images
+        step = stage.batches.plan.shape[1] - 1
+        passes = stage.iterations * step / stage.images
         print(
-            f"{stage.name} stage: {stage.iterations} iterations of {stage.step} images, "
+            f"{stage.name} stage: {stage.iterations} iterations of {step} images, "
             f"{passes:.1f} passes over {', '.join(stage.sources)}, learning rate {lr:g}"
         )
 
@@ -391,7 +385,6 @@ class Run:
     net: UPerNet
     data: Data
     stages: list[Stage]
-    batches: dict[str, datasets.TrainingBatches]  # of each stage
     out: str
     lr: float
     accumulate: int
@@ -461,14 +454,21 @@ class Run:
         """The batches of a stage from where the run is."""
         pinned = self.device.type == "cuda"
         first = self.iteration * self.accumulate
-        return datasets.loader(self.batches[stage.name], first, self.workers, pinned)
+        return datasets.loader(stage.batches, first, self.workers, pinned)
 
     def is_validation_due(self) -> bool:
         is_end = self.stage == self.stages[-1].name and self.iteration == self.lengths()[self.stage]
         return self.eval_every > 0 and self.iteration % self.eval_every == 0 and not is_end
 
-    def save(self, optimizer: torch.optim.Optimizer | None = None, path: str = "") -> None:
-        """Writes a checkpoint, to ckpt.pt unless another path is given."""
+    def save(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Writes ckpt.pt, and curves.png."""
+        self.write(self.path, optimizer)
+        self.saved_at = time.monotonic()
+        if datasets.is_main_process():
+            draw_curves(self.log_path, os.path.join(self.out, "curves.png"))
+
+    def write(self, path: str, optimizer: torch.optim.Optimizer | None) -> None:
+        """Writes a checkpoint."""
         content = {
             "model": self.net.state_dict(),
             "network": self.net.network,
@@ -482,10 +482,8 @@ class Run:
             "random": torch.get_rng_state(),
             "arguments": self.arguments,
         }
-        self.saved_at = time.monotonic()
         if datasets.is_main_process():
-            datasets.write_file(path or self.path, functools.partial(torch.save, content))
-            draw_curves(self.log_path, os.path.join(self.out, "curves.png"))
+            datasets.write_file(path, functools.partial(torch.save, content))
 
     def save_if_due(self, optimizer: torch.optim.Optimizer) -> None:
         """Writes a checkpoint when it is time, and after a signal, which then ends the program."""
@@ -499,7 +497,10 @@ class Run:
             print(
                 f"\nstopped and saved after {self.iteration} iterations of the {self.stage} stage"
             )
-            command = f"{self.launcher()} train.py --resume --out {shlex.quote(self.out)}"
+            launcher = "python"
+            if datasets.processes() > 1:
+                launcher = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+            command = f"{launcher} train.py --resume --out {shlex.quote(self.out)}"
             print(f"{command}   # resumes it", flush=True)
             raise SystemExit(128 + received)
 
@@ -522,7 +523,12 @@ class Run:
                 dist.broadcast(value, 0)
         data = self.data
         return evaluate.evaluate(
-            self.net, data.vocabulary, data.sources, data.validation, pictures=pictures
+            self.net,
+            data.vocabulary,
+            data.sources,
+            data.validation,
+            pictures=pictures,
+            workers=self.workers,
         )
 
     def validate_on_the_way(self, optimizer: torch.optim.Optimizer) -> dict:
@@ -539,7 +545,7 @@ class Run:
             self.best_at = f"iteration {self.iteration} of the {self.stage} stage"
             if self.stage == "done":
                 self.best_at = "the end"
-            self.save(optimizer, self.best_path)
+            self.write(self.best_path, optimizer)
 
     def recall_best(self, lines: list[dict]) -> None:
         """The best of the validations in the log."""
@@ -547,17 +553,6 @@ class Run:
             if "metrics" in line and headline(line["metrics"]) > self.best:
                 self.best = headline(line["metrics"])
                 self.best_at = f"iteration {line['iteration'] + 1} of the {line['stage']} stage"
-
-    def launcher(self) -> str:
-        """How this process was started: python, or torchrun on one or several machines."""
-        if datasets.processes() == 1:
-            return "python"
-        nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
-        where = ""
-        if nodes != "1":
-            address = os.environ.get("MASTER_ADDR")
-            where = f" --nnodes={nodes} --node_rank=RANK --master_addr={address}"
-        return f"torchrun{where} --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
 
 
 class Signals:
@@ -600,12 +595,13 @@ def parameter_groups(net: nn.Module) -> list[dict]:
 
 
 def headline(metrics: dict) -> float:
-    """What makes a network the best: the mean IoU of objects, else the first metric there is."""
-    if not metrics:
-        return -1.0
-    of_level = metrics.get("object") or next(iter(metrics.values()))
-    value = of_level.get("mean_iou", next(iter(of_level.values())))
-    return -1.0 if value is None else value
+    """What makes a network the best: the mean over the levels of mean IoU, or top-1."""
+    values = []
+    for of_level in metrics.values():
+        for name in ("mean_iou", "mean_iou_bg", "top1"):
+            if of_level.get(name) is not None:
+                values.append(of_level[name])
+    return sum(values) / len(values) if values else -1.0
 
 
 def without_iou(metrics: dict) -> dict:
@@ -660,15 +656,16 @@ class Start(NamedTuple):
 
     path: str
     state: dict[str, Tensor]  # under our keys
-    network: dict  # UPerNet's arguments
-    vocabulary: dict
-    arguments: dict  # of the run that wrote it
-    trained: dict[str, list[str]]  # images of each source
+    network: dict = {}  # UPerNet's arguments
+    vocabulary: dict = {}
+    arguments: dict = {}  # of the run that wrote it
+    trained: dict[str, list[str]] = {}  # images of each source
 
 
 def read_start(path: str) -> Start:
     """The file that --weights names: one of our checkpoints, one of mmsegmentation's, or a
-    backbone's state dict, as it is or under `state_dict` or `model`, with or without prefixes.
+    backbone's state dict, as it is or under `state_dict` or `model`, with or without prefixes. A
+    backbone gets images as torchvision's do: RGB, normalised.
     """
     try:
         content = upernet.read_file(path)
@@ -680,14 +677,14 @@ def read_start(path: str) -> Start:
                 net.network,
                 content["vocabulary"],
                 content["arguments"],
-                content.get("trained", {}),
+                content["trained"],
             )
         state = content.get("state_dict", content.get("model", content))
         if not isinstance(state, dict):
             raise ValueError(f"{path}: holds no dictionary of weights")
         if "decode_head.conv_seg.weight" in state:
             net, vocabulary = upernet.load_mmseg(path)
-            return Start(path, net.state_dict(), net.network, vocabulary, {}, {})
+            return Start(path, net.state_dict(), net.network, vocabulary)
     except ValueError as e:
         raise UserError(f"--weights {e}; it takes imagenet, none, or a file") from None
     backbone = {}
@@ -695,7 +692,7 @@ def read_start(path: str) -> Start:
         key = str(key).removeprefix("module.").removeprefix("backbone.")
         if isinstance(value, Tensor) and not key.startswith("fc."):
             backbone[f"backbone.{key}"] = value
-    return Start(path, backbone, {}, {}, {}, {})
+    return Start(path, backbone)
 
 
 def options_of(start: Start) -> dict:
@@ -719,19 +716,23 @@ def load_start(net: UPerNet, vocabulary: dict, start: Start) -> None:
     ours = net.state_dict()
     theirs = dict(start.state)
     for level in net.heads:
-        if level in start.vocabulary:
-            names = evaluate.class_names(vocabulary)[level]
-            their_names = evaluate.class_names(start.vocabulary)[level]
-            weight = f"heads.{level}.classifier.weight"
-            new = [name for name in names if name not in their_names]
-            kept = f"{len(names) - len(new)} of {len(names)} classes keep their weights, by name"
-            if new:
-                kept += f"; new: {datasets.first_of(new)}"
-            if theirs[weight].shape[1:] != ours[weight].shape[1:]:
-                kept = "all classes start over, since --channels differs"
-            print(f"{level}: {kept}")
-            for key in (weight, f"heads.{level}.classifier.bias"):
-                theirs[key] = rows_by_name(ours[key], theirs[key], names, their_names)
+        if level not in start.vocabulary:
+            continue
+        weight = f"heads.{level}.classifier.weight"
+        bias = f"heads.{level}.classifier.bias"
+        if theirs[weight].shape[1:] != ours[weight].shape[1:]:
+            print(f"{level}: all classes start over, since --channels differs")
+            del theirs[weight], theirs[bias]
+            continue
+        names = evaluate.channel_names(vocabulary)[level]
+        their_names = evaluate.channel_names(start.vocabulary)[level]
+        new = [name for name in names if name not in their_names]
+        kept = f"{len(names) - len(new)} of {len(names)} classes keep their weights, by name"
+        if new:
+            kept += f"; new: {datasets.first_of(new)}"
+        print(f"{level}: {kept}")
+        for key in (weight, bias):
+            theirs[key] = rows_by_name(ours[key], theirs[key], names, their_names)
     fits = {}
     for key, value in theirs.items():
         if key in ours and ours[key].shape == value.shape:
@@ -753,10 +754,9 @@ def load_start(net: UPerNet, vocabulary: dict, start: Start) -> None:
 def rows_by_name(ours: Tensor, theirs: Tensor, names: list[str], their_names: list[str]) -> Tensor:
     """A classifier's tensor with their rows for the classes of the same name."""
     rows = ours.cpu().clone()
-    if theirs.shape[1:] == rows.shape[1:]:  # of the same --channels
-        for k, name in enumerate(names):
-            if name in their_names:
-                rows[k] = theirs[their_names.index(name)]
+    for k, name in enumerate(names):
+        if name in their_names:
+            rows[k] = theirs[their_names.index(name)]
     return rows
 
 
@@ -783,16 +783,16 @@ def settle(parser: datasets.Parser, given: dict) -> tuple:
             print(f"from {start.path}: {', '.join(taken)}")
     args = parser.complete(given, stored)
     if args.out is None:
-        args.out = default_out(args.data)
+        name = "toy" if args.data == "toy" else "+".join(datasets.named_sources(args.data))
+        args.out = os.path.join("runs", name)
     has_run = os.path.exists(os.path.join(args.out, "ckpt.pt"))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if args.resume and (has_run or not restarted):
+    resumes = args.resume
+    if restarted:  # torchrun repeats the command: it resumes what this very command began
+        resumes = has_run and (args.resume or given_to(args.out) == given)
+    if resumes:
         args, checkpoint = resumed(parser, given, args.out)
         return args, checkpoint, None
-    if has_run and restarted:
-        again, checkpoint = resumed(parser, given, args.out)
-        if checkpoint["arguments"].get("given") == given:
-            return again, checkpoint, None
     if has_run:
         raise UserError(
             f"{args.out}: holds a run already; --resume resumes it, --out names another folder"
@@ -806,12 +806,13 @@ def settle(parser: datasets.Parser, given: dict) -> tuple:
     return args, None, start
 
 
-def default_out(data: str) -> str:
-    if data == "toy":
-        return "runs/toy"
-    names = datasets.named_sources(data)
-    order = dict.fromkeys(data_set.source for data_set in datasets.DATA_SETS)
-    return os.path.join("runs", "+".join(name for name in order if name in names))
+def given_to(out: str) -> dict | None:
+    """The options that were given to the run in a folder."""
+    try:
+        _, checkpoint = upernet.read_checkpoint(os.path.join(out, "ckpt.pt"))
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    return checkpoint["arguments"].get("given")
 
 
 def resumed(parser: datasets.Parser, given: dict, out: str) -> tuple:
@@ -823,13 +824,15 @@ def resumed(parser: datasets.Parser, given: dict, out: str) -> tuple:
         net, checkpoint = upernet.read_checkpoint(path)
         checkpoint["model"] = net.state_dict()
         checkpoint["network"] = net.network
-        stored = checkpoint["arguments"]
-        for key in ("random", "optimizer", "scaler", "split", "stage", "iteration"):
-            checkpoint[key]
-    except (ValueError, KeyError) as e:
+    except ValueError as e:
         raise UserError(
             f"{path}: no run to resume ({e}); see --out, or delete it and leave out --resume"
         ) from None
+    keys = ("arguments", "random", "optimizer", "scaler", "split", "stage", "iteration")
+    missing = [key for key in keys if key not in checkpoint]
+    if missing:
+        raise UserError(f"{path}: no run to resume ({', '.join(missing)} missing); see --weights")
+    stored = checkpoint["arguments"]
     for key, value in given.items():
         option = parser.options[key]
         if not option.resume and stored.get(key) != value:
@@ -858,16 +861,15 @@ def command(parser: datasets.Parser, given: dict) -> None:
         print(f"python train.py --weights {path} --out NEW --lr RATE trains its network further")
         return
     run = make_run(args, given, checkpoint, start)
-    net = run.net
     if checkpoint:
         run.resume(checkpoint)
     else:
-        datasets.from_main_process(load_weights, net, run.data.vocabulary, args.weights, start)
+        datasets.from_main_process(load_weights, run.net, run.data.vocabulary, args.weights, start)
     lines = datasets.from_main_process(cut_log, run.log_path, run.lines_written())
     run.recall_best(lines)
     # Section 3.1: batch norm sees the images of all GPUs. Its momentum is PyTorch's 0.1 (ours).
     if run.device.type == "cuda" and datasets.processes() > 1:
-        run.net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        nn.SyncBatchNorm.convert_sync_batchnorm(run.net)  # in place
     if args.compile:
         run.net.compile()
     if not checkpoint:
@@ -882,11 +884,7 @@ def command(parser: datasets.Parser, given: dict) -> None:
             ) from None
     print(f"wrote {run.path}, and beside it log.jsonl and curves.png")
     if run.data.validation:
-        untrained = None
-        if args.data == "toy":
-            torch.manual_seed(args.seed)
-            untrained = UPerNet(**net.network).to(run.device)
-        evaluate_run(run, untrained)
+        evaluate_run(run)
     if run.best_at and run.best_at != "the end":
         path = shlex.quote(run.best_path)
     print(f"next: python evaluate.py {path} --photo YOUR.jpg")
@@ -899,30 +897,32 @@ def make_run(
     device = datasets.pick_device(args.device)
     trained = start.trained if start else {}
     data = datasets.from_main_process(make_data, args, checkpoint, trained)
+    augmentation = {
+        "sizes": args.sizes,
+        "longest": args.max_size,
+        "crop": args.crop,
+        "flip": not args.no_flip,
+        "accumulate": args.accumulate,
+        "rank": datasets.rank(),
+        "processes": datasets.processes(),
+    }
     step = args.batch_size * args.accumulate * datasets.processes()
-    stages = plan_stages(data, args.iters, args.texture_iters, step)
-    flip = not args.no_flip
+    stages = plan_stages(data, args.iters, args.texture_iters, step, args.seed, augmentation)
     if not checkpoint:
-        sizes = ", ".join(map(str, args.sizes))
-        images = f"short side of {sizes}, long side at most {args.max_size}"
+        short = ", ".join(map(str, args.sizes))
+        sizes = f"short side of {short}, long side at most {args.max_size}"
         if args.crop:
-            images = f"squares of {args.crop}, of short sides from half to twice that"
-        describe(data, stages, trained, args.split, flip, images, args.lr)
+            sizes = f"squares of {args.crop}, of short sides from half to twice that"
+        describe(data, stages, trained, args.split, not args.no_flip, sizes, args.lr)
     pool = "prroi"
     if checkpoint:
         pool = checkpoint["network"]["pool"]
     elif start:
         pool = start.network.get("pool", pool)
-    batches = {}
-    for stage in stages:
-        batches[stage.name] = training_batches(
-            data, stage, args.sizes, args.max_size, args.crop, flip, args.accumulate, args.seed
-        )
     return Run(
         net=make_network(args, data.vocabulary, pool).to(device),
         data=data,
         stages=stages,
-        batches=batches,
         out=args.out,
         lr=args.lr,
         accumulate=args.accumulate,
@@ -955,7 +955,7 @@ def make_data(args: argparse.Namespace, checkpoint: dict | None, trained: dict) 
     else:
         vocabulary, split = divide(
             indexes,
-            datasets.minima(vars(args)),
+            args.minima,
             args.levels or LEVELS,
             args.split,
             args.folder,
@@ -1042,16 +1042,12 @@ def stored_arguments(
     return arguments
 
 
-def evaluate_run(run: Run, untrained: UPerNet | None) -> None:
-    """Metrics and pictures at the run's end, perhaps beside those of an untrained network."""
-    data = run.data
+def evaluate_run(run: Run) -> None:
+    """Metrics and pictures at the run's end."""
     metrics = run.validate(os.path.join(run.out, "pictures"))
     if run.eval_every:
         run.keep_best(metrics)
-    beside = None
-    if untrained:
-        beside = evaluate.evaluate(untrained, data.vocabulary, data.sources, data.validation)
-    print(evaluate.table(metrics, untrained=beside))
+    print(evaluate.table(metrics))
     path = os.path.join(run.out, "metrics.json")
     if datasets.is_main_process():
         datasets.write_json(metrics, path)
@@ -1123,8 +1119,7 @@ OPTIONS = [
 def main(argv: list[str] | None = None) -> None:
     description = "Trains UPerNet. In brackets the defaults (the paper's, if any), and the toy's."
     parser = datasets.Parser(description, OPTIONS)
-    given = parser.given(argv)
-    parser.run(command, parser, given)
+    parser.run(command, argv)
 
 
 if __name__ == "__main__":

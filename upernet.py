@@ -382,18 +382,18 @@ class UPerNet(nn.Module):
 
         # Figure 4: object and part on the fused map, material on P2. Without P2 (other rows of
         # table 2, ours) material sits where object does.
-        material_on_p2 = self.fpn_level == 2
-        wants_fused = "object" in levels or "part" in levels or not material_on_p2
-        fuse = self.fusion is not None and wants_fused
+        on_fused = {"object", "part"}
+        if self.fpn_level != 2:
+            on_fused.add("material")
+        fuse = self.fusion is not None and not on_fused.isdisjoint(levels)
         pyramid = [p5]
         if self.fpn is not None:
             pyramid = self.fpn([c2, c3, c4][self.fpn_level - 2 :], p5, only_finest=not fuse)
-        p2 = pyramid[0]  # in table 2's other rows P3, P4 or P5
-        fused = self.fusion(pyramid) if fuse else p2
-        features = {"object": fused, "part": fused, "material": p2 if material_on_p2 else fused}
-        for level, x in features.items():
+        finest = pyramid[0]  # P2, but in other rows of table 2
+        fused = self.fusion(pyramid) if fuse else finest
+        for level in ("object", "part", "material"):
             if level in levels:
-                y = self.heads[level](x)
+                y = self.heads[level](fused if level in on_fused else finest)
                 logits[level] = y if y.shape[2:] == quarter else resize(y, quarter)
         return logits
 
@@ -551,7 +551,7 @@ def part_loss(
 
 
 # ---------------------------------------------------------------- loading: our checkpoints
-def read_file(path: str, device: str = "cpu") -> dict:
+def read_file(path: str) -> dict:
     """The dictionary in a file of tensors and plain values; no code in it is run.
 
     Raises ValueError, with the file's name, for a file that is missing, damaged or holds other
@@ -560,7 +560,7 @@ def read_file(path: str, device: str = "cpu") -> dict:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location=device, weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise ValueError(f"{path}: {e.strerror or e}") from None
     except Exception as e:  # damaged bytes can trip the reader anywhere
@@ -580,7 +580,7 @@ def read_file(path: str, device: str = "cpu") -> dict:
     return content
 
 
-def build(network: dict, state: dict, path: str, device: str = "cpu") -> UPerNet:
+def build(network: dict, state: dict, path: str) -> UPerNet:
     """UPerNet(**network) in eval mode with the tensors of `state`.
 
     Raises ValueError with the file's name and the first key that does not fit.
@@ -602,7 +602,7 @@ def build(network: dict, state: dict, path: str, device: str = "cpu") -> UPerNet
             raise ValueError(f"{path}: {key} holds values that are not finite")
         state[key] = found.to(value.dtype)
     net.load_state_dict(state, assign=True)
-    return net.to(device, memory_format=torch.channels_last).eval()
+    return net.to(memory_format=torch.channels_last).eval()
 
 
 def load(path: str, device: str = "cpu") -> tuple[UPerNet, dict]:
@@ -612,37 +612,34 @@ def load(path: str, device: str = "cpu") -> tuple[UPerNet, dict]:
     "background" first. Raises ValueError, with the file's name and what is wrong, for anything
     else.
     """
-    net, checkpoint = read_checkpoint(path, device)
-    return net, checkpoint["vocabulary"]
+    net, checkpoint = read_checkpoint(path)
+    return net.to(device), checkpoint["vocabulary"]
 
 
-def read_checkpoint(path: str, device: str = "cpu") -> tuple[UPerNet, dict]:
+def read_checkpoint(path: str) -> tuple[UPerNet, dict]:
     """(network in eval mode, the whole content of the file); see `load`."""
-    checkpoint = read_file(path, device)
+    checkpoint = {"arguments": {}, "split": {}, "trained": {}, **read_file(path)}
     try:
-        check_content(checkpoint)
         network = dict(checkpoint["network"])
         if "test_size" not in network:  # a checkpoint of an earlier edition
             arguments = checkpoint["arguments"]
             middle = statistics.median_high(arguments["sizes"])
             network["test_size"] = (middle, arguments["max_size"], None)
-        if class_counts(checkpoint["vocabulary"]) != network["classes"]:
-            raise ValueError("its vocabulary does not have the network's classes")
-        net = build(network, checkpoint["model"], path, device)
+        vocabulary = checkpoint["vocabulary"]
+        fits = class_counts(vocabulary) == network["classes"]
+        for names in vocabulary.values():
+            fits = fits and all(isinstance(name, str) for name in names)
+        for key in ("arguments", "split", "trained"):
+            fits = fits and isinstance(checkpoint[key], dict)
+        net = build(network, checkpoint["model"], path)
     except Exception as e:  # a damaged or hostile file may hold anything
+        if str(e).startswith(path):  # of `build`
+            raise
         reason = f"{type(e).__name__}: {e}"
         raise ValueError(f"{path}: not a checkpoint of train.py ({reason})") from None
+    if not fits:
+        raise ValueError(f"{path}: not a checkpoint of train.py, its parts do not fit together")
     return net, checkpoint
-
-
-def check_content(checkpoint: dict) -> None:
-    """Raises ValueError for a checkpoint whose parts are of other types than train.py writes."""
-    for key in ("arguments", "split", "trained"):
-        if not isinstance(checkpoint.get(key, {}), dict):
-            raise ValueError(f"its {key} is not a dictionary")
-    for level, names in checkpoint["vocabulary"].items():
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"its {level} names are not text")
 
 
 def class_counts(vocabulary: dict) -> dict:
@@ -719,7 +716,8 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
     state = {f"backbone.{key}": value for key, value in body.items()}
     state.update(top)
     if "conv_last.1.weight" in top:
-        vocabulary = {"object": ade20k_names(labels)}
+        names = [first_synonym(row["Name"]) for row in read_table(labels, "Name")]
+        vocabulary = {"object": distinct(names)}
         options = {"head_conv": False, "pool": "adaptive", "test_size": (450, 1000, 32)}
     else:
         vocabulary = joint_vocabulary(labels)
@@ -743,33 +741,30 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
 def joint_vocabulary(folder: str) -> dict:
     """The vocabulary of the authors' folder `joint_dataset`."""
     vocabulary = {}
-    try:
-        for level in ("scene", "object", "material"):
-            vocabulary[level] = [row["name"] for row in csv_rows(Path(folder, f"{level}.csv"))]
-        vocabulary["object"][0] = "background"
-        vocabulary["material"][0] = "background"
-        vocabulary["part"] = {}
-        for row in csv_rows(Path(folder, "object_part_hierarchy.csv")):
-            parts = row["part_names"].split(";")
-            vocabulary["part"][row["object_name"]] = ["background", *parts[1:]]
-        class_counts(vocabulary)  # ValueError for parts of an unknown object
-    except (OSError, KeyError, IndexError, AttributeError, ValueError) as e:
-        reason = f"{type(e).__name__}: {e}"
-        raise ValueError(f"{folder}: not the authors' folder joint_dataset ({reason})") from None
+    for level in ("scene", "object", "material"):
+        rows = read_table(Path(folder, f"{level}.csv"), "name")
+        vocabulary[level] = [row["name"] for row in rows]
+    vocabulary["object"][0] = "background"
+    vocabulary["material"][0] = "background"
+    vocabulary["part"] = {}
+    for row in read_table(Path(folder, "object_part_hierarchy.csv"), "object_name", "part_names"):
+        parts = row["part_names"].split(";")
+        if row["object_name"] not in vocabulary["object"]:
+            raise ValueError(f"{folder}: has parts of {row['object_name']}, which is no object")
+        vocabulary["part"][row["object_name"]] = ["background", *parts[1:]]
     return vocabulary
 
 
-def ade20k_names(path: str) -> list[str]:
-    """The class names of the authors' table `object150_info.csv`."""
+def read_table(path: str | Path, *columns: str) -> list[dict[str, str]]:
+    """The rows of a CSV file. Raises ValueError, with its name, if it cannot be read or lacks one of
+    the columns."""
     try:
-        return distinct(first_synonym(row["Name"]) for row in csv_rows(Path(path)))
-    except (OSError, KeyError, AttributeError, ValueError) as e:
-        reason = f"{type(e).__name__}: {e}"
-        raise ValueError(f"{path}: not the authors' file object150_info.csv ({reason})") from None
-
-
-def csv_rows(path: Path) -> list[dict]:
-    return list(csv.DictReader(path.read_text("utf-8").splitlines()))
+        rows = list(csv.DictReader(Path(path).read_text("utf-8").splitlines(), restval=""))
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: {e}") from None
+    if not rows or not set(columns) <= set(rows[0]):
+        raise ValueError(f"{path}: not a table with the columns {', '.join(columns)}")
+    return rows
 
 
 def load_mmseg(path: str, names: list[str] | None = None) -> tuple[UPerNet, dict]:
@@ -838,7 +833,8 @@ def distinct(names: list[str]) -> list[str]:
 
 # ---------------------------------------------------------------- speed
 def measure(net: nn.Module, images: Tensor, training: bool, bf16: bool = False) -> float:
-    """Milliseconds of a call of the network, in training with its gradients: the median of five."""
+    """Milliseconds of a call of a network, in training with its gradients: the median of five. For
+    others' networks too, which return a tensor, see README."""
     net.train(training)
     times = []
     for _ in range(6):
@@ -860,9 +856,8 @@ def main(argv: list[str] | None = None) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     parser = argparse.ArgumentParser(
-        description="Parameters, multiply-adds and milliseconds, here."
+        description="Parameters, multiply-adds and milliseconds, here.", usage=argparse.SUPPRESS
     )
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     parser.add_argument(
         "--size", type=int, default=512, metavar="N", help="side of the image (512)"
     )
