@@ -408,7 +408,7 @@ def merged_names(names: dict[int, str], parts: bool = False) -> dict[int, str]:
     """Number -> class name, similar names merged by rule (the released code has tables by hand).
 
     The first synonym, in lower case; a plural becomes the singular when both occur; names of parts
-    lose "left" and "right".
+    lose "left" and "right". What then has one name is one class.
     """
     first = {}
     for number, name in names.items():
@@ -1769,7 +1769,7 @@ def message_of(error: Exception) -> str | None:
 
 
 def named_sources(data: str) -> list[str]:
-    """The sources that --data names, in the order of DATA_SETS. Raises UserError for other names."""
+    """The sources that --data names, in the order of DATA_SETS. UserError for other names."""
     known = list(dict.fromkeys(data_set.source for data_set in DATA_SETS))
     if data == "toy":
         return list(TOY_SOURCES)
@@ -1860,7 +1860,7 @@ def pick_device(name: str) -> torch.device:
             device = torch.device("cuda", index)
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"--device {name}: not available ({reason})") from None
     return device

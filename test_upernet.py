@@ -1,4 +1,4 @@
-"""The tests: `python test_upernet.py`, or pytest.
+"""The tests: `python test_upernet.py`, or pytest; those of a GPU: `python test_upernet.py -k cuda`.
 
 Each compares with something independent: a plain loop, torchvision, numerical integration, the
 answers of the authors' own networks.
@@ -24,6 +24,9 @@ import zlib
 from os.path import join
 from pathlib import Path
 from unittest import mock
+
+if "cuda" not in sys.argv:  # all other tests run on the CPU, in their processes too
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
 import torch

@@ -1069,7 +1069,7 @@ OPTIONS = [
     Option("stem", ("7x7", "deep", "v1c"), "7x7", "the backbone's first layers"),
     Option("output-stride", (32, 16, 8), 32, "stride of the backbone's last stage"),
     Option("no-ppm", bool, False, "without the Pyramid Pooling Module"),
-    Option("fpn", (2, 3, 4, 0), 2, "finest level of the feature pyramid, 0 for none"),
+    Option("fpn", (2, 3, 4, 0), 2, "finest level of the feature pyramid, 0 for none", least=0),
     Option("no-fusion", bool, False, "objects and parts on the finest level alone"),
     Option("no-head-conv", bool, False, "no 3x3 convolution before the classifiers"),
     Option(

@@ -102,7 +102,8 @@ class PoolingBranch(ConvBNReLU):
 
 
 class PPM(nn.Module):
-    """Pyramid Pooling Module (PSPNet's, Zhao et al., CVPR 2017): C5 -> P5."""
+    """Pyramid Pooling Module after PSPNet's (Zhao et al., CVPR 2017), with Precise RoI pooling and
+    batch norm after the resize, as released; `pool="pspnet"` is PSPNet's own: C5 -> P5."""
 
     BINS = (1, 2, 3, 6)
 
@@ -151,8 +152,8 @@ class FPN(nn.Module):
 class Fusion(nn.Module):
     """P2..P5 fused into one map of P2's size, for objects and parts.
 
-    `plain` is the paper's line. It takes two thirds of the whole network's operations, so `forward`
-    computes the same with fewer.
+    `plain` is the paper's line. It takes over half of the operations of a network for objects, so
+    `forward` computes the same with fewer.
     """
 
     def __init__(self, maps: int, channels: int):
@@ -316,9 +317,10 @@ class UPerNet(nn.Module):
         if isinstance(backbone, str):
             backbone = named_backbone(backbone, stem, output_stride)
         self.backbone = backbone
-        if len(backbone.channels) != 4:
-            raise ValueError(f"backbone.channels {backbone.channels}: not the widths of C2..C5")
-        c2, c3, c4, c5 = backbone.channels
+        widths = getattr(backbone, "channels", None)
+        if widths is None or len(widths) != 4:
+            raise ValueError(f"backbone.channels {widths}: not the widths of C2..C5")
+        c2, c3, c4, c5 = widths
 
         self.ppm = PPM(c5, channels, pool) if ppm else ConvBNReLU(c5, channels, kernel=1)
         self.fpn_level = fpn
@@ -418,15 +420,19 @@ class UPerNet(nn.Module):
     def check_stages(self, stages: list[Tensor], images: Tensor) -> None:
         if torch.compiler.is_compiling():
             return
-        sizes = [tuple(stage.shape[2:]) for stage in stages]
-        is_quarter = len(sizes) == 4
-        if is_quarter:
-            off = [abs(4 * cells - pixels) for cells, pixels in zip(sizes[0], images.shape[2:])]
-            is_quarter = max(off) < 4  # rounded up or down
-        if not is_quarter:
+        if isinstance(stages, dict):
+            raise ValueError("the backbone returned a dict: needed is a list of four maps, C2..C5")
+        shapes = [tuple(stage.shape) for stage in stages]
+        fits = [shape[1] for shape in shapes] == list(self.backbone.channels)
+        if fits:
+            off = [
+                abs(4 * cells - pixels) for cells, pixels in zip(shapes[0][2:], images.shape[2:])
+            ]
+            fits = max(off) < 4  # rounded up or down
+        if not fits:
             raise ValueError(
-                f"the backbone returned maps of {sizes} for images of {tuple(images.shape[2:])}: "
-                "needed are four, C2..C5, the first at stride 4"
+                f"the backbone returned maps of {shapes} for images of {tuple(images.shape)}: "
+                f"needed are four, C2..C5 of widths {self.backbone.channels}, the first at stride 4"
             )
 
 
@@ -507,8 +513,12 @@ def losses(
       object, material   (N, H/4, W/4) class indices
       part               (N, H/4, W/4) index in the list of parts of the object at that pixel; 0,
                          background, elsewhere
-    A loss of 0 stays connected to the graph: the level's parameters get gradients of zero.
+    A loss of 0 stays connected to the graph: the level's parameters get gradients of zero. Raises
+    ValueError for a level without labels, and for maps of another size.
     """
+    missing = {level.removesuffix("_map") for level in logits} - set(labels)
+    if missing:
+        raise ValueError(f"no labels of {', '.join(missing)}: ask the network for levels=.. alone")
     result = {}
     for level in ("scene", "object", "material"):
         if level in logits:
@@ -524,6 +534,11 @@ def losses(
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy, the mean over what is labelled; 0 where nothing is."""
+    if labels.shape != logits[:, 0].shape:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} for logits of {tuple(logits.shape)}: label "
+            "maps are at a quarter of the images' size"
+        )
     labels = labels.long()
     total = F.cross_entropy(logits.float(), labels, ignore_index=UNLABELLED, reduction="sum")
     return total / (labels != UNLABELLED).sum().clamp(min=1)
@@ -636,7 +651,9 @@ def read_checkpoint(path: str) -> tuple[UPerNet, dict]:
         if str(e).startswith(path):  # of `build`
             raise
         reason = f"{type(e).__name__}: {e}"
-        raise ValueError(f"{path}: not a checkpoint of train.py ({reason})") from None
+        raise ValueError(
+            f"{path}: not a checkpoint of train.py ({reason}); load_mmseg reads theirs"
+        ) from None
     if not fits:
         raise ValueError(f"{path}: not a checkpoint of train.py, its parts do not fit together")
     return net, checkpoint
@@ -756,8 +773,8 @@ def joint_vocabulary(folder: str) -> dict:
 
 
 def read_table(path: str | Path, *columns: str) -> list[dict[str, str]]:
-    """The rows of a CSV file. Raises ValueError, with its name, if it cannot be read or lacks one of
-    the columns."""
+    """The rows of a CSV file. Raises ValueError, with its name, if it cannot be read or lacks a
+    column."""
     try:
         rows = list(csv.DictReader(Path(path).read_text("utf-8").splitlines(), restval=""))
     except (OSError, UnicodeDecodeError) as e:
