@@ -160,6 +160,11 @@ def validation_images(
         if vocabulary is None:
             raise UserError(f"{path}: no split of {index.source}; {command} makes one")
         entry = split_source(index, vocabulary, content["fraction"], keep=keep)
+        if keep:
+            print(
+                f"{index.source}: {len(keep)} images have trained the weights; of the other "
+                f"{len(index.images) - len(keep)} validate {len(entry['validation'])}"
+            )
         content["sources"][index.source] = entry
         datasets.write_json(content, path)
     if entry["fingerprint"] != datasets.hash_of(index.images):

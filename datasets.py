@@ -110,7 +110,12 @@ def read_lines(*path: str) -> list[str]:
 
 
 NO_SCENE = ("misc", "unknown", "none", "~not labeled")  # names of scenes that are none
-CLASSES_ADVICE = "name them in classes.txt, a number and a name a line (0 background, 1 object)"
+
+
+def classes_advice(numbers: set[int]) -> str:
+    """How to say which of the numbers in masks are classes."""
+    example = f"{min(numbers, default=0)} background, {max(numbers, default=1)} object"
+    return f"name them in classes.txt, a number and a name a line ({example})"
 
 
 # ADE20K_2021_17_01 (Zhou et al., CVPR 2017): scenes, objects and their parts.
@@ -195,7 +200,14 @@ def own_entries(folder: str, paths: list[str]) -> list[Entry]:
     used = {entry.labels for entry in entries}
     alone = sorted(set(masks.values()) - used)
     if alone:
-        warn(f"{folder}: masks without a photo of their name: {len(alone)}, first {alone[0]}")
+        warn(
+            f"{folder}: masks without a photo of their name: {len(alone)}, first {alone[0]}; "
+            f"photos end in {', '.join(PHOTOS)}"
+        )
+    if len(used) < len(entries):
+        warn(
+            f"{folder}: {len(entries) - len(used)} photos share their mask with another of its name"
+        )
     return entries
 
 
@@ -242,6 +254,9 @@ def read_classes(folder: str) -> dict[int, str]:
             table[int(match[1])] = match[2]
         elif line:
             unnumbered.append(line)
+    last = [re.search(r"\s(\d+)$", line) for line in unnumbered]
+    if len(last) > 1 and all(last) and [int(m[1]) for m in last] != list(range(1, len(last) + 1)):
+        raise UserError(f"{path}: '{unnumbered[0]}': write the number first, then the name")
     if len(unnumbered) >= len(table):  # names alone, of which some may begin with a number
         table = dict(enumerate(lines, start=1))
     elif unnumbered:
@@ -264,7 +279,7 @@ def own_class_table(folder: str, numbers: set[int]) -> dict[int, str]:
         raise UserError(
             f"{folder}: its masks have {len(numbers)} of the numbers 1..{highest}: gray "
             "levels, JPEG or resampled masks, or instance ids? If these numbers are meant as "
-            f"classes, {CLASSES_ADVICE}"
+            f"classes, {classes_advice(numbers)}"
         )
     return {number: f"class {number}" for number in range(1, highest + 1)}
 
@@ -477,10 +492,11 @@ def scan(
                 f"{folder}: has {data_set.mark}, but no photos where {data_set.name} has them"
             )
         index = scan_files(data_set, folder, fingerprint, entries, workers)
-        write_file(path, functools.partial(torch.save, index._asdict()))
-        # Labels prepared from an earlier state of the data.
-        for outdated in Path(cache).glob(f"{source}-" + 16 * "[0-9a-f]"):
-            shutil.rmtree(outdated, ignore_errors=True)
+        if read_index(path, folder, fingerprint) is None:  # else another process was faster
+            write_file(path, functools.partial(torch.save, index._asdict()))
+            # Labels prepared from an earlier state of the data.
+            for outdated in Path(cache).glob(f"{source}-" + 16 * "[0-9a-f]"):
+                shutil.rmtree(outdated, ignore_errors=True)
     check_broken(index, allow_broken)
     check_numbers(index)
     return index
@@ -723,7 +739,7 @@ def check_numbers(index: Index) -> None:
     if not numbers & index.names.keys() and not any(index.tags):
         raise UserError(
             f"{index.folder}: no mask has a class of {first_of(index.names) or '1, 2, ..'}, only "
-            f"the numbers {first_of(sorted(numbers))}; {CLASSES_ADVICE}"
+            f"the numbers {first_of(sorted(numbers))}; {classes_advice(numbers)}"
         )
     void = [name for name in index.names.values() if name.lower() in VOID_NAMES]
     if void:
@@ -735,7 +751,7 @@ def check_numbers(index: Index) -> None:
     if unused:
         message = f"{index.source}: no pixel of {first_of(unused)}"
         if 0 in numbers - index.names.keys():
-            message += f"; do your numbers start at 0? Then {CLASSES_ADVICE}"
+            message += f"; do your numbers start at 0? Then {classes_advice(numbers)}"
         warn(message)
 
 
@@ -756,7 +772,7 @@ def unlabelled_share(index: Index) -> str:
     if numbers:
         text += f" (numbers {first_of(numbers)}), neither learned nor evaluated"
     if index.data_set.own_table and 0 in numbers:
-        text += f"; if 0 is a class, such as background, {CLASSES_ADVICE}"
+        text += f"; if 0 is a class, such as background, {classes_advice(whole[:, 1].tolist())}"
     return text
 
 
@@ -869,7 +885,7 @@ def build_vocabulary(
                 if "object" in levels and len(pixels) < 2:
                     raise UserError(
                         f"{index.folder}: fewer than two classes have pixels; background is one "
-                        f"too: {CLASSES_ADVICE}"
+                        f"too: {classes_advice(index.pixels[:, 1].tolist())}"
                     )
             elif level == "object":
                 kept = [name for name in kept if pixels[name] >= minima["min_pixels"]]
@@ -1612,7 +1628,7 @@ class Option(NamedTuple):
 
 # The thresholds are section 2.1's, but for that of scenes.
 DATA_OPTIONS = [
-    Option("data", str, "toy", "toy, or a comma list of ade20k,os,dtd"),
+    Option("data", str, "toy", "toy, or a comma list of ade20k (or your own data),os,dtd"),
     Option("root", str, "data", "folder of ade20k/, os/, dtd/", resume=True),
     Option("cache", str, None, "for indexes and prepared labels (<root>/.cache)", resume=True),
     Option(
@@ -1715,7 +1731,7 @@ class Parser(argparse.ArgumentParser):
             message = message_of(e)
             if message is None:
                 raise
-            self.error(message)
+            self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -1763,6 +1779,8 @@ def message_of(error: Exception) -> str | None:
     killed = re.search(r"DataLoader worker.{0,40}", text)
     if killed:
         return f"a process that reads images was killed ({killed[0]}); perhaps take fewer --workers"
+    if re.search("closed by peer|NCCL|DistBackendError", text + type(error).__name__):
+        return "another process of this group has ended; its message says why"
     if re.search("InvalidCxxCompiler|C compiler|C\\+\\+ compiler", text + type(error).__name__):
         return "--compile: torch.compile needs a C++ compiler; install one, or leave --compile out"
     return None
@@ -1880,7 +1898,8 @@ def autocast(device: torch.device, amp: torch.dtype | None):
 
 
 def from_main_process(function, *arguments):
-    """What `function(*arguments)` returns, or raises, in the main process, in every process."""
+    """What `function(*arguments)` returns in the main process, in every process; if it raises
+    there, all end."""
     result = [None]
     if is_main_process():
         try:
@@ -1890,6 +1909,8 @@ def from_main_process(function, *arguments):
     if dist.is_initialized():
         dist.broadcast_object_list(result)
     if isinstance(result[0], Exception):
+        if not is_main_process():
+            raise SystemExit(2)  # the main process says why
         raise result[0]
     return result[0]
 

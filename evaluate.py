@@ -512,14 +512,12 @@ def write_photo(
 
     <path>_upernet.png: all levels, in panels of the photo's size, up to PANEL_SIDE;
     <path>_upernet.npz: the arrays, and <level>_names; <path>_object.png, <path>_material.png: masks
-    with each class's number in the data's own table, `numbers[level]`, by default 1..K.
+    with each class's number in the data's own table, `numbers[level]`, by default 1..K, which the
+    arrays have as <level>_numbers.
     """
     names = channel_names(vocabulary)
     written = [f"{path}_upernet.png", f"{path}_upernet.npz"]
     arrays = {f"{level}_names": np.array(of_level) for level, of_level in names.items()}
-    for level, value in seen.items():
-        arrays[level] = value.astype(np.int16 if value.ndim == 2 else np.float32)
-    datasets.write_file(written[1], lambda name: np.savez_compressed(name, **arrays))
     small = photo.copy()
     small.thumbnail((PANEL_SIDE, PANEL_SIDE))
     tags = {level: seen[level] for level in TAGS if level in seen}
@@ -528,15 +526,18 @@ def write_photo(
         if level in seen:
             named = level.removesuffix("_map")
             panels.append(map_panel(f"{named}s", small, seen[level], names[named]))
-    for level in ("object", "material"):
-        if level in seen:
+    for level, value in seen.items():
+        arrays[level] = value.astype(np.int16 if value.ndim == 2 else np.float32)
+        if level in ("object", "material"):
             of_level = range(1, len(names[level]) + 1)
             if numbers and level in numbers:
                 of_level = numbers[level]
             table = np.array(of_level)
-            mask = table[seen[level]].astype(np.uint8 if table.max() < 256 else np.uint16)
+            arrays[f"{level}_numbers"] = table
+            mask = table[value].astype(np.uint8 if table.max() < 256 else np.uint16)
             written.append(f"{path}_{level}.png")
             datasets.save_picture(Image.fromarray(mask), written[-1])
+    datasets.write_file(written[1], lambda name: np.savez_compressed(name, **arrays))
     datasets.save_picture(datasets.sheet_of([panels[:3], panels[3:]]), written[0])
     return written
 
@@ -924,6 +925,9 @@ def default_images(index: Index, folder: str, cache: str) -> list[str]:
 
 
 # ---------------------------------------------------------------- the command
+RESULTS = ("_upernet", "_object", "_material")  # endings of the pictures of a photo
+
+
 def photos_in(paths: list[str]) -> list[str]:
     """The photos among files and folders, without earlier results of ours."""
     photos = []
@@ -939,42 +943,43 @@ def photos_in(paths: list[str]) -> list[str]:
                 )
             if others:
                 first = next(n for n in names if os.path.join(path, n) not in inside)
-                print(f"{path}: {others} other files or folders are passed over, such as {first}")
+                print(
+                    f"{path}: {others} files or folders are passed over, such as {first}; photos "
+                    f"end in {', '.join(datasets.PHOTOS)}"
+                )
         photos += [name for name in inside if not is_result(name)]
     if not photos:
         raise UserError("--photo: only pictures that this program wrote")
     return list(dict.fromkeys(photos))
 
 
-def result_names(folder: str, stem: str) -> list[str]:
-    """The pictures that `write_photo` may write."""
-    endings = ("_upernet.png", "_object.png", "_material.png")
-    return [os.path.abspath(os.path.join(folder, stem + ending)) for ending in endings]
+def replaces_others(folder: str, stem: str) -> bool:
+    """Whether `write_photo` would replace a picture that it has not written, such as a mask."""
+    for ending in RESULTS:
+        path = os.path.join(folder, f"{stem}{ending}.png")
+        if os.path.exists(path) and not is_result(path):
+            return True
+    return False
 
 
 def is_result(path: str) -> bool:
     """Whether a picture is what `write_photo` wrote: beside an array of the same photo."""
     stem = datasets.without_ending(path)
-    for ending in ("_upernet", "_object", "_material"):
+    for ending in RESULTS:
         if stem.endswith(ending) and os.path.exists(stem.removesuffix(ending) + "_upernet.npz"):
             return True
     return False
 
 
 def parse_photos(
-    network: Network,
-    photos: list[str],
-    folder: str,
-    levels: list[str] | None,
-    amp: torch.dtype | None,
-    sizes: list[int] | None,
-    flip: bool,
-    relations: Relations | None,
-) -> None:
-    """A picture and the maps of each photo. UserError at the end for those that cannot be read."""
+    network: Network, photos: list[str], folder: str, relations: Relations | None, **how
+) -> list[str]:
+    """Writes a picture and the maps of each photo; returns why others could not be read.
+
+    how: levels, amp, sizes, flip, as `parse` takes them.
+    """
     failed = []
     taken = set()
-    others = {os.path.abspath(path) for path in photos}
     for path in photos:
         try:
             photo = datasets.open_photo(path)
@@ -985,18 +990,16 @@ def parse_photos(
         stem = datasets.without_ending(name)
         if stem in taken:  # of another ending
             stem = name
-        # Of another folder; nor may a mask replace a photo.
-        while stem in taken or not others.isdisjoint(result_names(folder, stem)):
+        while stem in taken or replaces_others(folder, stem):  # of another folder, say
             stem += "_"
         taken.add(stem)
-        seen = parse(network.net, photo, levels, amp, sizes, flip)
+        seen = parse(network.net, photo, **how)
         numbers = network.arguments.get("numbers")
         target = os.path.join(folder, stem)
         print("wrote " + ", ".join(write_photo(photo, seen, network.vocabulary, target, numbers)))
         if relations:
             relations.add(seen)
-    if failed:
-        raise UserError("; ".join(failed))
+    return failed
 
 
 def command(parser: datasets.Parser, given: dict) -> None:
@@ -1017,12 +1020,13 @@ def command(parser: datasets.Parser, given: dict) -> None:
     relations = Relations(network.vocabulary, levels) if args.relations else None
     if relations and (dist.is_initialized() or not relations.counts):
         raise UserError("--relations: needs two levels that it relates, and a single process")
+    failed = []
+    how = {"levels": levels, "amp": amp, "sizes": args.size, "flip": args.flip}
     if args.photo:
         if args.json or dist.is_initialized():
             raise UserError("--photo: not with --json (photos have no labels), nor with torchrun")
         photos = photos_in(args.photo)
-        folder = args.pictures or "."
-        parse_photos(network, photos, folder, levels, amp, args.size, args.flip, relations)
+        failed = parse_photos(network, photos, args.pictures or ".", relations, **how)
     elif args.data is None:
         raise UserError("--data: name the sources to evaluate on, ade20k,os for one")
     else:
@@ -1041,39 +1045,31 @@ def command(parser: datasets.Parser, given: dict) -> None:
             network.vocabulary,
             sources,
             images,
-            levels,
-            amp,
-            args.pictures,
-            args.size,
-            args.flip,
-            args.workers,
+            pictures=args.pictures,
+            workers=args.workers,
+            **how,
         )
-        print(table(results, amp))
         if args.json and datasets.is_main_process():
             datasets.write_json(results, args.json)
+        print(table(results, amp))
         for name in (args.json, args.pictures):
             if name:
                 print(f"wrote {name}")
         if relations:
-            relate(relations, net, sources, images, levels, amp, args.size, args.flip)
+            relate(relations, net, sources, images, **how)
     if relations:
         relations.report(args.relations)
+    if failed:
+        raise UserError("; ".join(failed))
 
 
 def relate(
-    relations: Relations,
-    net: UPerNet,
-    sources: dict[str, Source],
-    images: list[tuple[str, int]],
-    levels: list[str],
-    amp: torch.dtype | None,
-    sizes: list[int] | None,
-    flip: bool,
+    relations: Relations, net: UPerNet, sources: dict[str, Source], images: list, **how
 ) -> None:
     """Counts the relations in images of data sets, but for close-ups, without things in them."""
     for name, i in datasets.progress(images, "relations"):
         if not sources[name].data_set.squares:
-            relations.add(parse(net, sources[name].photo(i), levels, amp, sizes, flip))
+            relations.add(parse(net, sources[name].photo(i), **how))
 
 
 OPTIONS = [

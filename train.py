@@ -235,11 +235,9 @@ def divide(
                 f"{name}: no class is large enough to be kept; lower the --min- options"
             )
         keep = frozenset(trained.get(name, ())) & frozenset(index.images)
-        if split == "balanced":
-            if index.data_set.own_table and {"train", "val"} <= set(index.official):
-                print(f"{name}: --split official keeps its division into training and validation")
-            if keep:
-                print(f"{name}: {len(keep)} images that trained the weights join no new split")
+        has_both = {"train", "val"} <= set(index.official)
+        if split == "balanced" and has_both and index.data_set.own_table:
+            print(f"{name}: --split official keeps its division into training and validation")
         validation[name] = balance_split.validation_images(
             index, split, folder, cache, everything, keep
         )
@@ -855,11 +853,19 @@ def is_finished(checkpoint: dict | None, out: str) -> bool:
 def command(parser: datasets.Parser, given: dict) -> None:
     datasets.join_processes()
     args, checkpoint, start = datasets.from_main_process(settle, parser, given)
-    path = shlex.quote(os.path.join(args.out, "ckpt.pt"))
     if datasets.from_main_process(is_finished, checkpoint, args.out):
+        path = shlex.quote(os.path.join(args.out, "ckpt.pt"))
         print(f"{args.out}: this run is finished; python evaluate.py {path} evaluates it,")
         print(f"python train.py --weights {path} --out NEW --lr RATE trains its network further")
         return
+    with claimed(args.out):
+        begin(args, given, checkpoint, start)
+
+
+def begin(
+    args: argparse.Namespace, given: dict, checkpoint: dict | None, start: Start | None
+) -> None:
+    """Trains, a new run or the one of the checkpoint, and evaluates."""
     run = make_run(args, given, checkpoint, start)
     if checkpoint:
         run.resume(checkpoint)
@@ -873,6 +879,7 @@ def command(parser: datasets.Parser, given: dict) -> None:
     if args.compile:
         run.net.compile()
     if not checkpoint:
+        datasets.from_main_process(remove_results, args.out)
         run.save()
     with run.signals:
         try:
@@ -885,9 +892,40 @@ def command(parser: datasets.Parser, given: dict) -> None:
     print(f"wrote {run.path}, and beside it log.jsonl and curves.png")
     if run.data.validation:
         evaluate_run(run)
-    if run.best_at and run.best_at != "the end":
-        path = shlex.quote(run.best_path)
+    is_best = run.best_at in ("", "the end")
+    path = shlex.quote(run.path if is_best else run.best_path)
     print(f"next: python evaluate.py {path} --photo YOUR.jpg")
+
+
+@contextlib.contextmanager
+def claimed(out: str):
+    """The context in which the folder of a run is this process's alone. UserError if another run
+    writes there."""
+    if not datasets.is_main_process():
+        yield
+        return
+    os.makedirs(out, exist_ok=True)
+    with open(os.path.join(out, ".lock"), "w") as lock:
+        try:
+            import fcntl  # not on Windows
+
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except OSError:
+            raise UserError(f"{out}: another run writes there; --out names another") from None
+        for unfinished in Path(out).glob(".[0-9]*.*.pt"):  # of a process that was killed
+            unfinished.unlink()
+        try:
+            yield
+        finally:
+            os.remove(lock.name)
+
+
+def remove_results(out: str) -> None:
+    """Removes what an earlier run has left in the folder of a new one."""
+    for name in ("metrics.json", "best.pt"):
+        Path(out, name).unlink(missing_ok=True)
 
 
 def make_run(
@@ -1053,7 +1091,8 @@ def evaluate_run(run: Run) -> None:
         datasets.write_json(metrics, path)
     print(f"wrote {path}, and pictures/ beside it")
     if run.best_at:
-        print(f"wrote {run.best_path}: the network of {run.best_at}, {run.best:.4f}")
+        mean = f"mean of the levels' IoU and top-1 {run.best:.4f}"
+        print(f"wrote {run.best_path}: the network of {run.best_at}, {mean}")
 
 
 OPTIONS = [
