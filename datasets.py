@@ -104,6 +104,8 @@ def read_lines(*path: str) -> list[str]:
     try:
         if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
             return content.decode("utf-16").splitlines()
+        if b"\0" in content:
+            raise UserError(f"{'/'.join(path)}: not text in UTF-8")
         return content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         return content.decode("latin-1").splitlines()

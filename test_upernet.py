@@ -2811,6 +2811,16 @@ class TestParsedPhotos(unittest.TestCase):
             with Image.open(join(place, f"a_{level}.png")) as mask:
                 assert_array_equal(np.asarray(mask), seen[level] + 1)
 
+    def test_a_mask_of_ones_own_is_not_replaced(self):
+        place = new_folder("masks")
+        path = save(noise(48, 70), place, "a.png")
+        mask = Path(save(np.zeros((48, 70)), place, "a_object.png"))
+        before = mask.read_bytes()
+        for _ in range(2):
+            self.parsed(path, "--pictures", place)
+            self.assertEqual(mask.read_bytes(), before)
+        self.assertEqual(len(os.listdir(place)), 6)
+
     def test_any_mode(self):
         place = new_folder("modes")
         photo = noise(48, 80)
@@ -2930,7 +2940,8 @@ class TestOwnNetwork(unittest.TestCase):
         with Image.open(join(self.out, "4_object.png")) as mask:
             numbers = np.asarray(mask)
         with np.load(join(self.out, "4_upernet.npz")) as maps:
-            assert_array_equal(numbers, np.array([0, 40, 255, 300])[maps["object"]])
+            assert_array_equal(maps["object_numbers"], [0, 40, 255, 300])
+            assert_array_equal(numbers, maps["object_numbers"][maps["object"]])
         with Image.open(photo.replace("images", "annotations")) as mask:
             self.assertGreater((numbers == np.asarray(mask)).mean(), 0.5)
 
@@ -3388,6 +3399,7 @@ class TestResume(Runs):
             run = started("train.main()", *argv, "--out", stopped)
             while run.poll() is None and log_lines(stopped) <= lines + 2:
                 time.sleep(0.01)
+            self.assertIn(stopped, refusal(self, train.main, "--resume", "--out", stopped))
             os.killpg(run.pid, number)
             _, err = run.communicate()
             self.assertEqual((err, run.returncode), ("", expected))
