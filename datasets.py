@@ -235,7 +235,7 @@ def read_object_info(folder: str) -> dict[int, str]:
     table = {}
     for line in read_lines(path):
         number, *columns = line.split("\t")
-        if number.strip().isdigit() and columns:
+        if number.strip().isdecimal() and columns:
             table[int(number)] = upernet.first_synonym(columns[-1])
     if not table:
         raise UserError(f"{path}: no line is a number, a tab, .., and a name")
@@ -1666,6 +1666,25 @@ DEVICE_OPTIONS = [
 ]
 
 
+class Output:
+    """A stream that outlives its reader: the Ctrl-C that stops `train.py | tee log` ends tee too."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 class Parser(argparse.ArgumentParser):
     """Options from a table. A mistake is one line on stderr, and --help has a line an option."""
 
@@ -1725,6 +1744,8 @@ class Parser(argparse.ArgumentParser):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
+        stdout = sys.stdout
+        sys.stdout = Output(stdout)
         try:
             command(self, given)
         except KeyboardInterrupt:
@@ -1735,6 +1756,7 @@ class Parser(argparse.ArgumentParser):
                 raise
             self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
         finally:
+            sys.stdout = stdout
             if dist.is_initialized():
                 dist.destroy_process_group()
 
