@@ -858,28 +858,26 @@ def command(parser: datasets.Parser, given: dict) -> None:
         print(f"{args.out}: this run is finished; python evaluate.py {path} evaluates it,")
         print(f"python train.py --weights {path} --out NEW --lr RATE trains its network further")
         return
-    with claimed(args.out):
-        begin(args, given, checkpoint, start)
-
-
-def begin(
-    args: argparse.Namespace, given: dict, checkpoint: dict | None, start: Start | None
-) -> None:
-    """Trains, a new run or the one of the checkpoint, and evaluates."""
     run = make_run(args, given, checkpoint, start)
     if checkpoint:
         run.resume(checkpoint)
     else:
         datasets.from_main_process(load_weights, run.net, run.data.vocabulary, args.weights, start)
+    with claimed(run.out):
+        carry_out(run, is_new=not checkpoint, compiled=args.compile)
+
+
+def carry_out(run: Run, is_new: bool, compiled: bool) -> None:
+    """Trains and evaluates."""
     lines = datasets.from_main_process(cut_log, run.log_path, run.lines_written())
     run.recall_best(lines)
     # Section 3.1: batch norm sees the images of all GPUs. Its momentum is PyTorch's 0.1 (ours).
     if run.device.type == "cuda" and datasets.processes() > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(run.net)  # in place
-    if args.compile:
+    if compiled:
         run.net.compile()
-    if not checkpoint:
-        datasets.from_main_process(remove_results, args.out)
+    if is_new:
+        datasets.from_main_process(remove_results, run.out)
         run.save()
     with run.signals:
         try:
