@@ -1116,7 +1116,7 @@ OPTIONS = [
     Option("split", ("balanced", "official"), "balanced", "<root>/split.json, or the data's own"),
     # Section 3.1: 16 images on 8 GPUs, rate, sizes. For the lengths see `plan_stages`.
     Option(
-        "iters", int, None, "main stage; 0 skips it (5 an image at 16 a step)", toy=1300, least=0
+        "iters", int, None, "main stage; 0 skips it (5 an image at 16 a step)", toy=1450, least=0
     ),
     Option("texture-iters", int, None, "texture stage; 0 skips it (5 passes)", toy=380, least=0),
     Option("batch-size", int, 2, "images per process", toy=4, resume=True),
