@@ -19,6 +19,7 @@ import glob
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -1754,6 +1755,8 @@ class Parser(argparse.ArgumentParser):
             message = message_of(e)
             if message is None:
                 raise
+            for process in multiprocessing.active_children():
+                process.kill()  # readers ignore SIGTERM, and may wait for one that was killed
             self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
         finally:
             sys.stdout = stdout

@@ -27,6 +27,7 @@ from unittest import mock
 
 if "cuda" not in sys.argv:  # all other tests run on the CPU, in their processes too
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small are slower with more
 
 import numpy as np
 import torch
