@@ -1755,8 +1755,13 @@ class Parser(argparse.ArgumentParser):
             message = message_of(e)
             if message is None:
                 raise
-            for process in multiprocessing.active_children():
-                process.kill()  # readers ignore SIGTERM, and may wait for one that was killed
+            # Readers ignore SIGTERM and may wait for one that was killed; PyTorch's handler would
+            # complain of their end.
+            readers = multiprocessing.active_children()
+            if readers and hasattr(signal, "SIGCHLD"):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for reader in readers:
+                    reader.kill()
             self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
         finally:
             sys.stdout = stdout
