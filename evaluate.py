@@ -996,7 +996,9 @@ def parse_photos(
         seen = parse(network.net, photo, **how)
         numbers = network.arguments.get("numbers")
         target = os.path.join(folder, stem)
-        print("wrote " + ", ".join(write_photo(photo, seen, network.vocabulary, target, numbers)))
+        verb = "replaced" if os.path.exists(f"{target}_upernet.npz") else "wrote"
+        written = write_photo(photo, seen, network.vocabulary, target, numbers)
+        print(f"{verb} {', '.join(written)}")
         if relations:
             relations.add(seen)
     return failed

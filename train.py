@@ -495,10 +495,7 @@ class Run:
             print(
                 f"\nstopped and saved after {self.iteration} iterations of the {self.stage} stage"
             )
-            launcher = "python"
-            if datasets.processes() > 1:
-                launcher = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
-            command = f"{launcher} train.py --resume --out {shlex.quote(self.out)}"
+            command = f"{launcher()} train.py --resume --out {shlex.quote(self.out)}"
             print(f"{command}   # resumes it", flush=True)
             raise SystemExit(128 + received)
 
@@ -551,6 +548,18 @@ class Run:
             if "metrics" in line and headline(line["metrics"]) > self.best:
                 self.best = headline(line["metrics"])
                 self.best_at = f"iteration {line['iteration'] + 1} of the {line['stage']} stage"
+
+
+def launcher() -> str:
+    """How this process was started: python, or torchrun on one or several machines."""
+    if datasets.processes() == 1:
+        return "python"
+    command = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+    nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+    if nodes != "1":
+        address = os.environ.get("MASTER_ADDR")
+        command += f" --nnodes={nodes} --node_rank=RANK --master_addr={address}"
+    return command
 
 
 class Signals:
