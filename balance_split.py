@@ -188,15 +188,8 @@ def split_source(
     if swaps is None:
         swaps = min(SWAPS, 1000 * len(index.images))
     free = np.array([image not in keep for image in index.images], bool)
-    if free.sum() < 2:  # nothing else to validate on
-        free[:] = True
-    share = fraction
-    if not free.all():  # `fraction` of all images, but at most half of the free ones
-        share = min(max(fraction, 0.5), fraction * len(free) / free.sum())
-    at_random = np.zeros(len(free), bool)
-    at_random[free] = balance(table[free], share, 0, datasets.SEED)
-    balanced = np.zeros(len(free), bool)
-    balanced[free] = balance(table[free], share, swaps, datasets.SEED)
+    at_random = balance_free(table, free, fraction, 0)
+    balanced = balance_free(table, free, fraction, swaps)
     return {
         "images": len(index.images),
         "fingerprint": datasets.hash_of(index.images),
@@ -204,6 +197,19 @@ def split_source(
         "deviation_before": deviation(shares, at_random, fraction),
         "deviation_after": deviation(shares, balanced, fraction),
     }
+
+
+def balance_free(table: np.ndarray, free: np.ndarray, fraction: float, swaps: int) -> np.ndarray:
+    """`balance` among the images in `free`, bool (images,): so many of them validate that they are
+    `fraction` of all, but at most half. With fewer than two free ones, among all.
+    """
+    if free.sum() < 2:
+        free = np.ones_like(free)
+    if not free.all():
+        fraction = min(max(fraction, 0.5), fraction * len(free) / free.sum())
+    validation = np.zeros(len(free), bool)
+    validation[free] = balance(table[free], fraction, swaps, datasets.SEED)
+    return validation
 
 
 def split_path(folder: str, cache: str) -> str:

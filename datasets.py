@@ -1616,9 +1616,11 @@ class Option(NamedTuple):
     """A line of a script's table of options."""
 
     name: str  # without the dashes
-    kind: object  # a function of the text, a tuple of choices, list for files, bool for a flag
+    type: Callable  # makes the value of the text; bool for a flag, which turns the default around
     default: object
     help: str
+    choices: tuple | None = None
+    nargs: str | None = None  # "+" for one or more
     toy: object = None  # the default with --data toy, where it is another
     resume: bool = False  # whether --resume may change it
     least: float = 1  # of a number, or of the numbers of a list
@@ -1626,23 +1628,24 @@ class Option(NamedTuple):
 
     @property
     def key(self) -> str:
-        return self.name.replace("-", "_")
+        return self.name.removeprefix("no-").replace("-", "_")
 
 
-# The thresholds are section 2.1's, but for that of scenes.
-DATA_OPTIONS = [
-    Option("data", str, "toy", "toy, or a comma list of ade20k (or your own data),os,dtd"),
-    Option("root", str, "data", "folder of ade20k/, os/, dtd/", resume=True),
-    Option("cache", str, None, "for indexes and prepared labels (<root>/.cache)", resume=True),
+THRESHOLDS = [  # section 2.1's, but for that of scenes
     Option(
         "min-images", int, 50, "keep objects, materials in so many images (own data: all)", toy=20
     ),
     Option("min-pixels", int, 50000, "keep objects of so many pixels (own data: all)", toy=5000),
     Option("min-part-images", int, 20, "keep parts in so many images"),
     Option("min-scene-images", int, 10, "keep scenes of so many images"),
+]
+DATA_OPTIONS = [
+    Option("data", str, "toy", "toy, or a comma list of ade20k (or your own data),os,dtd"),
+    Option("root", str, "data", "folder of ade20k/, os/, dtd/", resume=True),
+    Option("cache", str, None, "for indexes and prepared labels (<root>/.cache)", resume=True),
+    *THRESHOLDS,
     Option("allow-broken", bool, False, "go on if over one file in twenty is broken", resume=True),
 ]
-MINIMA = ("min_images", "min_pixels", "min_part_images", "min_scene_images")
 WORKERS_OPTION = Option(
     "workers", int, None, "processes that read images (one a core, at most 8)", resume=True, least=0
 )
@@ -1703,13 +1706,25 @@ class Parser(argparse.ArgumentParser):
         for option in options:
             text = option.help
             defaults = []
-            if option.default not in (None, False):
+            if option.type is not bool and option.default is not None:
                 defaults.append(as_text(option.default))
             if option.toy is not None:
                 defaults.append(f"toy {as_text(option.toy)}")
             if defaults:
                 text += f" ({'; '.join(defaults)})"
-            self.add_argument(f"--{option.name}", help=text, **argparse_kind(option))
+            if option.type is bool:
+                action = "store_false" if option.default else "store_true"
+                self.add_argument(f"--{option.name}", dest=option.key, action=action, help=text)
+            else:
+                is_number = option.type in (int, float) and not option.choices
+                self.add_argument(
+                    f"--{option.name}",
+                    type=option.type,
+                    choices=option.choices,
+                    nargs=option.nargs,
+                    metavar="N" if is_number else None,
+                    help=text,
+                )
 
     def complete(self, given: dict, stored: dict | None = None) -> argparse.Namespace:
         """All options: as given, else as `stored`, else the toy's default with --data toy, else the
@@ -1733,7 +1748,7 @@ class Parser(argparse.ArgumentParser):
                     )
         args.folder = os.path.join(args.root, "toy") if is_toy else args.root
         args.cache_folder = args.cache or os.path.join(args.folder, ".cache")
-        args.minima = {key: getattr(args, key) for key in MINIMA}
+        args.minima = {option.key: vars(args)[option.key] for option in THRESHOLDS}
         return args
 
     def run(self, command, argv: list[str] | None) -> None:
@@ -1775,18 +1790,6 @@ class Parser(argparse.ArgumentParser):
         if is_main_process():
             self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
         self.exit(2)
-
-
-def argparse_kind(option: Option) -> dict:
-    """The arguments of `add_argument` for an option."""
-    if option.kind is bool:
-        return {"action": "store_true"}
-    if option.kind is list:
-        return {"nargs": "+", "metavar": "FILE"}
-    if isinstance(option.kind, tuple):
-        return {"choices": option.kind, "type": type(option.kind[0])}
-    metavar = "N" if option.kind in (int, float) else option.name.upper()
-    return {"type": option.kind, "metavar": metavar}
 
 
 def as_text(value) -> str:
@@ -1839,7 +1842,20 @@ def open_indexes(
     levels: list[str] | None = None,
 ) -> dict[str, Index]:
     """The index of every source that --data names and that labels some of the levels (default: all
-    levels); makes the toy if it is missing. UserError if no source is left."""
+    levels); makes the toy if it is missing. UserError if no source is left. The main process scans,
+    all get the indexes."""
+    return from_main_process(scan_sources, data, folder, cache, allow_broken, workers, levels)
+
+
+def scan_sources(
+    data: str,
+    folder: str,
+    cache: str,
+    allow_broken: bool,
+    workers: int | None,
+    levels: list[str] | None,
+) -> dict[str, Index]:
+    """`open_indexes` in one process."""
     if data == "toy":
         root = os.path.dirname(folder)
         if os.path.isdir(os.path.join(root, "annotations")):

@@ -543,81 +543,87 @@ def write_photo(
 
 
 # ---------------------------------------------------------------- relations: section 4.2, table 4
+class Relation(NamedTuple):
+    first: str  # level
+    second: str
+    words: str  # of table 4
+    least: float = 0.1  # share; the paper drops "small" ones, the number is ours
+    most: int | None = 3
+
+    @property
+    def name(self) -> str:
+        return f"{self.first}-{self.second}"
+
+
+RELATIONS = [
+    Relation("scene", "object", "{} is composed of {}", least=0.3, most=None),
+    Relation("object", "material", "{} is made of {}"),
+    Relation("part", "material", "{} is made of {}"),
+    Relation("material", "texture", "{} is {}"),
+]
+
+
 class Relations:
     """Counts, over what the network sees in many photos, which concepts go together.
 
     scene-object: the share of a scene's photos in which an object shows up (one pixel is enough);
-    those of at least 30%. object-material, part-material, material-texture: of the pixels of the
-    first, the share of the second; the three largest of at least 10% (the paper drops "small" ones:
-    the number is ours), scaled to sum to one.
+    those of at least 30%. The others: of the pixels of the first, the share of the second; the
+    three largest of at least 10%, scaled to sum to one.
     """
-
-    KINDS = {  # in the words of table 4
-        "scene-object": "{} is composed of {}",
-        "object-material": "{} is made of {}",
-        "part-material": "{} is made of {}",
-        "material-texture": "{} is {}",
-    }
 
     def __init__(self, vocabulary: dict, levels: list[str]):
         self.names = channel_names(vocabulary)
         self.photos = np.zeros(len(vocabulary.get("scene", ())), np.int64)  # of each scene
-        self.counts = {}  # kind -> (first concepts, second concepts)
-        for kind in self.KINDS:
-            first, second = kind.split("-")
-            if {first, second} <= vocabulary.keys() & set(levels):
-                shape = (len(self.names[first]), len(self.names[second]))
-                self.counts[kind] = np.zeros(shape, np.int64)
+        self.counts = {}  # relation -> (first concepts, second concepts)
+        for relation in RELATIONS:
+            if {relation.first, relation.second} <= vocabulary.keys() & set(levels):
+                shape = (len(self.names[relation.first]), len(self.names[relation.second]))
+                self.counts[relation] = np.zeros(shape, np.int64)
 
     def add(self, seen: dict[str, np.ndarray]) -> None:
         """What `parse` saw in one photo."""
-        for kind, counts in self.counts.items():
-            first, second = kind.split("-")
-            if kind == "scene-object":
+        for relation, counts in self.counts.items():
+            if relation.first == "scene":
                 scene = int(seen["scene"].argmax())
                 self.photos[scene] += 1
                 counts[scene, np.unique(seen["object"])] += 1
             else:
-                rows = seen[first].astype(np.int64)
-                columns = seen["texture_map" if second == "texture" else second]
+                rows = seen[relation.first].astype(np.int64)
+                columns = seen["texture_map" if relation.second == "texture" else relation.second]
                 inside = rows >= 0  # not background
                 pairs = rows[inside] * counts.shape[1] + columns[inside]
                 counts += np.bincount(pairs, minlength=counts.size).reshape(counts.shape)
 
     def results(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Kind -> first concept -> {second concept: share}, largest first."""
+        """Relation's name -> first concept -> {second concept: share}, largest first."""
         results = {}
-        for kind, counts in self.counts.items():
-            first, second = kind.split("-")
-            of_scenes = kind == "scene-object"
-            totals = self.photos if of_scenes else counts.sum(axis=1)
-            results[kind] = {}
+        for relation, counts in self.counts.items():
+            results[relation.name] = {}
+            totals = self.photos if relation.first == "scene" else counts.sum(axis=1)
             for row in np.flatnonzero(totals):
                 shares = counts[row] / totals[row]
                 order = np.argsort(-shares, kind="stable")
-                if of_scenes:
-                    order = order[shares[order] >= 0.3]
-                else:
-                    order = order[shares[order] >= 0.1][:3]
-                    shares = shares / max(shares[order].sum(), 1e-9)
-                if len(order):
-                    name = self.names[first][row]
-                    found = {self.names[second][k]: float(shares[k]) for k in order}
-                    results[kind][name] = found
+                order = order[shares[order] >= relation.least][: relation.most]
+                if len(order) == 0:
+                    continue
+                if relation.first != "scene":
+                    shares = shares / shares[order].sum()
+                found = {self.names[relation.second][k]: float(shares[k]) for k in order}
+                results[relation.name][self.names[relation.first][row]] = found
         return results
 
     def report(self, path: str) -> None:
         """Writes the results as JSON, and prints them in the words of table 4."""
         results = self.results()
-        for kind, concepts in results.items():
-            for first, shares in concepts.items():
-                words = list(shares)
-                if kind != "scene-object":
-                    words = [f"{name} ({share:.0%})" for name, share in shares.items()]
-                listed = words[-1]
-                if len(words) > 1:
-                    listed = f"{', '.join(words[:-1])} and {words[-1]}"
-                print(self.KINDS[kind].format(first, listed))
+        for relation in self.counts:
+            for first, shares in results[relation.name].items():
+                listed = list(shares)
+                if relation.first != "scene":
+                    listed = [f"{name} ({share:.0%})" for name, share in shares.items()]
+                text = listed[-1]
+                if len(listed) > 1:
+                    text = f"{', '.join(listed[:-1])} and {listed[-1]}"
+                print(relation.words.format(first, text))
         datasets.write_json(results, path)
         print(f"wrote {path}")
 
@@ -1032,13 +1038,8 @@ def command(parser: datasets.Parser, given: dict) -> None:
     elif args.data is None:
         raise UserError("--data: name the sources to evaluate on, ade20k,os for one")
     else:
-        indexes = datasets.from_main_process(
-            datasets.open_indexes,
-            args.data,
-            args.folder,
-            args.cache_folder,
-            args.allow_broken,
-            args.workers,
+        indexes = datasets.open_indexes(
+            args.data, args.folder, args.cache_folder, args.allow_broken, args.workers
         )
         sources = open_sources(indexes, network, args.labels, levels)
         images = images_to_evaluate(sources, network, args.split, args.folder, args.cache_folder)
@@ -1074,26 +1075,20 @@ def relate(
             relations.add(parse(net, sources[name].photo(i), **how))
 
 
+SPLITS = ("balanced", "official", "all")
+AMP = ("off", "auto", "bf16", "fp16")
 OPTIONS = [
-    Option(
-        "release", list, None, "released weights: encoder and decoder, or mmsegmentation's file"
-    ),
+    Option("release", str, None, "encoder and decoder, or mmsegmentation's file", nargs="+"),
     Option("labels", str, None, "the authors' class tables: joint_dataset, or object150_info.csv"),
-    Option("photo", list, None, "photos, or folders of them, to parse"),
+    Option("photo", str, None, "photos, or folders of them, to parse", nargs="+"),
     Option("pictures", str, None, f"folder for pictures, {SHOWN} a source (of photos: default .)"),
     Option("json", str, None, "write the metrics there, as fractions (null: nothing labelled)"),
     Option("relations", str, None, "count section 4.2's relations over the images, into this file"),
     datasets.LEVELS_OPTION,
-    Option(
-        "size",
-        datasets.short_sides,
-        None,
-        "short side, or a comma list to average (training's)",
-        least=32,
-    ),
+    Option("size", datasets.short_sides, None, "short sides to average (training's)", least=32),
     Option("flip", bool, False, "average over the mirror images too"),
-    Option("split", ("balanced", "official", "all"), None, "images (the checkpoint's validation)"),
-    Option("amp", ("off", "auto", "bf16", "fp16"), "off", "float32, or mixed precision"),
+    Option("split", str, None, "images (the checkpoint's validation)", SPLITS),
+    Option("amp", str, "off", "float32, or mixed precision", AMP),
     datasets.WORKERS_OPTION,
     *datasets.DEVICE_OPTIONS,
 ]

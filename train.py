@@ -107,7 +107,7 @@ def train(run: "Run") -> None:
                 lr = run.lr * (1 - iteration / stage.iterations) ** 0.9
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                of_step = [next(batches) for _ in range(run.accumulate)]
+                of_step = [next(batches) for _ in range(stage.batches.accumulate)]
                 slices = run.net.part_slices
                 scale = run.scaler.get_scale()
                 loss = update(model, slices, of_step, optimizer, run.scaler, run.device, run.amp)
@@ -214,7 +214,7 @@ def open_data(
 def divide(
     indexes: dict[str, Index],
     minima: dict[str, int],
-    levels: list[str],
+    levels: list[str] | None,
     split: str,
     folder: str,
     cache: str,
@@ -226,6 +226,7 @@ def divide(
     trained: images of each source that trained the weights to start from; a split that is made now
         leaves them on the training side.
     """
+    levels = levels or LEVELS
     everything = datasets.build_vocabulary(indexes, minima, levels)
     vocabulary = {level: names for level, names in everything.items() if level in levels}
     validation = {}
@@ -265,36 +266,45 @@ def plan_stages(
     data: Data,
     iters: int | None,
     texture_iters: int | None,
-    step: int,
+    batch_size: int,
+    accumulate: int,
     seed: int,
     augmentation: dict,
 ) -> list[Stage]:
     """The stages that have images and iterations: all sources but the textures, then these.
 
-    step: images of an iteration in all processes. By default 5 iterations per training image at 16
-    images a step, the paper's 100k for ADE20K's 20k images, then 5 passes over the textures (ours;
-    the paper has "a few"). augmentation: further arguments of `TrainingBatches`.
+    By default 5 iterations per training image at 16 images a step, the paper's 100k for ADE20K's
+    20k images, then 5 passes over the textures (ours; the paper has "a few"). augmentation: further
+    arguments of `TrainingBatches`.
     """
     textures = [source for source in data.sources.values() if source.data_set.squares]
     others = [source for source in data.sources.values() if not source.data_set.squares]
     images = sum(len(data.training[source.index.source]) for source in others)
     of_textures = sum(len(data.training[source.index.source]) for source in textures)
+    step = batch_size * accumulate * datasets.processes()  # images of an iteration
     texture_step = TEXTURE_IMAGES * step
     if iters is None:
         iters = math.ceil(5 * 16 * images / step)
     if texture_iters is None:
         texture_iters = math.ceil(5 * of_textures / texture_step)
+    how = {
+        "seed": seed,
+        "accumulate": accumulate,
+        "rank": datasets.rank(),
+        "processes": datasets.processes(),
+        **augmentation,
+    }
     stages = []
     if images and iters:
         groups = image_groups(data, others, not augmentation["crop"])
         plan = datasets.plan_batches(groups, iters, step, seed)
-        batches = datasets.TrainingBatches(others, plan, seed=seed, **augmentation)
-        stages.append(Stage("main", batches, images))
+        stages.append(Stage("main", datasets.TrainingBatches(others, plan, **how), images))
     if of_textures and texture_iters:
         groups = image_groups(data, textures, by_orientation=False)
         plan = datasets.plan_batches(groups, texture_iters, texture_step, seed)
-        batches = datasets.TrainingBatches(textures, plan, seed=seed, **augmentation)
-        stages.append(Stage("texture", batches, of_textures))
+        stages.append(
+            Stage("texture", datasets.TrainingBatches(textures, plan, **how), of_textures)
+        )
     return stages
 
 
@@ -316,12 +326,11 @@ def describe(
     trained: dict[str, list[str]],
     split: str,
     flip: bool,
-    sizes: str,
     lr: float,
 ) -> None:
     """Prints what the run is about to do, and what may be wrong with it.
 
-    trained: images of each source that trained the weights to start from; sizes: in words.
+    trained: images of each source that trained the weights to start from.
     """
     for name, source in data.sources.items():
         validates = data.split[name]
@@ -351,7 +360,8 @@ def describe(
         n = sum(len(p) - 1 for p in names.values()) if level == "part" else len(names)
         counts.append(f"{n} {level}")
     print(f"classes: {', '.join(counts)}")
-    print(f"images: {sizes}")
+    for stage in stages[:1]:
+        print(f"images: {sizes_of(stage.batches)}")
     for stage in stages:
         step = stage.batches.plan.shape[1] - 1
         passes = stage.iterations * step / stage.images
@@ -359,6 +369,13 @@ def describe(
             f"{stage.name} stage: {stage.iterations} iterations of {step} images, "
             f"{passes:.1f} passes over {', '.join(stage.sources)}, learning rate {lr:g}"
         )
+
+
+def sizes_of(batches: datasets.TrainingBatches) -> str:
+    if batches.crop:
+        return f"squares of {batches.crop}, of short sides from half to twice that"
+    short = ", ".join(map(str, batches.sizes))
+    return f"short side of {short}, long side at most {batches.longest}"
 
 
 def classes_without_training(source: Source, training: list[int], vocabulary: dict) -> list[str]:
@@ -385,13 +402,12 @@ class Run:
     stages: list[Stage]
     out: str
     lr: float
-    accumulate: int
     workers: int | None
     save_every: int | None  # iterations, or None for every ten minutes
     eval_every: int
     device: torch.device
     amp: torch.dtype | None
-    arguments: dict  # that a checkpoint keeps
+    options: dict  # that a checkpoint keeps
     trained: dict[str, list[str]]  # all images that have trained the network at the run's end
     iteration: int = 0  # of the stage
     optimizer_state: dict | None = None  # of the checkpoint that is resumed
@@ -409,7 +425,12 @@ class Run:
         self.saved_at = time.monotonic()
 
     def resume(self, checkpoint: dict) -> None:
-        """Goes to where the checkpoint was written."""
+        """Goes to where the checkpoint was written. UserError if the data have changed since."""
+        if self.data.fingerprints != checkpoint["arguments"].get("fingerprints"):
+            raise UserError(
+                f"{self.out}: images, masks or names changed; --weights {self.path} trains its "
+                "network on them"
+            )
         self.net.load_state_dict(checkpoint["model"])
         torch.set_rng_state(checkpoint["random"].cpu())
         if self.scaler.is_enabled() and checkpoint["scaler"]:
@@ -451,7 +472,7 @@ class Run:
     def loader(self, stage: Stage) -> DataLoader:
         """The batches of a stage from where the run is."""
         pinned = self.device.type == "cuda"
-        first = self.iteration * self.accumulate
+        first = self.iteration * stage.batches.accumulate
         return datasets.loader(stage.batches, first, self.workers, pinned)
 
     def is_validation_due(self) -> bool:
@@ -478,7 +499,7 @@ class Run:
             "stage": self.stage,
             "iteration": self.iteration,
             "random": torch.get_rng_state(),
-            "arguments": self.arguments,
+            "arguments": self.options,
         }
         if datasets.is_main_process():
             datasets.write_file(path, functools.partial(torch.save, content))
@@ -659,13 +680,14 @@ def draw_curves(log: str, path: str) -> None:
 
 # ---------------------------------------------------------------- the weights to start from
 class Start(NamedTuple):
-    """A file of weights. Of a backbone's state dict only `state` is known."""
+    """What a file of weights holds; nothing, for a run without one. Of a backbone's state dict only
+    `state` is known."""
 
-    path: str
-    state: dict[str, Tensor]  # under our keys
+    path: str = ""
+    state: dict[str, Tensor] = {}  # under our keys
     network: dict = {}  # UPerNet's arguments
     vocabulary: dict = {}
-    arguments: dict = {}  # of the run that wrote it
+    options: dict = {}  # of the run that wrote it
     trained: dict[str, list[str]] = {}  # images of each source
 
 
@@ -702,19 +724,16 @@ def read_start(path: str) -> Start:
     return Start(path, backbone)
 
 
-def options_of(start: Start) -> dict:
-    """The options that a file of weights brings: its network; of our checkpoints the sizes."""
-    options = {}
-    network = start.network
-    for key in ("backbone", "channels", "stem", "output_stride", "fpn"):
-        if key in network:
-            options[key] = network[key]
-    for key in ("ppm", "fusion", "head_conv"):
-        if key in network:
-            options[f"no_{key}"] = not network[key]
-    for key in ("sizes", "max_size"):
-        if key in start.arguments:
-            options[key] = start.arguments[key]
+def options_of(start: Start, given: dict) -> dict:
+    """The options that a file of weights brings: its network; of our checkpoints the sizes, and the
+    data if none are given."""
+    keys = ["sizes", "max_size"]
+    if "data" not in given and "root" not in given:
+        keys += ["data", "root", "cache"]
+    options = {key: start.options[key] for key in keys if key in start.options}
+    for key, value in start.network.items():
+        if key not in ("classes", "pool", "test_size"):
+            options[key] = value
     return options
 
 
@@ -769,23 +788,22 @@ def rows_by_name(ours: Tensor, theirs: Tensor, names: list[str], their_names: li
 
 # ---------------------------------------------------------------- which run, with which options
 def settle(parser: datasets.Parser, given: dict) -> tuple:
-    """(options, the checkpoint to resume or None, the weights to start from or None).
+    """(options, the checkpoint to resume or None, the weights to start from).
 
     Raises UserError if there is no run to resume, if there is one already, or if options do not
     fit.
     """
-    start = None
+    start = Start()
     stored = {}
     if given.get("weights", "none") not in ("imagenet", "none") and "resume" not in given:
         start = read_start(given["weights"])
-        stored = options_of(start)
-        if "data" not in given and "root" not in given:
-            for key in ("data", "root", "cache"):
-                stored[key] = start.arguments.get(key)
+        stored = options_of(start, given)
         taken = []
         for key, value in stored.items():
-            if value and key not in given:
-                taken.append(f"{key} {datasets.as_text(value)}")
+            option = parser.options[key]
+            if value != option.default and key not in given:
+                text = "" if option.type is bool else f" {datasets.as_text(value)}"
+                taken.append(f"--{option.name}{text}")
         if taken:
             print(f"from {start.path}: {', '.join(taken)}")
     args = parser.complete(given, stored)
@@ -799,7 +817,7 @@ def settle(parser: datasets.Parser, given: dict) -> tuple:
         resumes = has_run and (args.resume or given_to(args.out) == given)
     if resumes:
         args, checkpoint = resumed(parser, given, args.out)
-        return args, checkpoint, None
+        return args, checkpoint, Start(trained=checkpoint["trained"])
     if has_run:
         raise UserError(
             f"{args.out}: holds a run already; --resume resumes it, --out names another folder"
@@ -867,11 +885,53 @@ def command(parser: datasets.Parser, given: dict) -> None:
         print(f"{args.out}: this run is finished; python evaluate.py {path} evaluates it,")
         print(f"python train.py --weights {path} --out NEW --lr RATE trains its network further")
         return
-    run = make_run(args, given, checkpoint, start)
+    device = datasets.pick_device(args.device)
+    indexes = datasets.open_indexes(
+        args.data, args.folder, args.cache_folder, args.allow_broken, args.workers, args.levels
+    )
+    if checkpoint:
+        vocabulary = checkpoint["vocabulary"]
+        split = checkpoint["split"]
+        network = checkpoint["network"]
+    else:
+        place = (args.folder, args.cache_folder)
+        vocabulary, split = datasets.from_main_process(
+            divide, indexes, args.minima, args.levels, args.split, *place, start.trained
+        )
+        network = {
+            "classes": upernet.class_counts(vocabulary),
+            "pool": start.network.get("pool", "prroi"),
+            "test_size": test_size(args.sizes, args.max_size, args.crop),
+            **{option.key: vars(args)[option.key] for option in NETWORK_OPTIONS},
+        }
+    short = 2 * args.crop or max(args.sizes)  # the largest that training needs
+    longest = 8 * args.crop or args.max_size
+    data = open_data(indexes, vocabulary, split, args.cache_folder, short, longest)
+    augment = {"sizes": args.sizes, "longest": args.max_size, "crop": args.crop, "flip": args.flip}
+    stages = plan_stages(
+        data, args.iters, args.texture_iters, args.batch_size, args.accumulate, args.seed, augment
+    )
+    check_batch_size(args.batch_size, args.crop or min(args.sizes), network["pool"])
+    torch.manual_seed(args.seed)
+    run = Run(
+        net=UPerNet(**network).to(device),
+        data=data,
+        stages=stages,
+        out=args.out,
+        lr=args.lr,
+        workers=args.workers,
+        save_every=args.save_every,
+        eval_every=args.eval_every,
+        device=device,
+        amp=datasets.pick_amp(args.amp, device),
+        options=stored_options(vars(args), given, data, stages),
+        trained=trained_images(data, start.trained),
+    )
     if checkpoint:
         run.resume(checkpoint)
     else:
-        datasets.from_main_process(load_weights, run.net, run.data.vocabulary, args.weights, start)
+        describe(data, stages, start.trained, args.split, args.flip, args.lr)
+        datasets.from_main_process(load_weights, run.net, vocabulary, args.weights, start)
     with claimed(run.out):
         carry_out(run, is_new=not checkpoint, compiled=args.compile)
 
@@ -935,118 +995,25 @@ def remove_results(out: str) -> None:
         Path(out, name).unlink(missing_ok=True)
 
 
-def make_run(
-    args: argparse.Namespace, given: dict, checkpoint: dict | None, start: Start | None
-) -> Run:
-    """The run that the options describe, at its beginning."""
-    device = datasets.pick_device(args.device)
-    trained = start.trained if start else {}
-    data = datasets.from_main_process(make_data, args, checkpoint, trained)
-    augmentation = {
-        "sizes": args.sizes,
-        "longest": args.max_size,
-        "crop": args.crop,
-        "flip": not args.no_flip,
-        "accumulate": args.accumulate,
-        "rank": datasets.rank(),
-        "processes": datasets.processes(),
-    }
-    step = args.batch_size * args.accumulate * datasets.processes()
-    stages = plan_stages(data, args.iters, args.texture_iters, step, args.seed, augmentation)
-    if not checkpoint:
-        short = ", ".join(map(str, args.sizes))
-        sizes = f"short side of {short}, long side at most {args.max_size}"
-        if args.crop:
-            sizes = f"squares of {args.crop}, of short sides from half to twice that"
-        describe(data, stages, trained, args.split, not args.no_flip, sizes, args.lr)
-    pool = "prroi"
-    if checkpoint:
-        pool = checkpoint["network"]["pool"]
-    elif start:
-        pool = start.network.get("pool", pool)
-    return Run(
-        net=make_network(args, data.vocabulary, pool).to(device),
-        data=data,
-        stages=stages,
-        out=args.out,
-        lr=args.lr,
-        accumulate=args.accumulate,
-        workers=args.workers,
-        save_every=args.save_every,
-        eval_every=args.eval_every,
-        device=device,
-        amp=datasets.pick_amp(args.amp, device),
-        arguments=stored_arguments(args, given, data, stages),
-        trained=trained_images(data, trained),
-    )
+def test_size(sizes: list[int], max_size: int, crop: int) -> tuple[int, int, None]:
+    """The network's, for training at these sizes: the middle one, 450 of the paper's."""
+    if crop:
+        return (crop, 4 * crop, None)
+    middle = sorted(sizes)[len(sizes) // 2]
+    return (middle, max(middle, max_size), None)
 
 
-def make_data(args: argparse.Namespace, checkpoint: dict | None, trained: dict) -> Data:
-    """The data that the options name; of a resumed run with its vocabulary and split.
-
-    Raises UserError for a resumed run whose data have changed.
-    """
-    indexes = datasets.open_indexes(
-        args.data,
-        args.folder,
-        args.cache_folder,
-        args.allow_broken,
-        args.workers,
-        args.levels,
-    )
-    if checkpoint:
-        vocabulary = checkpoint["vocabulary"]
-        split = checkpoint["split"]
-    else:
-        vocabulary, split = divide(
-            indexes,
-            args.minima,
-            args.levels or LEVELS,
-            args.split,
-            args.folder,
-            args.cache_folder,
-            trained,
-        )
-    short = 2 * args.crop or max(args.sizes)
-    longest = 8 * args.crop or args.max_size
-    data = open_data(indexes, vocabulary, split, args.cache_folder, short, longest)
-    if checkpoint and data.fingerprints != checkpoint["arguments"].get("fingerprints"):
-        raise UserError(
-            f"{args.out}: images, masks or names changed; --weights {args.out}/ckpt.pt trains its "
-            "network on them"
-        )
-    return data
-
-
-def make_network(args: argparse.Namespace, vocabulary: dict, pool: str) -> UPerNet:
-    smallest = args.crop or datasets.pad_to_32(min(args.sizes))
-    if args.batch_size == 1 and (smallest < 64 or pool == "pspnet"):
+def check_batch_size(batch_size: int, smallest: int, pool: str) -> None:
+    """UserError if batch norm would see a single value: C5 of one image, or what is pooled of it."""
+    if batch_size == 1 and (smallest <= 32 or pool == "pspnet"):
         raise UserError(
             "--batch-size 1: batch norm needs --sizes above 32, with pspnet's pooling two images"
         )
-    middle = sorted(args.sizes)[len(args.sizes) // 2]  # 450 of the paper's sizes
-    test_size = (middle, max(middle, args.max_size), None)
-    if args.crop:
-        test_size = (args.crop, 4 * args.crop, None)
-    torch.manual_seed(args.seed)
-    return UPerNet(
-        upernet.class_counts(vocabulary),
-        args.backbone,
-        args.channels,
-        head_conv=not args.no_head_conv,
-        pool=pool,
-        ppm=not args.no_ppm,
-        fpn=args.fpn,
-        fusion=not args.no_fusion,
-        stem=args.stem,
-        output_stride=args.output_stride,
-        test_size=test_size,
-    )
 
 
-def load_weights(net: UPerNet, vocabulary: dict, weights: str, start: Start | None) -> None:
+def load_weights(net: UPerNet, vocabulary: dict, weights: str, start: Start) -> None:
     """The weights to start from, in the main process: the others get them from it."""
-    if start:
+    if start.path:
         load_start(net, vocabulary, start)
     elif weights == "imagenet":
         try:
@@ -1067,24 +1034,20 @@ def trained_images(data: Data, trained: dict[str, list[str]]) -> dict[str, list[
     return images
 
 
-def stored_arguments(
-    args: argparse.Namespace, given: dict, data: Data, stages: list[Stage]
-) -> dict:
+def stored_options(options: dict, given: dict, data: Data, stages: list[Stage]) -> dict:
     """What a checkpoint keeps of the options and the data, as plain values."""
-    arguments = {option.key: getattr(args, option.key) for option in OPTIONS}
-    arguments["given"] = given
-    arguments["root"] = os.path.abspath(args.root)
-    if args.cache:
-        arguments["cache"] = os.path.abspath(args.cache)
+    stored = {**options, "given": given, "root": os.path.abspath(options["root"])}
+    if options["cache"]:
+        stored["cache"] = os.path.abspath(options["cache"])
     lengths = {stage.name: stage.iterations for stage in stages}
-    arguments["iters"] = lengths.get("main", 0)
-    arguments["texture_iters"] = lengths.get("texture", 0)
-    arguments["fingerprints"] = data.fingerprints
-    arguments["numbers"] = {}
+    stored["iters"] = lengths.get("main", 0)
+    stored["texture_iters"] = lengths.get("texture", 0)
+    stored["fingerprints"] = data.fingerprints
+    stored["numbers"] = {}
     for source in data.sources.values():
         if source.data_set.own_table:
-            arguments["numbers"]["object"] = list(source.index.names)
-    return arguments
+            stored["numbers"]["object"] = list(source.index.names)
+    return stored
 
 
 def evaluate_run(run: Run) -> None:
@@ -1102,62 +1065,44 @@ def evaluate_run(run: Run) -> None:
         print(f"wrote {run.best_path}: the network of {run.best_at}, {mean}")
 
 
+BACKBONES = ("resnet50", "resnet18", "resnet34", "resnet101")
+SIZES = [300, 375, 450, 525, 600]
+AMP = ("auto", "bf16", "fp16", "off")
+NETWORK_OPTIONS = [  # as UPerNet's arguments
+    Option("backbone", str, "resnet50", "the backbone", BACKBONES, toy="resnet18"),
+    Option("channels", int, 512, "width of everything after the backbone", toy=48),
+    Option("stem", str, "7x7", "the backbone's first layers", ("7x7", "deep", "v1c")),
+    Option("output-stride", int, 32, "stride of the backbone's last stage", (32, 16, 8)),
+    Option("no-ppm", bool, True, "without the Pyramid Pooling Module"),
+    Option("fpn", int, 2, "finest level of the feature pyramid (0: none)", (2, 3, 4, 0), least=0),
+    Option("no-fusion", bool, True, "objects and parts on the finest level alone"),
+    Option("no-head-conv", bool, True, "no 3x3 convolution before the classifiers"),
+]
 OPTIONS = [
     *datasets.DATA_OPTIONS,
-    Option(
-        "backbone",
-        ("resnet50", "resnet18", "resnet34", "resnet101"),
-        "resnet50",
-        "the backbone",
-        toy="resnet18",
-    ),
-    Option("channels", int, 512, "width of everything after the backbone", toy=48),
-    Option("stem", ("7x7", "deep", "v1c"), "7x7", "the backbone's first layers"),
-    Option("output-stride", (32, 16, 8), 32, "stride of the backbone's last stage"),
-    Option("no-ppm", bool, False, "without the Pyramid Pooling Module"),
-    Option("fpn", (2, 3, 4, 0), 2, "finest level of the feature pyramid, 0 for none", least=0),
-    Option("no-fusion", bool, False, "objects and parts on the finest level alone"),
-    Option("no-head-conv", bool, False, "no 3x3 convolution before the classifiers"),
-    Option(
-        "weights", str, "imagenet", "imagenet, none, or a file: ours, mmsegmentation's", toy="none"
-    ),
+    *NETWORK_OPTIONS,
+    Option("weights", str, "imagenet", "or none, or a file: ours, mmsegmentation's", toy="none"),
     datasets.LEVELS_OPTION,
-    Option("split", ("balanced", "official"), "balanced", "<root>/split.json, or the data's own"),
+    Option("split", str, "balanced", "split.json, or the data's own", ("balanced", "official")),
     # Section 3.1: 16 images on 8 GPUs, rate, sizes. For the lengths see `plan_stages`.
-    Option(
-        "iters", int, None, "main stage; 0 skips it (5 an image at 16 a step)", toy=1450, least=0
-    ),
-    Option("texture-iters", int, None, "texture stage; 0 skips it (5 passes)", toy=380, least=0),
+    Option("iters", int, None, "of the main stage (5 an image at 16 a step)", toy=1450, least=0),
+    Option("texture-iters", int, None, "of the texture stage (5 passes)", toy=380, least=0),
     Option("batch-size", int, 2, "images per process", toy=4, resume=True),
     Option("accumulate", int, 1, "batches of the same source per step", resume=True),
     Option("lr", float, 0.02, "learning rate at the start", toy=0.04, least=1e-12),
-    Option(
-        "sizes",
-        datasets.short_sides,
-        [300, 375, 450, 525, 600],
-        "short sides to choose",
-        toy=[76, 80, 84],
-        least=32,
-    ),
+    Option("sizes", datasets.short_sides, SIZES, "short sides", toy=[76, 80, 84], least=32),
     Option("max-size", int, 1200, "longest side", toy=160),
     Option("crop", int, 0, "cut squares of N, a multiple of 32, in place of --sizes", least=0),
-    Option("no-flip", bool, False, "do not mirror images"),
+    Option("no-flip", bool, True, "do not mirror images"),
     Option("seed", int, 304, "of weights, batches and augmentation", least=0),
     Option("out", str, None, "folder for checkpoint, log, pictures (runs/<data>)", resume=True),
     Option("resume", bool, False, "resume the run in --out", resume=True),
     Option(
-        "save-every",
-        int,
-        None,
-        "iterations between checkpoints (ten minutes)",
-        toy=400,
-        resume=True,
+        "save-every", int, None, "iterations to a checkpoint (10 minutes)", toy=400, resume=True
     ),
-    Option(
-        "eval-every", int, 0, "iterations between validations (0: the end)", resume=True, least=0
-    ),
+    Option("eval-every", int, 0, "iterations to a validation (0: the end)", resume=True, least=0),
     datasets.WORKERS_OPTION,
-    Option("amp", ("auto", "bf16", "fp16", "off"), "auto", "mixed precision on CUDA", resume=True),
+    Option("amp", str, "auto", "mixed precision on CUDA", AMP, resume=True),
     *datasets.DEVICE_OPTIONS,
 ]
 

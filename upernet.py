@@ -182,7 +182,12 @@ class ConvOfMaps(nn.Conv2d):
         finest, *coarser = maps
         weights = self.weight.split([x.shape[1] for x in maps], dim=1)
         y = F.conv2d(finest, weights[0], self.bias, padding=1)
-        y += conv_of_upsampled(coarser, weights[1:], finest.shape[2:])
+        # On a CPU 256 output channels at a time, whose intermediate maps fit into the cache.
+        at_once = 256 if y.device.type == "cpu" else self.out_channels
+        of_channels = []
+        for some in zip(*(weight.split(at_once) for weight in weights[1:])):
+            of_channels.append(conv_of_upsampled(coarser, some, finest.shape[2:]))
+        y += of_channels[0] if len(of_channels) == 1 else torch.cat(of_channels, dim=1)
         return y
 
 
