@@ -941,7 +941,11 @@ def photos_in(paths: list[str]) -> list[str]:
         inside = [path]
         if os.path.isdir(path):
             names = sorted(os.listdir(path))
-            inside = [os.path.join(path, n) for n in names if n.lower().endswith(datasets.PHOTOS)]
+            inside = []
+            for name in names:
+                whole = os.path.join(path, name)
+                if name.lower().endswith(datasets.PHOTOS) and os.path.isfile(whole):
+                    inside.append(whole)
             others = len(names) - len(inside)
             if not inside:
                 raise UserError(

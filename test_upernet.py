@@ -2244,7 +2244,8 @@ class TestSplit(unittest.TestCase):
         self.assertEqual(sources["os"], other)
         os.remove(join(root, "dtd", "images", "a", "0.png"))
         self.assertIn(path, refusal(self, train.main, *argv, new_folder("out")))
-        for content in ("{", '{"sources": {"dtd": 3}}', '{"sources": {"dtd": {}}}'):
+        number = '{"sources": {"dtd": {"fingerprint": "", "validation": 5}}}'
+        for content in ("{", '{"sources": {"dtd": 3}}', '{"sources": {"dtd": {}}}', number):
             write(path, content)
             self.assertIn(path, refusal(self, train.main, *argv, new_folder("out")))
 
@@ -2846,8 +2847,9 @@ class TestParsedPhotos(unittest.TestCase):
         for name in ("a.webp", "b.tif", "c.bmp", "d.JPEG", "e_object.png", "below/f.png"):
             save(noise(48, 64), place, name)
         write(join(place, "notes.txt"), "no photo")
+        os.mkfifo(join(place, "pipe.jpg"))
         said = self.parsed(place, "--pictures", place)
-        self.assertRegex(said, f"{re.escape(place)}.* 2 ")  # notes.txt and the folder
+        self.assertRegex(said, f"{re.escape(place)}.* 3 ")  # notes.txt, the pipe, the folder
         names = sorted(os.listdir(place))
         self.assertEqual([name[0] for name in names if name.endswith(".npz")], list("abcde"))
         # Its own results are passed over, in the folder and as files.
@@ -3424,6 +3426,17 @@ class TestResume(Runs):
         self.assertIn(path, refusal(self, train.main, "--resume", "--out", out))
         self.assertEqual(Path(path).read_bytes(), good)
         self.assertEqual([name for name in os.listdir(out) if name.startswith(".")], [])
+
+    def test_a_log_that_cannot_be_written_is_named(self):
+        def full(path, *arguments, **options):
+            if path.endswith("log.jsonl"):
+                raise OSError(28, "No space left on device")  # of a write: without a name
+            return open(path, *arguments, **options)
+
+        out = new_folder("full")
+        with mock.patch("train.open", full, create=True):
+            line = refusal(self, train.main, *self.toy, "--iters", 1, "--out", out)
+        self.assertIn(join(out, "log.jsonl"), line)
 
     def test_failures_from_outside_are_told_in_one_line(self):
         argv = (*self.toy, "--batch-size", 4, "--iters", 2, "--texture-iters", 0)

@@ -526,9 +526,13 @@ class Run:
         self.save()
 
     def write_log(self, line: dict) -> None:
-        if datasets.is_main_process():
+        if not datasets.is_main_process():
+            return
+        try:
             with open(self.log_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+        except OSError as e:  # of a full disk, without the file's name
+            raise UserError(f"{self.log_path}: cannot be written ({e.strerror})") from None
 
     def validate(self, pictures: str | None = None) -> dict:
         """Metrics on the validation images; on the main process's batch-norm statistics, since on
