@@ -109,12 +109,7 @@ def pixel_table(index: Index, vocabulary: dict) -> np.ndarray:
     columns = []
     for level, classes in datasets.class_pixels(index).items():
         for name, images in classes.items():
-            if level == "part":
-                owner, part = name
-                known = part in vocabulary.get("part", {}).get(owner, ())
-            else:
-                known = name in vocabulary.get(level, ())
-            if known:
+            if datasets.has_class(vocabulary, level, name):
                 columns.append(images)
     table = np.zeros((len(index.images), len(columns)), np.float32)
     for k, images in enumerate(columns):
@@ -137,8 +132,8 @@ def validation_images(
     folder, cache: where the data and the cache are, see `split_path`.
     vocabulary: with it a source that is not in split.json yet is split and added.
     keep: images that a new split leaves on the training side.
-    Raises UserError for a source that is not in split.json, or whose images are no longer those
-    that were split, or that has no official split.
+    Raises UserError for a source that is not in split.json, without a vocabulary; for one whose
+    images are no longer those that were split; for an official split without validation images.
     """
     if split == "all":
         return index.images
@@ -161,9 +156,10 @@ def validation_images(
             raise UserError(f"{path}: no split of {index.source}; {command} makes one")
         entry = split_source(index, vocabulary, content["fraction"], keep=keep)
         if keep:
+            new = set(entry["validation"]) - keep
             print(
-                f"{index.source}: {len(keep)} images have trained the weights; of the other "
-                f"{len(index.images) - len(keep)} validate {len(entry['validation'])}"
+                f"{index.source}: {len(keep)} of {len(index.images)} images have trained the "
+                f"weights; {len(new)} of the {len(entry['validation'])} that validate have not"
             )
         content["sources"][index.source] = entry
         datasets.write_json(content, path)
@@ -182,7 +178,7 @@ def split_source(
     swaps: int | None = None,
     keep: frozenset = frozenset(),
 ) -> dict:
-    """The entry of one source in split.json. Images in `keep` do not validate."""
+    """The entry of one source in split.json. Images in `keep` do not validate, if others can."""
     table = pixel_table(index, vocabulary)
     shares = class_shares(table)
     if swaps is None:
@@ -201,9 +197,11 @@ def split_source(
 
 def balance_free(table: np.ndarray, free: np.ndarray, fraction: float, swaps: int) -> np.ndarray:
     """`balance` among the images in `free`, bool (images,): so many of them validate that they are
-    `fraction` of all, but at most half. With fewer than two free ones, among all.
+    `fraction` of all, but at most half, and at least one. Without a free one, among all.
     """
-    if free.sum() < 2:
+    if free.sum() == 1 and len(free) > 1:
+        return free
+    if not free.any():
         free = np.ones_like(free)
     if not free.all():
         fraction = min(max(fraction, 0.5), fraction * len(free) / free.sum())

@@ -82,7 +82,7 @@ class DataSet(NamedTuple):
     table: Callable | None = None  # (folder, numbers that occur) -> {number: name}
     tag_level: str | None = None  # the level that labels whole images
     map_level: str | None = None  # the level that labels pixels
-    void: tuple = (0,)  # numbers that mean "unlabelled", beside those without a name
+    void: tuple = (0,)  # numbers without a name that need no warning
     own_table: bool = False  # whether its table of classes is the vocabulary, as it is
     same_size: bool = True  # whether label pictures have their photo's size
     squares: bool = False  # whether images are cut to squares of TEXTURE_SIZE
@@ -166,7 +166,7 @@ def ade20k_names(index: "Index") -> dict[str, dict]:
 ADE20K_2021 = DataSet(
     name="ade2021",
     source="ade20k",
-    folders=("ade20k",),
+    folders=("", "ade20k"),
     mark="images/ADE",
     contents=("images",),
     levels=("scene", "object", "part"),
@@ -486,14 +486,14 @@ def scan(
     data_set, folder = find_folder(root, source)
     stats = list_files(folder, data_set.contents)
     fingerprint = hash_of([data_set.name, sorted(stats.items())])
+    entries = data_set.entries(folder, sorted(stats))
+    if not entries:
+        raise UserError(
+            f"{folder}: has {data_set.mark}, but no photos where {data_set.name} has them"
+        )
     path = os.path.join(cache, f"{source}.index.pt")
     index = read_index(path, folder, fingerprint)
     if index is None:
-        entries = data_set.entries(folder, sorted(stats))
-        if not entries:
-            raise UserError(
-                f"{folder}: has {data_set.mark}, but no photos where {data_set.name} has them"
-            )
         index = scan_files(data_set, folder, fingerprint, entries, workers)
         if read_index(path, folder, fingerprint) is None:  # else another process was faster
             write_file(path, functools.partial(torch.save, index._asdict()))
@@ -508,31 +508,40 @@ def scan(
 def find_folder(root: str, source: str) -> tuple[DataSet, str]:
     """(data set, folder) of a source below `root`. Raises UserError for none, and for two."""
     candidates = [data_set for data_set in DATA_SETS if data_set.source == source]
-    found = []
     places = []
+    matches = []
     for data_set in candidates:
-        for name in data_set.folders:
-            top = os.path.join(root, name).rstrip("/")
-            places.append(top)
-            inside = [top]
-            if name and os.path.isdir(top):
-                inside += sorted(entry.path for entry in os.scandir(top) if entry.is_dir())
-            for place in inside:
-                if os.path.exists(os.path.join(place, data_set.mark)):
-                    found.append((data_set, place))
-    if len(found) == 1:
-        return found[0]
-    if found:
+        for place in places_of(root, data_set):
+            places.append(place)
+            if os.path.exists(os.path.join(place, data_set.mark)):
+                matches.append((data_set, place))
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
         raise UserError(
-            f"{source}: two data sets, {found[0][1]} and {found[1][1]}; move one away, or name one "
-            "with --root"
+            f"{source}: two data sets, {matches[0][1]} and {matches[1][1]}; move one away, or name "
+            "one with --root"
         )
     marks = " or ".join(data_set.mark for data_set in candidates)
-    where = " or ".join(dict.fromkeys(places))
+    folders = []
+    for data_set in candidates:
+        folders += data_set.folders
+    where = " or ".join(os.path.join(root, name) for name in dict.fromkeys(folders))
     advice = hint(places) if SCENE_PARSING in candidates else ""
     raise UserError(
         f"{source}: no {marks} in {where}, or one folder down; see --root, --data{advice}"
     )
+
+
+def places_of(root: str, data_set: DataSet) -> list[str]:
+    """Where a data set may lie: in its folders below `root`, or one folder down."""
+    places = []
+    for name in data_set.folders:
+        folder = os.path.join(root, name).rstrip("/")
+        places.append(folder)
+        if name and os.path.isdir(folder):
+            places += sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
+    return places
 
 
 # Folders of other layouts, and how to make ours of them.
@@ -730,8 +739,8 @@ VOID_NAMES = ("void", "ignore", "ignored", "unlabelled", "unlabeled")
 
 
 def check_numbers(index: Index) -> None:
-    """Warns of numbers without a name, and of classes of one's own table without a pixel; UserError
-    if the masks have no number of the table."""
+    """Warns of numbers without a name; in one's own table of classes without a pixel and of those
+    named void. UserError if no mask has a class of such a table."""
     numbers = set(index.pixels[:, 1].tolist())
     parts = set(index.pixels[:, 2].tolist()) - {0}  # 0: rows of whole objects
     unknown = (numbers | parts) - index.names.keys() - set(index.data_set.void)
@@ -765,10 +774,13 @@ def first_of(items) -> str:
     return ", ".join([str(item) for item in items[:9]] + more)
 
 
-def unlabelled_share(index: Index) -> str:
-    """What share of the pixels has no class, a sentence; with what that means where they are 0."""
+def unlabelled_share(index: Index, objects: list[str]) -> str:
+    """What share of the pixels has none of the classes `objects`, a sentence; with what that means
+    where they are 0."""
+    names = index.data_set.names_by_level(index)["object"]
+    labelled = [number for number, name in names.items() if name in objects]
     whole = index.pixels[index.pixels[:, 2] == 0]
-    without = whole[~torch.isin(whole[:, 1], torch.tensor(list(index.names)))]
+    without = whole[~torch.isin(whole[:, 1], torch.tensor(labelled))]
     share = int(without[:, 3].sum()) / max(1, int(whole[:, 3].sum()))
     numbers = without[:, 1].unique().tolist()
     text = f"{index.source}: {share:.1%} of the pixels are unlabelled"
@@ -861,9 +873,8 @@ def build_vocabulary(
     an object in at least `min_part_images` images; materials in at least `min_images`; all
     textures. Ours: scenes in at least `min_scene_images`; objects and parts in the order of their
     size, the others in that of the alphabet. A data set's own table of classes (SceneParsing, your
-    own) is taken as it is. Raises UserError for two sources of one
-    level, and, if `levels` has object, for an own table of which fewer than two classes have
-    pixels.
+    own) is taken as it is. Raises UserError for two sources of one level, and, if `levels` has
+    object, for an own table of which fewer than two classes have pixels.
     """
     least = {
         "scene": minima["min_scene_images"],
@@ -898,6 +909,14 @@ def build_vocabulary(
                 kept = parts_by_object(kept, vocabulary["object"])
             vocabulary[level] = kept
     return {level: names for level, names in vocabulary.items() if names}
+
+
+def has_class(vocabulary: dict, level: str, name) -> bool:
+    """Whether the vocabulary has a class, named as in `class_pixels`."""
+    if level == "part":
+        owner, part = name
+        return part in vocabulary.get("part", {}).get(owner, ())
+    return name in vocabulary.get(level, ())
 
 
 def parts_by_object(pairs: list[tuple[str, str]], objects: list[str]) -> dict[str, list[str]]:
@@ -1631,19 +1650,15 @@ class Option(NamedTuple):
         return self.name.removeprefix("no-").replace("-", "_")
 
 
-THRESHOLDS = [  # section 2.1's, but for that of scenes
-    Option(
-        "min-images", int, 50, "keep objects, materials in so many images (own data: all)", toy=20
-    ),
-    Option("min-pixels", int, 50000, "keep objects of so many pixels (own data: all)", toy=5000),
-    Option("min-part-images", int, 20, "keep parts in so many images"),
-    Option("min-scene-images", int, 10, "keep scenes of so many images"),
-]
+# The thresholds are section 2.1's, but for that of scenes.
 DATA_OPTIONS = [
     Option("data", str, "toy", "toy, or a comma list of ade20k (or your own data),os,dtd"),
     Option("root", str, "data", "folder of ade20k/, os/, dtd/", resume=True),
     Option("cache", str, None, "for indexes and prepared labels (<root>/.cache)", resume=True),
-    *THRESHOLDS,
+    Option("min-images", int, 50, "keep objects, materials in so many images (own: all)", toy=20),
+    Option("min-pixels", int, 50000, "keep objects of so many pixels (own: all)", toy=5000),
+    Option("min-part-images", int, 20, "keep parts in so many images"),
+    Option("min-scene-images", int, 10, "keep scenes of so many images"),
     Option("allow-broken", bool, False, "go on if over one file in twenty is broken", resume=True),
 ]
 WORKERS_OPTION = Option(
@@ -1671,7 +1686,7 @@ DEVICE_OPTIONS = [
 
 
 class Output:
-    """A stream that outlives its reader: the Ctrl-C that stops `train.py | tee log` ends tee too."""
+    """A stream that outlives its reader: Ctrl-C in `train.py | tee log` ends tee too."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -1748,7 +1763,12 @@ class Parser(argparse.ArgumentParser):
                     )
         args.folder = os.path.join(args.root, "toy") if is_toy else args.root
         args.cache_folder = args.cache or os.path.join(args.folder, ".cache")
-        args.minima = {option.key: vars(args)[option.key] for option in THRESHOLDS}
+        args.minima = {
+            "min_images": args.min_images,
+            "min_pixels": args.min_pixels,
+            "min_part_images": args.min_part_images,
+            "min_scene_images": args.min_scene_images,
+        }
         return args
 
     def run(self, command, argv: list[str] | None) -> None:
@@ -1870,9 +1890,9 @@ def scan_sources(
         if levels is None or labelled & set(levels):
             indexes[source] = scan(folder, source, cache, allow_broken, workers)
         else:
-            print(f"{source}: has none of --levels, left out")
+            print(f"{source}: labels none of {', '.join(levels)}, left out")
     if not indexes:
-        raise UserError(f"--levels {','.join(levels)}: --data {data} has none of them")
+        raise UserError(f"--data {data}: labels none of {', '.join(levels)}; see --levels")
     return indexes
 
 
@@ -2015,7 +2035,10 @@ def command(parser: Parser, given: dict) -> None:
         for level, classes in class_pixels(index).items():
             names = vocabulary.get(level, ())
             unit = "images" if level in upernet.TAGS else "pixels"
-            total = sum(sum(images.values()) for images in classes.values())
+            total = 0
+            for name, images in classes.items():
+                if has_class(vocabulary, level, name):
+                    total += sum(images.values())
             found = f"{len(names)} classes, {total:,} {unit} labelled: {first_of(names)}"
             if classes and not names:
                 found = "no class is large enough: see the --min- options"
@@ -2026,7 +2049,7 @@ def command(parser: Parser, given: dict) -> None:
                     pixels = sum(images.values())
                     print(f"    {number:5d} {name:30s}{pixels:14,} pixels in {len(images)} images")
         if index.data_set.map_level == "object":
-            print(f"  {unlabelled_share(index)}")
+            print(f"  {unlabelled_share(index, vocabulary.get('object', []))}")
         for _, reason in index.broken:
             print(f"  set aside  {reason}")
 

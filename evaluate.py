@@ -161,7 +161,10 @@ def network_input(photo: Image.Image, full: tuple[int, int], test_size: tuple) -
         size = tuple(math.ceil(n / multiple) * multiple for n in size)
         height, width = (max(32, n) for n in size)
     pixels = datasets.padded_image(photo, size, height, width)
-    return View(torch.from_numpy(pixels)[None], size)
+    filled = size
+    if multiple is not None:  # as theirs do: the maps cover the photo, also where 4 divides no side
+        filled = tuple(4 * math.ceil(n / 4) for n in size)
+    return View(torch.from_numpy(pixels)[None], filled)
 
 
 def test_sizes(test_size: tuple, short_sides: list[int] | None) -> list[tuple]:
@@ -389,8 +392,7 @@ def add_image(
     maps = {}
     for level in scores:
         if level == "part":
-            truth = (labels["object"], labels["part"])
-            metrics.add_parts(scores["part"], *truth, part_slices, filled)
+            metrics.add_parts(scores["part"], labels["object"], labels["part"], part_slices, filled)
         elif level in TAGS:
             metrics.add(level, scores[level].argmax(), labels[level])
         elif level in labels:
@@ -402,7 +404,8 @@ def add_image(
 def add_part_maps(
     maps: dict, labels: dict, scores: Tensor, part_slices: dict[int, slice], filled: tuple
 ) -> None:
-    """Prediction and truth of parts as channels of their logits, for pictures."""
+    """For pictures: adds the predicted parts to `maps`, and makes the labels of parts channels of
+    the part logits as they are."""
     objects = labels["object"].long()
     maps["part"] = part_map(scores, maps.get("object", objects), part_slices, filled)
     labels["part"] = part_channels(objects, labels["part"].long(), part_slices)
@@ -549,6 +552,7 @@ class Relation(NamedTuple):
     words: str  # of table 4
     least: float = 0.1  # share; the paper drops "small" ones, the number is ours
     most: int | None = 3
+    scaled: bool = True  # whether the shares are scaled to sum to one, and told
 
     @property
     def name(self) -> str:
@@ -556,7 +560,7 @@ class Relation(NamedTuple):
 
 
 RELATIONS = [
-    Relation("scene", "object", "{} is composed of {}", least=0.3, most=None),
+    Relation("scene", "object", "{} is composed of {}", least=0.3, most=None, scaled=False),
     Relation("object", "material", "{} is made of {}"),
     Relation("part", "material", "{} is made of {}"),
     Relation("material", "texture", "{} is {}"),
@@ -606,7 +610,7 @@ class Relations:
                 order = order[shares[order] >= relation.least][: relation.most]
                 if len(order) == 0:
                     continue
-                if relation.first != "scene":
+                if relation.scaled:
                     shares = shares / shares[order].sum()
                 found = {self.names[relation.second][k]: float(shares[k]) for k in order}
                 results[relation.name][self.names[relation.first][row]] = found
@@ -618,7 +622,7 @@ class Relations:
         for relation in self.counts:
             for first, shares in results[relation.name].items():
                 listed = list(shares)
-                if relation.first != "scene":
+                if relation.scaled:
                     listed = [f"{name} ({share:.0%})" for name, share in shares.items()]
                 text = listed[-1]
                 if len(listed) > 1:
@@ -744,13 +748,13 @@ def comparison(
 
 # ---------------------------------------------------------------- networks and images
 class Network(NamedTuple):
-    """What is evaluated."""
+    """What is evaluated. A released network has neither options nor split."""
 
     net: UPerNet
     vocabulary: dict
-    arguments: dict  # of the run that trained it
-    split: dict | None  # its validation images, None of released networks
-    trained: dict  # its training images
+    options: dict = {}  # of the run that trained it
+    split: dict | None = None  # its validation images
+    trained: dict = {}  # its training images
 
 
 def open_network(checkpoint: str | None, release: list | None, labels: str | None) -> Network:
@@ -760,19 +764,19 @@ def open_network(checkpoint: str | None, release: list | None, labels: str | Non
     try:
         if checkpoint:
             net, content = upernet.read_checkpoint(checkpoint)
-            arguments = {"root": "data", **content["arguments"]}
             vocabulary = content["vocabulary"]
-            return Network(net, vocabulary, arguments, content["split"], content["trained"])
+            options = content["arguments"]
+            return Network(net, vocabulary, options, content["split"], content["trained"])
         if len(release) == 1 and not labels:
             net, vocabulary = upernet.load_mmseg(release[0])
-            return Network(net, vocabulary, {"root": "data"}, None, {})
+            return Network(net, vocabulary)
         if len(release) == 2 and labels:
             net, vocabulary = upernet.load_release(*release, labels)
             numbers = {}
             for level, names in vocabulary.items():
                 if "background" in names:  # the authors' has number 0
                     numbers[level] = list(range(len(names)))
-            return Network(net, vocabulary, {"root": "data", "numbers": numbers}, None, {})
+            return Network(net, vocabulary, {"numbers": numbers})
     except ValueError as e:
         raise UserError(str(e)) from None
     raise UserError(
@@ -914,7 +918,7 @@ def images_to_evaluate(
 
 def is_own_data(network: Network, folder: str) -> bool:
     """Whether the data in a folder are those that the network was trained on."""
-    root = network.arguments["root"]
+    root = network.options.get("root", "data")
     return os.path.abspath(folder) in (os.path.abspath(root), os.path.abspath(f"{root}/toy"))
 
 
@@ -1004,7 +1008,7 @@ def parse_photos(
             stem += "_"
         taken.add(stem)
         seen = parse(network.net, photo, **how)
-        numbers = network.arguments.get("numbers")
+        numbers = network.options.get("numbers")
         target = os.path.join(folder, stem)
         verb = "replaced" if os.path.exists(f"{target}_upernet.npz") else "wrote"
         written = write_photo(photo, seen, network.vocabulary, target, numbers)
@@ -1019,7 +1023,8 @@ def command(parser: datasets.Parser, given: dict) -> None:
     device = datasets.pick_device(given.get("device", "auto"))
     network = open_network(given.get("checkpoint"), given.get("release"), given.get("labels"))
     net = network.net.to(device)
-    stored = {key: network.arguments.get(key) for key in ("data", "root", "cache", "allow_broken")}
+    stored = {key: network.options.get(key) for key in ("data", "cache", "allow_broken")}
+    stored["root"] = network.options.get("root", "data")
     if "root" in given:
         stored["cache"] = None
     args = parser.complete(given, stored)
@@ -1043,7 +1048,7 @@ def command(parser: datasets.Parser, given: dict) -> None:
         raise UserError("--data: name the sources to evaluate on, ade20k,os for one")
     else:
         indexes = datasets.open_indexes(
-            args.data, args.folder, args.cache_folder, args.allow_broken, args.workers
+            args.data, args.folder, args.cache_folder, args.allow_broken, args.workers, levels
         )
         sources = open_sources(indexes, network, args.labels, levels)
         images = images_to_evaluate(sources, network, args.split, args.folder, args.cache_folder)
@@ -1056,9 +1061,9 @@ def command(parser: datasets.Parser, given: dict) -> None:
             workers=args.workers,
             **how,
         )
+        print(table(results, amp))
         if args.json and datasets.is_main_process():
             datasets.write_json(results, args.json)
-        print(table(results, amp))
         for name in (args.json, args.pictures):
             if name:
                 print(f"wrote {name}")

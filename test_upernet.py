@@ -1551,6 +1551,11 @@ class TestScan(unittest.TestCase):
         photo.unlink()
         self.assertEqual(ade.index().names, {6: "sky"})
 
+    def test_ade20k_may_be_the_root_itself(self):
+        ade = Ade()
+        ade.add(self.WALL, {5: "wall"}, ["street"])
+        self.assertEqual(scanned(ade.folder)[0].images, ade.index().images)
+
     def test_a_damaged_index_is_rebuilt(self):
         ade = Ade()
         ade.add(self.WALL, {5: "wall"}, ["street"])
@@ -1765,12 +1770,15 @@ class TestOwnData(unittest.TestCase):
         self.assertRegex(out, r"sea +1,600 pixels[^|]*land +400 pixels[^|]*glacier +0 pixels")
 
     def test_the_unlabelled_share_is_that_of_a_plain_count(self):
+        """Classes that a threshold leaves out are unlabelled."""
         masks = [columns(0, 1, 2, 7), columns(255, 2, 1, 1, 1)]
         root = own_data(new_folder("own"), masks, classes="1 sea\n2 land\n")
         ade = Ade()
-        ade.add(columns(0, 5, 5), {5: "car", 6: "wheel"}, ["street"], columns(6, 6, 6))
-        for index, expected in ((scanned(root)[0], 3 / 9), (ade.index(), 1 / 3)):
-            share = re.search(r"([\d.]+)%", datasets.unlabelled_share(index))
+        names = {5: "car", 6: "wheel", 8: "dot"}
+        ade.add(columns(0, 5, 5, 8), names, ["street"], columns(6, 6, 6, 0))
+        for index, expected in ((scanned(root)[0], 3 / 9), (ade.index(), 2 / 4)):
+            objects = vocabulary_of(index, pixels=500)["object"]
+            share = re.search(r"([\d.]+)%", datasets.unlabelled_share(index, objects))
             self.assertAlmostEqual(float(share[1]), 100 * expected, delta=0.051)
 
     def test_masks_of_any_mode_with_one_number_a_pixel(self):
@@ -1803,9 +1811,10 @@ class TestOwnData(unittest.TestCase):
         root = own_data(new_folder("own"), [self.MASK] * 2)
         write(join(root, "classes.txt"), "sea\nland\n", "utf-16")
         os.remove(join(root, "images", "training", "1.jpg"))
-        index, err = scanned(root)
-        self.assertEqual(index.names, {1: "sea", 2: "land"})
-        self.assertIn("annotations/training/1.png", err)
+        for _ in range(2):  # a scan, and its index
+            index, err = scanned(root)
+            self.assertEqual(index.names, {1: "sea", 2: "land"})
+            self.assertIn("annotations/training/1.png", err)
 
 
 class TestToy(unittest.TestCase):
@@ -2248,6 +2257,15 @@ class TestSplit(unittest.TestCase):
         for content in ("{", '{"sources": {"dtd": 3}}', '{"sources": {"dtd": {}}}', number):
             write(path, content)
             self.assertIn(path, refusal(self, train.main, *argv, new_folder("out")))
+
+    def test_of_images_that_trained_the_weights_none_validates_if_another_can(self):
+        root = textures(new_folder("kept"), train1=[f"a/{k}.png" for k in range(10)])
+        index, _ = scanned(root, "dtd")
+        for new in (index.images[:1], index.images[:4], []):
+            keep = frozenset(index.images) - set(new)
+            entry = balance_split.split_source(index, vocabulary_of(index), 0.1, keep=keep)
+            self.assertEqual(len(entry["validation"]), 1)
+            self.assertEqual(set(entry["validation"]) <= set(new), len(new) > 0)
 
     def test_official_validation(self):
         listed = {
@@ -2756,10 +2774,12 @@ class TestReleasedNetworks(unittest.TestCase):
         rows = [f"{k}\t0\t0\t0\t{name}, other" for k, name in enumerate(names, start=1)]
         table = "\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows])
         write(join(root, "objectInfo150.txt"), table)
-        photo = save(noise(48, 60), root, "images", "validation", "a.jpg")
+        photo = save(noise(48, 64), root, "images", "validation", "a.jpg")
         net, _ = upernet.load_mmseg(path)
-        predicted = self.predicted(net, photo, (512, 640), 1) + 1
-        truth = np.random.default_rng(0).choice([0, 1, 2, 77, 150], (48, 60))
+        # 171 cells for 683 pixels, stretched over the photo as in their code.
+        logits = plain_view(net, datasets.open_photo(photo), 512, 683, 1)["object"]
+        predicted = plain_resize(logits[None], (48, 64))[0].argmax(dim=0).numpy() + 1
+        truth = np.random.default_rng(0).choice([0, 1, 2, 77, 150], (48, 64))
         truth[:24] = predicted[:24]  # something to get right
         save(truth, root, "annotations", "validation", "a.png")
 
@@ -3166,7 +3186,15 @@ class TestTraining(Runs):
         cls.checkpoint = join(cls.out, "ckpt.pt")
 
     def test_files_and_the_log(self):
-        files = ["best.pt", "ckpt.pt", "curves.png", "log.jsonl", "metrics.json", "pictures"]
+        files = [
+            ".lock",
+            "best.pt",
+            "ckpt.pt",
+            "curves.png",
+            "log.jsonl",
+            "metrics.json",
+            "pictures",
+        ]
         self.assertEqual(sorted(os.listdir(self.out)), files)
         levels = {"ade20k": {"scene", "object", "part"}, "os": {"material"}, "dtd": {"texture"}}
         steps = [("main", k) for k in range(6)] + [("texture", 0), ("texture", 1)]
@@ -3425,7 +3453,8 @@ class TestResume(Runs):
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, hard))
         self.assertIn(path, refusal(self, train.main, "--resume", "--out", out))
         self.assertEqual(Path(path).read_bytes(), good)
-        self.assertEqual([name for name in os.listdir(out) if name.startswith(".")], [])
+        hidden = [name for name in os.listdir(out) if name.startswith(".")]
+        self.assertEqual(hidden, [".lock"])  # no part of a checkpoint
 
     def test_a_log_that_cannot_be_written_is_named(self):
         def full(path, *arguments, **options):
@@ -3483,16 +3512,14 @@ class TestResume(Runs):
         shutil.copy(join(masks, "1.png"), join(masks, "2.png"))
         self.assertIn(out, refusal(self, train.main, "--resume", "--out", out))
 
-    def test_a_restarted_group_resumes_the_run_of_its_own_options_alone(self):
+    def test_a_restarted_group_resumes_the_run_that_it_has_begun_alone(self):
         argv = (*self.toy, "--iters", 4, "--texture-iters", 0, "--save-every", 2)
         whole, _ = trained(*argv)
         stopped = killed(3, *argv)
         self.assertIn(stopped, refusal(self, train.main, *argv, "--out", stopped))
         with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):
-            other = (*argv, "--lr", 0.01, "--out", stopped)
-            refusal(self, train.main, *other)
-            other = (*argv, "--save-every", 1, "--out", stopped)
-            self.assertIn(stopped, refusal(self, train.main, *other))
+            with mock.patch("os.getppid", return_value=1):  # a group that did not begin it
+                self.assertIn(stopped, refusal(self, train.main, *argv, "--out", stopped))
             trained(*argv, out=stopped)
             first, _ = trained(*argv, "--resume")  # failed before its first checkpoint
         self.assert_same_run(whole, stopped)
@@ -3633,6 +3660,14 @@ class TestOwnRuns(Runs):
         self.assertIn("finished", trained("--resume", out=out)[1])
         self.assertEqual(Path(out, "ckpt.pt").read_bytes(), before)
 
+    def test_sources_without_the_levels_need_not_be_there(self):
+        root = coloured("a", "b", images=8)
+        argv = (*OWN, "--data", "ade20k,os,dtd", "--root", root, "--levels", "object")
+        out, _ = trained(*argv, "--iters", 0)
+        status, said, err = command(evaluate.main, join(out, "ckpt.pt"))
+        self.assertEqual(status, 0, err)
+        self.assertIn("mean IoU", said)
+
     def test_a_class_that_only_validation_images_have_is_named(self):
         root = coloured("a", "b", "rare", "nowhere", images=5)
         for k in range(4):
@@ -3706,6 +3741,13 @@ class TestStart(Runs):
             if name.startswith("backbone."):
                 self.assertTrue(torch.equal(value, self.theirs["model"][name]), name)
 
+    def test_ours_brings_its_crops(self):
+        data = ("--data", "ade20k", "--root", self.root)
+        cropped, _ = trained(*OWN, *data, "--crop", 96, "--iters", 0)
+        for options, expected in (((), (96, 384, None)), (("--sizes", 64), (64, 1200, None))):
+            ours = self.begun(*data, "--weights", join(cropped, "ckpt.pt"), *options)
+            self.assertEqual(ours["network"]["test_size"], expected)
+
     def test_ours_keeps_no_classifier_without_a_name_in_common(self):
         data = ("--data", "ade20k", "--root", coloured("a", "b"), "--weights", self.path)
         key = "heads.object.classifier.weight"
@@ -3743,6 +3785,9 @@ class TestStart(Runs):
         ours = self.begun(*argv)
         self.assertRegex(self.said, r"ade20k: 3 .*trained")
         self.assertEqual(len(ours["trained"]["ade20k"]), 40)
+        stopped = killed(1, *argv, "--iters", 2, "--save-every", 1)
+        trained("--resume", out=stopped)
+        self.assertEqual(checkpoint_of(stopped)["trained"], ours["trained"])
 
     def test_mmsegmentations(self):
         network = {"classes": {"object": 3}, "backbone": "resnet18", "channels": 8}
@@ -3843,6 +3888,8 @@ class TestMistakes(Runs):
             (self.place, ckpt, "--levels", "scene", "--json", self.place),
         ):
             self.refused(evaluate.main, name, *argv)
+        _, said, _ = command(evaluate.main, ckpt, "--levels", "scene", "--json", self.place)
+        self.assertIn("top-1", said)  # the metrics are not lost
         self.refused(balance_split.main, "--fraction", *self.toy[:2], "--fraction", 2)
         self.refused(upernet.main, "--size", "--size", "large")
 

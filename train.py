@@ -60,8 +60,8 @@ def update(
     so that its gradients stay None, and SGD leaves parameters without a gradient alone, their
     weight decay and momentum too (in the released code both act). A level without a label in this
     batch is on the path: its gradients are zero, and decay and momentum act. In fp16 the scaler
-    skips a step whose gradients overflow. Without it, raises FloatingPointError before the step if
-    the loss is not finite in any process.
+    skips a step whose gradients overflow. Without it, a loss that is not finite ends all processes
+    before the step, its own with a FloatingPointError.
     """
     optimizer.zero_grad(set_to_none=True)
     values = {}
@@ -80,6 +80,8 @@ def update(
     values = {level: value.item() for level, value in values.items()}
     is_finite = all(math.isfinite(value) for value in values.values())
     if not scaler.is_enabled() and largest_of_processes(int(not is_finite)):
+        if is_finite:
+            raise SystemExit(2)  # another process says why
         files = [file for batch in batches for file in batch["files"]]
         raise FloatingPointError(f"{batches[0]['source']}: {', '.join(files)}")
     scaler.step(optimizer)
@@ -129,10 +131,10 @@ def train(run: "Run") -> None:
                     "loss": finite(loss),
                     "seconds": round(time.perf_counter() - began, 4),
                 }
-                if run.is_validation_due():
+                if run.is_validation_due(stage):
                     line["metrics"] = run.validate_on_the_way(optimizer)
                 run.write_log(line)
-                run.save_if_due(optimizer)
+                run.save_if_due(stage, optimizer)
         run.finish_stage()
 
 
@@ -233,7 +235,8 @@ def divide(
     for name, index in indexes.items():
         if not set(index.data_set.levels) & set(vocabulary):
             raise UserError(
-                f"{name}: no class is large enough to be kept; lower the --min- options"
+                f"{name}: has no class of {', '.join(levels)} that is large enough (see the --min- "
+                "options), or no label (see --levels)"
             )
         keep = frozenset(trained.get(name, ())) & frozenset(index.images)
         has_both = {"train", "val"} <= set(index.official)
@@ -344,7 +347,7 @@ def describe(
                 f"{name}: {known} of its validation images have trained the weights to start from"
             )
         if source.map_level == "object" and "object" in source.levels:
-            print(datasets.unlabelled_share(source.index))
+            print(datasets.unlabelled_share(source.index, data.vocabulary["object"]))
         unseen = classes_without_training(source, data.training[name], data.vocabulary)
         if unseen:
             print(f"{name}: only in validation images: {datasets.first_of(unseen)}")
@@ -360,9 +363,9 @@ def describe(
         n = sum(len(p) - 1 for p in names.values()) if level == "part" else len(names)
         counts.append(f"{n} {level}")
     print(f"classes: {', '.join(counts)}")
-    for stage in stages[:1]:
-        print(f"images: {sizes_of(stage.batches)}")
     for stage in stages:
+        if stage.name == "main":
+            print(f"images: {sizes_of(stage.batches)}")
         step = stage.batches.plan.shape[1] - 1
         passes = stage.iterations * step / stage.images
         print(
@@ -443,9 +446,6 @@ class Run:
     def stages_left(self) -> list[Stage]:
         return self.stages[self.names.index(self.stage) :]
 
-    def lengths(self) -> dict[str, int]:
-        return {stage.name: stage.iterations for stage in self.stages}
-
     def lines_written(self) -> int:
         """Lines of the log up to where the run is."""
         earlier = self.stages[: self.names.index(self.stage)]
@@ -475,8 +475,8 @@ class Run:
         first = self.iteration * stage.batches.accumulate
         return datasets.loader(stage.batches, first, self.workers, pinned)
 
-    def is_validation_due(self) -> bool:
-        is_end = self.stage == self.stages[-1].name and self.iteration == self.lengths()[self.stage]
+    def is_validation_due(self, stage: Stage) -> bool:
+        is_end = stage is self.stages[-1] and self.iteration == stage.iterations
         return self.eval_every > 0 and self.iteration % self.eval_every == 0 and not is_end
 
     def save(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -504,13 +504,13 @@ class Run:
         if datasets.is_main_process():
             datasets.write_file(path, functools.partial(torch.save, content))
 
-    def save_if_due(self, optimizer: torch.optim.Optimizer) -> None:
+    def save_if_due(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
         """Writes a checkpoint when it is time, and after a signal, which then ends the program."""
         received = largest_of_processes(self.signals.received)
         due = time.monotonic() - self.saved_at > 600
         if self.save_every:
             due = self.iteration % self.save_every == 0
-        if received or (due and self.iteration < self.lengths()[self.stage]):
+        if received or (due and self.iteration < stage.iterations):
             self.save(optimizer)
         if received:
             print(
@@ -684,8 +684,8 @@ def draw_curves(log: str, path: str) -> None:
 
 # ---------------------------------------------------------------- the weights to start from
 class Start(NamedTuple):
-    """What a file of weights holds; nothing, for a run without one. Of a backbone's state dict only
-    `state` is known."""
+    """What a run starts from: a file of weights, of which only `state` is known if it is a
+    backbone's; a checkpoint to resume, then `trained` alone; or nothing."""
 
     path: str = ""
     state: dict[str, Tensor] = {}  # under our keys
@@ -709,8 +709,8 @@ def read_start(path: str) -> Start:
                 net.state_dict(),
                 net.network,
                 content["vocabulary"],
-                content["arguments"],
-                content["trained"],
+                options=content["arguments"],
+                trained=content["trained"],
             )
         state = content.get("state_dict", content.get("model", content))
         if not isinstance(state, dict):
@@ -731,13 +731,24 @@ def read_start(path: str) -> Start:
 def options_of(start: Start, given: dict) -> dict:
     """The options that a file of weights brings: its network; of our checkpoints the sizes, and the
     data if none are given."""
-    keys = ["sizes", "max_size"]
+    keys = ["max_size"]
+    if "sizes" not in given and "crop" not in given:
+        keys += ["sizes", "crop"]
     if "data" not in given and "root" not in given:
         keys += ["data", "root", "cache"]
     options = {key: start.options[key] for key in keys if key in start.options}
-    for key, value in start.network.items():
-        if key not in ("classes", "pool", "test_size"):
-            options[key] = value
+    for key in (
+        "backbone",
+        "channels",
+        "stem",
+        "output_stride",
+        "ppm",
+        "fpn",
+        "fusion",
+        "head_conv",
+    ):
+        if key in start.network:
+            options[key] = start.network[key]
     return options
 
 
@@ -791,7 +802,9 @@ def rows_by_name(ours: Tensor, theirs: Tensor, names: list[str], their_names: li
 
 
 # ---------------------------------------------------------------- which run, with which options
-def settle(parser: datasets.Parser, given: dict) -> tuple:
+def choose_run(
+    parser: datasets.Parser, given: dict
+) -> tuple[argparse.Namespace, dict | None, Start]:
     """(options, the checkpoint to resume or None, the weights to start from).
 
     Raises UserError if there is no run to resume, if there is one already, or if options do not
@@ -816,16 +829,18 @@ def settle(parser: datasets.Parser, given: dict) -> tuple:
         args.out = os.path.join("runs", name)
     has_run = os.path.exists(os.path.join(args.out, "ckpt.pt"))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    resumes = args.resume
-    if restarted:  # torchrun repeats the command: it resumes what this very command began
-        resumes = has_run and (args.resume or given_to(args.out) == given)
-    if resumes:
-        args, checkpoint = resumed(parser, given, args.out)
-        return args, checkpoint, Start(trained=checkpoint["trained"])
     if has_run:
-        raise UserError(
-            f"{args.out}: holds a run already; --resume resumes it, --out names another folder"
-        )
+        checkpoint = read_run(args.out)
+        # After a failure torchrun repeats the command, which then resumes what it has begun.
+        repeats = restarted and checkpoint["arguments"].get("agent") == os.getppid()
+        if not args.resume and not repeats:
+            raise UserError(
+                f"{args.out}: holds a run already; --resume resumes it, --out names another folder"
+            )
+        args = options_to_resume(parser, given, args.out, checkpoint)
+        return args, checkpoint, Start(trained=checkpoint["trained"])
+    if args.resume and not restarted:
+        raise UserError(f"{args.out}/ckpt.pt: no run to resume; see --out")
     if args.max_size < min(args.sizes):
         raise UserError(f"--max-size: at least the smallest of --sizes, {min(args.sizes)}")
     if args.crop % 32:
@@ -835,24 +850,11 @@ def settle(parser: datasets.Parser, given: dict) -> tuple:
     return args, None, start
 
 
-def given_to(out: str) -> dict | None:
-    """The options that were given to the run in a folder."""
-    try:
-        _, checkpoint = upernet.read_checkpoint(os.path.join(out, "ckpt.pt"))
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    return checkpoint["arguments"].get("given")
-
-
-def resumed(parser: datasets.Parser, given: dict, out: str) -> tuple:
-    """(options, checkpoint) of the run in the folder `out`. UserError if an option changes what a
-    resumed run keeps.
-    """
+def read_run(out: str) -> dict:
+    """The checkpoint of the run in a folder. UserError if it is none that can be resumed."""
     path = os.path.join(out, "ckpt.pt")
     try:
         net, checkpoint = upernet.read_checkpoint(path)
-        checkpoint["model"] = net.state_dict()
-        checkpoint["network"] = net.network
     except ValueError as e:
         raise UserError(
             f"{path}: no run to resume ({e}); see --out, or delete it and leave out --resume"
@@ -861,6 +863,15 @@ def resumed(parser: datasets.Parser, given: dict, out: str) -> tuple:
     missing = [key for key in keys if key not in checkpoint]
     if missing:
         raise UserError(f"{path}: no run to resume ({', '.join(missing)} missing); see --weights")
+    checkpoint["model"] = net.state_dict()
+    checkpoint["network"] = net.network  # with the test size, which earlier editions left out
+    return checkpoint
+
+
+def options_to_resume(
+    parser: datasets.Parser, given: dict, out: str, checkpoint: dict
+) -> argparse.Namespace:
+    """The run's options, with those given that may change. UserError for others."""
     stored = checkpoint["arguments"]
     for key, value in given.items():
         option = parser.options[key]
@@ -869,25 +880,27 @@ def resumed(parser: datasets.Parser, given: dict, out: str) -> tuple:
                 f"--{option.name}: --resume keeps {datasets.as_text(stored.get(key))}, as {out} "
                 f"has; leave --{option.name} out"
             )
-    return parser.complete(given, {**stored, "out": out}), checkpoint
+    return parser.complete(given, {**stored, "out": out})
 
 
 def is_finished(checkpoint: dict | None, out: str) -> bool:
-    """Whether nothing is left to do for the run in the folder `out`, the metrics included."""
+    """Whether nothing is left to do for the run in the folder `out`, the metrics included; then it
+    says so."""
     if checkpoint is None or checkpoint["stage"] != "done":
         return False
-    validates = any(checkpoint["split"].values())
-    return not validates or os.path.exists(os.path.join(out, "metrics.json"))
+    if any(checkpoint["split"].values()) and not os.path.exists(os.path.join(out, "metrics.json")):
+        return False
+    path = shlex.quote(os.path.join(out, "ckpt.pt"))
+    print(f"{out}: this run is finished; python evaluate.py {path} evaluates it,")
+    print(f"python train.py --weights {path} --out NEW --lr RATE trains its network further")
+    return True
 
 
 # ---------------------------------------------------------------- the command: options end here
 def command(parser: datasets.Parser, given: dict) -> None:
     datasets.join_processes()
-    args, checkpoint, start = datasets.from_main_process(settle, parser, given)
+    args, checkpoint, start = datasets.from_main_process(choose_run, parser, given)
     if datasets.from_main_process(is_finished, checkpoint, args.out):
-        path = shlex.quote(os.path.join(args.out, "ckpt.pt"))
-        print(f"{args.out}: this run is finished; python evaluate.py {path} evaluates it,")
-        print(f"python train.py --weights {path} --out NEW --lr RATE trains its network further")
         return
     device = datasets.pick_device(args.device)
     indexes = datasets.open_indexes(
@@ -906,11 +919,17 @@ def command(parser: datasets.Parser, given: dict) -> None:
             "classes": upernet.class_counts(vocabulary),
             "pool": start.network.get("pool", "prroi"),
             "test_size": test_size(args.sizes, args.max_size, args.crop),
-            **{option.key: vars(args)[option.key] for option in NETWORK_OPTIONS},
+            "backbone": args.backbone,
+            "channels": args.channels,
+            "stem": args.stem,
+            "output_stride": args.output_stride,
+            "ppm": args.ppm,
+            "fpn": args.fpn,
+            "fusion": args.fusion,
+            "head_conv": args.head_conv,
         }
-    short = 2 * args.crop or max(args.sizes)  # the largest that training needs
-    longest = 8 * args.crop or args.max_size
-    data = open_data(indexes, vocabulary, split, args.cache_folder, short, longest)
+    largest = largest_size(args.sizes, args.max_size, args.crop)
+    data = open_data(indexes, vocabulary, split, args.cache_folder, *largest)
     augment = {"sizes": args.sizes, "longest": args.max_size, "crop": args.crop, "flip": args.flip}
     stages = plan_stages(
         data, args.iters, args.texture_iters, args.batch_size, args.accumulate, args.seed, augment
@@ -928,7 +947,7 @@ def command(parser: datasets.Parser, given: dict) -> None:
         eval_every=args.eval_every,
         device=device,
         amp=datasets.pick_amp(args.amp, device),
-        options=stored_options(vars(args), given, data, stages),
+        options=stored_options(vars(args), data, stages),
         trained=trained_images(data, start.trained),
     )
     if checkpoint:
@@ -941,7 +960,7 @@ def command(parser: datasets.Parser, given: dict) -> None:
 
 
 def carry_out(run: Run, is_new: bool, compiled: bool) -> None:
-    """Trains and evaluates."""
+    """Trains and evaluates; a new run first removes what an earlier one has left in its folder."""
     lines = datasets.from_main_process(cut_log, run.log_path, run.lines_written())
     run.recall_best(lines)
     # Section 3.1: batch norm sees the images of all GPUs. Its momentum is PyTorch's 0.1 (ours).
@@ -958,7 +977,8 @@ def carry_out(run: Run, is_new: bool, compiled: bool) -> None:
         except FloatingPointError as e:
             raise UserError(
                 f"the loss is not finite at iteration {run.iteration} of the {run.stage} "
-                f"stage ({e}); {run.path} is the last good checkpoint; try a lower --lr"
+                f"stage ({e}); {run.path} is the last good checkpoint; --weights {run.path} with "
+                "another --out and a lower --lr trains it further"
             ) from None
     print(f"wrote {run.path}, and beside it log.jsonl and curves.png")
     if run.data.validation:
@@ -981,22 +1001,26 @@ def claimed(out: str):
             import fcntl  # not on Windows
 
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise UserError(f"{out}: another run writes there; --out names another") from None
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            pass
         for unfinished in Path(out).glob(".[0-9]*.*.pt"):  # of a process that was killed
             unfinished.unlink()
-        try:
-            yield
-        finally:
-            os.remove(lock.name)
+        yield
 
 
 def remove_results(out: str) -> None:
     """Removes what an earlier run has left in the folder of a new one."""
     for name in ("metrics.json", "best.pt"):
         Path(out, name).unlink(missing_ok=True)
+
+
+def largest_size(sizes: list[int], max_size: int, crop: int) -> tuple[int, int]:
+    """The (short side, longest side) of the largest image of `TrainingBatches.sample`."""
+    if crop:
+        return (2 * crop, 8 * crop)
+    return (max(sizes), max_size)
 
 
 def test_size(sizes: list[int], max_size: int, crop: int) -> tuple[int, int, None]:
@@ -1008,7 +1032,7 @@ def test_size(sizes: list[int], max_size: int, crop: int) -> tuple[int, int, Non
 
 
 def check_batch_size(batch_size: int, smallest: int, pool: str) -> None:
-    """UserError if batch norm would see a single value: C5 of one image, or what is pooled of it."""
+    """UserError if batch norm would see a single value: of C5, or of what is pooled from it."""
     if batch_size == 1 and (smallest <= 32 or pool == "pspnet"):
         raise UserError(
             "--batch-size 1: batch norm needs --sizes above 32, with pspnet's pooling two images"
@@ -1038,14 +1062,13 @@ def trained_images(data: Data, trained: dict[str, list[str]]) -> dict[str, list[
     return images
 
 
-def stored_options(options: dict, given: dict, data: Data, stages: list[Stage]) -> dict:
+def stored_options(options: dict, data: Data, stages: list[Stage]) -> dict:
     """What a checkpoint keeps of the options and the data, as plain values."""
-    stored = {**options, "given": given, "root": os.path.abspath(options["root"])}
+    stored = {**options, "root": os.path.abspath(options["root"]), "agent": os.getppid()}
     if options["cache"]:
         stored["cache"] = os.path.abspath(options["cache"])
-    lengths = {stage.name: stage.iterations for stage in stages}
-    stored["iters"] = lengths.get("main", 0)
-    stored["texture_iters"] = lengths.get("texture", 0)
+    for stage in stages:
+        stored["iters" if stage.name == "main" else "texture_iters"] = stage.iterations
     stored["fingerprints"] = data.fingerprints
     stored["numbers"] = {}
     for source in data.sources.values():
@@ -1072,7 +1095,8 @@ def evaluate_run(run: Run) -> None:
 BACKBONES = ("resnet50", "resnet18", "resnet34", "resnet101")
 SIZES = [300, 375, 450, 525, 600]
 AMP = ("auto", "bf16", "fp16", "off")
-NETWORK_OPTIONS = [  # as UPerNet's arguments
+OPTIONS = [
+    *datasets.DATA_OPTIONS,
     Option("backbone", str, "resnet50", "the backbone", BACKBONES, toy="resnet18"),
     Option("channels", int, 512, "width of everything after the backbone", toy=48),
     Option("stem", str, "7x7", "the backbone's first layers", ("7x7", "deep", "v1c")),
@@ -1081,10 +1105,6 @@ NETWORK_OPTIONS = [  # as UPerNet's arguments
     Option("fpn", int, 2, "finest level of the feature pyramid (0: none)", (2, 3, 4, 0), least=0),
     Option("no-fusion", bool, True, "objects and parts on the finest level alone"),
     Option("no-head-conv", bool, True, "no 3x3 convolution before the classifiers"),
-]
-OPTIONS = [
-    *datasets.DATA_OPTIONS,
-    *NETWORK_OPTIONS,
     Option("weights", str, "imagenet", "or none, or a file: ours, mmsegmentation's", toy="none"),
     datasets.LEVELS_OPTION,
     Option("split", str, "balanced", "split.json, or the data's own", ("balanced", "official")),

@@ -91,9 +91,12 @@ class PoolingBranch(ConvBNReLU):
     def forward(self, c5: Tensor) -> Tensor:
         height, width = c5.shape[2:]
         weights = prroi_weights if self.pool == "prroi" else average_weights
-        rows = weights(self.bins, height, c5.device).to(c5.dtype)
-        columns = weights(self.bins, width, c5.device).to(c5.dtype)
-        pooled = torch.einsum("bh,nchw,dw->ncbd", rows, c5, columns)  # (N, C, bins, bins)
+        rows = weights(self.bins, height, c5.device)
+        columns = weights(self.bins, width, c5.device)
+        # torch.einsum("bh,nchw,dw->ncbd", rows, c5, columns), as a single product
+        both = torch.einsum("bh,dw->bdhw", rows, columns).flatten(2).flatten(0, 1).to(c5.dtype)
+        pooled = (both @ c5.flatten(2).mT).mT  # (N, C, bins * bins)
+        pooled = pooled.unflatten(2, (self.bins, self.bins))
         conv, norm, relu = self
         if self.pool == "pspnet":
             return resize(relu(norm(conv(pooled))), (height, width))
@@ -149,46 +152,15 @@ class FPN(nn.Module):
 
 
 # ---------------------------------------------------------------- fusion: P2..P5 -> the fused map
-class Fusion(nn.Module):
-    """P2..P5 fused into one map of P2's size, for objects and parts.
-
-    `plain` is the paper's line. It takes over half of the operations of a network for objects, so
-    `forward` computes the same with fewer.
+def shifted_upsampling(n: int, size: int, like: Tensor) -> Tensor:
+    """`resize` along one axis, from n to `size`, as a matrix, shifted by -1, 0 and 1 with zeros at
+    the border, as the three taps of a padded convolution see it: (3, size, n), typed as `like`.
     """
-
-    def __init__(self, maps: int, channels: int):
-        super().__init__()
-        self.conv = nn.Sequential(
-            ConvOfMaps(maps * channels, channels, kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(inplace=True),
-        )
-
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        return self.conv(maps)
-
-    def plain(self, maps: list[Tensor]) -> Tensor:
-        """Section 3.1: resized to P2's size, concatenated, one 3x3 convolution, BN, ReLU."""
-        conv, norm, relu = self.conv
-        resized = [resize(x, maps[0].shape[2:]) for x in maps]
-        fused = F.conv2d(torch.cat(resized, dim=1), conv.weight, conv.bias, padding=1)
-        return relu(norm(fused))
-
-
-class ConvOfMaps(nn.Conv2d):
-    """A 3x3 convolution of the concatenation of several maps, resized to the first one's size."""
-
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        finest, *coarser = maps
-        weights = self.weight.split([x.shape[1] for x in maps], dim=1)
-        y = F.conv2d(finest, weights[0], self.bias, padding=1)
-        # On a CPU 256 output channels at a time, whose intermediate maps fit into the cache.
-        at_once = 256 if y.device.type == "cpu" else self.out_channels
-        of_channels = []
-        for some in zip(*(weight.split(at_once) for weight in weights[1:])):
-            of_channels.append(conv_of_upsampled(coarser, some, finest.shape[2:]))
-        y += of_channels[0] if len(of_channels) == 1 else torch.cat(of_channels, dim=1)
-        return y
+    # Computed in float32 at least, and rounded once.
+    one_hot = torch.eye(n, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    matrix = F.interpolate(one_hot[None], size=size, mode="linear", align_corners=False)[0].T
+    padded = F.pad(matrix, (0, 0, 1, 1)).to(like.dtype)  # (size + 2, n)
+    return torch.stack([padded[0:size], padded[1 : size + 1], padded[2 : size + 2]])
 
 
 def conv_of_upsampled(maps: list[Tensor], weights: list[Tensor], size: tuple[int, int]) -> Tensor:
@@ -227,15 +199,47 @@ def conv_of_upsampled(maps: list[Tensor], weights: list[Tensor], size: tuple[int
     return y.view(n, height, width, channels).permute(0, 3, 1, 2)  # (n, o, H, W)
 
 
-def shifted_upsampling(n: int, size: int, like: Tensor) -> Tensor:
-    """`resize` along one axis, from n to `size`, as a matrix, shifted by -1, 0 and 1 with zeros at
-    the border, as the three taps of a padded convolution see it: (3, size, n), typed as `like`.
+class ConvOfMaps(nn.Conv2d):
+    """A 3x3 convolution of the concatenation of several maps, resized to the first one's size."""
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        finest, *coarser = maps
+        weights = self.weight.split([x.shape[1] for x in maps], dim=1)
+        y = F.conv2d(finest, weights[0], self.bias, padding=1)
+        # On a CPU 256 output channels at a time, whose intermediate maps fit into the cache.
+        at_once = 256 if y.device.type == "cpu" else self.out_channels
+        coarse = []
+        for k in range(0, self.out_channels, at_once):
+            some = [weight[k : k + at_once] for weight in weights[1:]]
+            coarse.append(conv_of_upsampled(coarser, some, finest.shape[2:]))
+        y += torch.cat(coarse, dim=1)
+        return y
+
+
+class Fusion(nn.Module):
+    """P2..P5 fused into one map of P2's size, for objects and parts.
+
+    `plain` is the paper's line. It takes over half of the operations of a network for objects, so
+    `forward` computes the same with fewer.
     """
-    # Computed in float32 at least, and rounded once.
-    one_hot = torch.eye(n, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    matrix = F.interpolate(one_hot[None], size=size, mode="linear", align_corners=False)[0].T
-    padded = F.pad(matrix, (0, 0, 1, 1)).to(like.dtype)  # (size + 2, n)
-    return torch.stack([padded[0:size], padded[1 : size + 1], padded[2 : size + 2]])
+
+    def __init__(self, maps: int, channels: int):
+        super().__init__()
+        self.conv = nn.Sequential(
+            ConvOfMaps(maps * channels, channels, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.conv(maps)
+
+    def plain(self, maps: list[Tensor]) -> Tensor:
+        """Section 3.1: resized to P2's size, concatenated, one 3x3 convolution, BN, ReLU."""
+        conv, norm, relu = self.conv
+        resized = [resize(x, maps[0].shape[2:]) for x in maps]
+        fused = F.conv2d(torch.cat(resized, dim=1), conv.weight, conv.bias, padding=1)
+        return relu(norm(fused))
 
 
 # ---------------------------------------------------------------- heads and the network
@@ -653,7 +657,7 @@ def read_checkpoint(path: str) -> tuple[UPerNet, dict]:
             fits = fits and isinstance(checkpoint[key], dict)
         net = build(network, checkpoint["model"], path)
     except Exception as e:  # a damaged or hostile file may hold anything
-        if str(e).startswith(path):  # of `build`
+        if str(e).startswith(str(path)):  # of `build`
             raise
         reason = f"{type(e).__name__}: {e}"
         raise ValueError(
