@@ -728,6 +728,9 @@ def read_start(path: str) -> Start:
     return Start(path, backbone)
 
 
+NETWORK_OPTIONS = "backbone channels stem output_stride ppm fpn fusion head_conv".split()
+
+
 def options_of(start: Start, given: dict) -> dict:
     """The options that a file of weights brings: its network; of our checkpoints the sizes, and the
     data if none are given."""
@@ -737,16 +740,7 @@ def options_of(start: Start, given: dict) -> dict:
     if "data" not in given and "root" not in given:
         keys += ["data", "root", "cache"]
     options = {key: start.options[key] for key in keys if key in start.options}
-    for key in (
-        "backbone",
-        "channels",
-        "stem",
-        "output_stride",
-        "ppm",
-        "fpn",
-        "fusion",
-        "head_conv",
-    ):
+    for key in NETWORK_OPTIONS:
         if key in start.network:
             options[key] = start.network[key]
     return options
