@@ -189,7 +189,7 @@ def split_source(
     return {
         "images": len(index.images),
         "fingerprint": datasets.hash_of(index.images),
-        "validation": [image for image, chosen in zip(index.images, balanced) if chosen],
+        "validation": [image for image, validates in zip(index.images, balanced) if validates],
         "deviation_before": deviation(shares, at_random, fraction),
         "deviation_after": deviation(shares, balanced, fraction),
     }

@@ -726,13 +726,13 @@ def check_broken(index: Index, allow_broken: bool) -> None:
     if not index.broken:
         return
     total = len(index.images) + len(index.broken)
-    found = f"{index.source}: {len(index.broken)} of {total} images set aside, the first: "
-    found += index.broken[0][1]
+    message = f"{index.source}: {len(index.broken)} of {total} images set aside, the first: "
+    message += index.broken[0][1]
     if not index.images:
-        raise UserError(f"{found}; none is left")
+        raise UserError(f"{message}; none is left")
     if len(index.broken) > 0.05 * total and not allow_broken:
-        raise UserError(f"{found}; --allow-broken goes ahead without them")
-    warn(found)
+        raise UserError(f"{message}; --allow-broken goes ahead without them")
+    warn(message)
 
 
 VOID_NAMES = ("void", "ignore", "ignored", "unlabelled", "unlabeled")
@@ -1745,15 +1745,15 @@ class Parser(argparse.ArgumentParser):
         """All options: as given, else as `stored`, else the toy's default with --data toy, else the
         default. `folder` is where the data lie, `cache_folder` where the cache is, `minima` the
         thresholds of `build_vocabulary`. Raises UserError for numbers out of range."""
-        chosen = {key: value for key, value in (stored or {}).items() if value is not None}
-        chosen.update(given)
-        is_toy = chosen.get("data", self.options["data"].default) == "toy"
+        values = {key: value for key, value in (stored or {}).items() if value is not None}
+        values.update(given)
+        is_toy = values.get("data", self.options["data"].default) == "toy"
         args = argparse.Namespace(**given)
         for key, option in self.options.items():
             default = option.default
             if is_toy and option.toy is not None:
                 default = option.toy
-            value = chosen.get(key, default)
+            value = values.get(key, default)
             setattr(args, key, value)
             for number in value if isinstance(value, list) else [value]:
                 if type(number) in (int, float) and not option.least <= number < option.below:
@@ -2039,10 +2039,10 @@ def command(parser: Parser, given: dict) -> None:
             for name, images in classes.items():
                 if has_class(vocabulary, level, name):
                     total += sum(images.values())
-            found = f"{len(names)} classes, {total:,} {unit} labelled: {first_of(names)}"
+            text = f"{len(names)} classes, {total:,} {unit} labelled: {first_of(names)}"
             if classes and not names:
-                found = "no class is large enough: see the --min- options"
-            print(f"  {level:9s}{found}")
+                text = "no class is large enough: see the --min- options"
+            print(f"  {level:9s}{text}")
             if level == "object" and index.data_set.own_table:
                 for number, name in zip(index.names, names):
                     images = classes.get(name, {})

@@ -495,21 +495,21 @@ def parse(
     full = (photo.height, photo.width)
     views = views_of(photo, full, test_sizes(net.test_size, sizes), flip)
     scores, filled = predict(net, views, needed, amp)
-    seen = {}
+    parsed = {}
     for level, value in scores.items():
         if level in TAGS:
-            seen[level] = value
+            parsed[level] = value
         elif level != "part":
-            seen[level] = class_map(value, filled, full)
+            parsed[level] = class_map(value, filled, full)
     if "part" in levels:
-        seen["part"] = part_map(scores["part"], seen["object"], net.part_slices, filled)
+        parsed["part"] = part_map(scores["part"], parsed["object"], net.part_slices, filled)
     if "object" not in levels:
-        seen.pop("object", None)
-    return {level: value.cpu().numpy() for level, value in seen.items()}
+        parsed.pop("object", None)
+    return {level: value.cpu().numpy() for level, value in parsed.items()}
 
 
 def write_photo(
-    photo: Image.Image, seen: dict, vocabulary: dict, path: str, numbers: dict | None = None
+    photo: Image.Image, parsed: dict, vocabulary: dict, path: str, numbers: dict | None = None
 ) -> list[str]:
     """Writes what `parse` saw, and returns the names of the files.
 
@@ -523,13 +523,13 @@ def write_photo(
     arrays = {f"{level}_names": np.array(of_level) for level, of_level in names.items()}
     small = photo.copy()
     small.thumbnail((PANEL_SIDE, PANEL_SIDE))
-    tags = {level: seen[level] for level in TAGS if level in seen}
+    tags = {level: parsed[level] for level in TAGS if level in parsed}
     panels = [tag_panel("photo", small, tags, vocabulary)]
     for level in ("object", "part", "material", "texture_map"):
-        if level in seen:
+        if level in parsed:
             named = level.removesuffix("_map")
-            panels.append(map_panel(f"{named}s", small, seen[level], names[named]))
-    for level, value in seen.items():
+            panels.append(map_panel(f"{named}s", small, parsed[level], names[named]))
+    for level, value in parsed.items():
         arrays[level] = value.astype(np.int16 if value.ndim == 2 else np.float32)
         if level in ("object", "material"):
             of_level = range(1, len(names[level]) + 1)
@@ -584,16 +584,16 @@ class Relations:
                 shape = (len(self.names[relation.first]), len(self.names[relation.second]))
                 self.counts[relation] = np.zeros(shape, np.int64)
 
-    def add(self, seen: dict[str, np.ndarray]) -> None:
+    def add(self, parsed: dict[str, np.ndarray]) -> None:
         """What `parse` saw in one photo."""
         for relation, counts in self.counts.items():
             if relation.first == "scene":
-                scene = int(seen["scene"].argmax())
+                scene = int(parsed["scene"].argmax())
                 self.photos[scene] += 1
-                counts[scene, np.unique(seen["object"])] += 1
+                counts[scene, np.unique(parsed["object"])] += 1
             else:
-                rows = seen[relation.first].astype(np.int64)
-                columns = seen["texture_map" if relation.second == "texture" else relation.second]
+                rows = parsed[relation.first].astype(np.int64)
+                columns = parsed["texture_map" if relation.second == "texture" else relation.second]
                 inside = rows >= 0  # not background
                 pairs = rows[inside] * counts.shape[1] + columns[inside]
                 counts += np.bincount(pairs, minlength=counts.size).reshape(counts.shape)
@@ -612,8 +612,8 @@ class Relations:
                     continue
                 if relation.scaled:
                     shares = shares / shares[order].sum()
-                found = {self.names[relation.second][k]: float(shares[k]) for k in order}
-                results[relation.name][self.names[relation.first][row]] = found
+                largest = {self.names[relation.second][k]: float(shares[k]) for k in order}
+                results[relation.name][self.names[relation.first][row]] = largest
         return results
 
     def report(self, path: str) -> None:
@@ -736,8 +736,8 @@ def comparison(
     for level in maps:
         true_map = labels[level].cpu().numpy()
         truth.append(map_panel(f"{level}s, truth", photo, true_map, names[level]))
-        seen = maps[level].cpu().numpy()
-        prediction.append(map_panel(f"{level}s, prediction", photo, seen, names[level]))
+        predicted = maps[level].cpu().numpy()
+        prediction.append(map_panel(f"{level}s, prediction", photo, predicted, names[level]))
     if not tags:
         return datasets.sheet_of([truth + prediction])
     blank = Image.new("RGB", (datasets.PANEL, 1), "white")
@@ -891,21 +891,21 @@ def images_to_evaluate(
     for name, source in sources.items():
         index = source.index
         if split is not None:
-            chosen = set(balance_split.validation_images(index, split, folder, cache))
+            wanted = set(balance_split.validation_images(index, split, folder, cache))
         elif network.split is None:
-            chosen = set(default_images(index, folder, cache))
+            wanted = set(default_images(index, folder, cache))
         else:
-            chosen = set(network.split.get(name, ()))
-        numbers = [i for i, image in enumerate(index.images) if image in chosen]
-        missing = len(chosen) - len(numbers)
+            wanted = set(network.split.get(name, ()))
+        numbers = [i for i, image in enumerate(index.images) if image in wanted]
+        missing = len(wanted) - len(numbers)
         if missing:
             print(
-                f"{name}: {missing} of {len(chosen)} images of the split are missing; --split all "
+                f"{name}: {missing} of {len(wanted)} images of the split are missing; --split all "
                 "evaluates what is there"
             )
-        known = set(network.trained.get(name, ())) & chosen
+        known = set(network.trained.get(name, ())) & wanted
         if network.split and not network.trained:  # a checkpoint of an earlier edition
-            known = chosen - set(network.split.get(name, ()))
+            known = wanted - set(network.split.get(name, ()))
         if known and is_own_data(network, folder):
             print(f"{name}: {len(known)} of {len(numbers)} images have trained this network")
         images += [(name, i) for i in numbers]
@@ -1007,14 +1007,14 @@ def parse_photos(
         while stem in taken or replaces_others(folder, stem):  # of another folder, say
             stem += "_"
         taken.add(stem)
-        seen = parse(network.net, photo, **how)
+        parsed = parse(network.net, photo, **how)
         numbers = network.options.get("numbers")
         target = os.path.join(folder, stem)
         verb = "replaced" if os.path.exists(f"{target}_upernet.npz") else "wrote"
-        written = write_photo(photo, seen, network.vocabulary, target, numbers)
+        written = write_photo(photo, parsed, network.vocabulary, target, numbers)
         print(f"{verb} {', '.join(written)}")
         if relations:
-            relations.add(seen)
+            relations.add(parsed)
     return failed
 
 

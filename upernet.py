@@ -413,18 +413,20 @@ class UPerNet(nn.Module):
         if unknown:
             known = ", ".join(self.classes)
             raise ValueError(f"no head for {', '.join(unknown)}: this network has {known}")
-        found = f"images {tuple(images.shape)} of {images.dtype}"
+        described = f"images {tuple(images.shape)} of {images.dtype}"
         if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"{found}: not (N, 3, H, W)")
+            raise ValueError(f"{described}: not (N, 3, H, W)")
         if not images.is_floating_point():
-            raise ValueError(f"{found}: not floats, RGB in [0, 1]")
+            raise ValueError(f"{described}: not floats, RGB in [0, 1]")
         if images.shape[2] < 32 or images.shape[3] < 32:
-            raise ValueError(f"{found}: height and width must be at least 32")
+            raise ValueError(f"{described}: height and width must be at least 32")
         # Values are looked at where that does not wait for a GPU.
         if images.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = images.detach().aminmax()
             if low < -0.01 or high > 1.01:
-                raise ValueError(f"{found}: values in [{low:.3g}, {high:.3g}], not RGB in [0, 1]")
+                raise ValueError(
+                    f"{described}: values in [{low:.3g}, {high:.3g}], not RGB in [0, 1]"
+                )
 
     def check_stages(self, stages: list[Tensor], images: Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -619,12 +621,12 @@ def build(network: dict, state: dict, path: str) -> UPerNet:
     for key, value in wanted.items():
         if key not in state:
             raise ValueError(f"{path}: {key} is missing")
-        found = state[key]
-        if not isinstance(found, Tensor) or found.shape != value.shape:
+        tensor = state[key]
+        if not isinstance(tensor, Tensor) or tensor.shape != value.shape:
             raise ValueError(f"{path}: {key} is not a tensor of shape {tuple(value.shape)}")
-        if not found.isfinite().all():
+        if not tensor.isfinite().all():
             raise ValueError(f"{path}: {key} holds values that are not finite")
-        state[key] = found.to(value.dtype)
+        state[key] = tensor.to(value.dtype)
     net.load_state_dict(state, assign=True)
     return net.to(memory_format=torch.channels_last).eval()
 
