@@ -229,6 +229,7 @@ def read_split(path: str) -> dict:
         entries = list(content["sources"].values())
         is_split = all(isinstance(entry.get("validation"), list) for entry in entries)
         is_split = is_split and all("fingerprint" in entry for entry in entries)
+        is_split = is_split and 0 < content["fraction"] < 1
     except (OSError, ValueError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not a split of balance_split.py's ({e}); delete it") from None
     if not is_split:

@@ -1571,7 +1571,7 @@ def write_file(path: str, write) -> None:
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # PyTorch's own writer raises RuntimeError on a full disk
-        reason = getattr(e, "strerror", None) or e
+        reason = getattr(e, "strerror", None) or f"{e}; is the disk full?"
         raise UserError(f"{path}: cannot be written ({reason}); see --cache, --out") from None
     finally:
         with contextlib.suppress(OSError):
@@ -1781,7 +1781,7 @@ class Parser(argparse.ArgumentParser):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         stdout = sys.stdout
-        sys.stdout = Output(stdout)
+        sys.stdout = Output(stdout or open(os.devnull, "w"))  # None: a closed one
         try:
             command(self, given)
         except KeyboardInterrupt:

@@ -2254,7 +2254,8 @@ class TestSplit(unittest.TestCase):
         os.remove(join(root, "dtd", "images", "a", "0.png"))
         self.assertIn(path, refusal(self, train.main, *argv, new_folder("out")))
         number = '{"sources": {"dtd": {"fingerprint": "", "validation": 5}}}'
-        for content in ("{", '{"sources": {"dtd": 3}}', '{"sources": {"dtd": {}}}', number):
+        wrong = ("{", '{"sources": {"dtd": 3}}', '{"sources": {"dtd": {}}}', number)
+        for content in (*wrong, '{"fraction": "x"}', '{"fraction": 5}'):
             write(path, content)
             self.assertIn(path, refusal(self, train.main, *argv, new_folder("out")))
 
@@ -3744,7 +3745,11 @@ class TestStart(Runs):
     def test_ours_brings_its_crops(self):
         data = ("--data", "ade20k", "--root", self.root)
         cropped, _ = trained(*OWN, *data, "--crop", 96, "--iters", 0)
-        for options, expected in (((), (96, 384, None)), (("--sizes", 64), (64, 1200, None))):
+        for options, expected in (
+            ((), (96, 384, None)),
+            (("--sizes", 64), (64, 1200, None)),
+            (("--crop", 64), (64, 256, None)),
+        ):
             ours = self.begun(*data, "--weights", join(cropped, "ckpt.pt"), *options)
             self.assertEqual(ours["network"]["test_size"], expected)
 
@@ -3788,6 +3793,11 @@ class TestStart(Runs):
         stopped = killed(1, *argv, "--iters", 2, "--save-every", 1)
         trained("--resume", out=stopped)
         self.assertEqual(checkpoint_of(stopped)["trained"], ours["trained"])
+        # Those of a source that is left out now, too.
+        root = textures(new_folder("other"), train1=[f"a/{k}.png" for k in range(4)])
+        argv = ("--data", "dtd", "--root", root, "--texture-iters", 0, "--weights")
+        other = self.begun(*argv, join(stopped, "ckpt.pt"))
+        self.assertEqual(other["trained"]["ade20k"], ours["trained"]["ade20k"])
 
     def test_mmsegmentations(self):
         network = {"classes": {"object": 3}, "backbone": "resnet18", "channels": 8}

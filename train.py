@@ -734,9 +734,9 @@ NETWORK_OPTIONS = "backbone channels stem output_stride ppm fpn fusion head_conv
 def options_of(start: Start, given: dict) -> dict:
     """The options that a file of weights brings: its network; of our checkpoints the sizes, and the
     data if none are given."""
-    keys = ["max_size"]
+    keys = []
     if "sizes" not in given and "crop" not in given:
-        keys += ["sizes", "crop"]
+        keys += ["sizes", "max_size", "crop"]
     if "data" not in given and "root" not in given:
         keys += ["data", "root", "cache"]
     options = {key: start.options[key] for key in keys if key in start.options}
@@ -835,7 +835,7 @@ def choose_run(
         return args, checkpoint, Start(trained=checkpoint["trained"])
     if args.resume and not restarted:
         raise UserError(f"{args.out}/ckpt.pt: no run to resume; see --out")
-    if args.max_size < min(args.sizes):
+    if not args.crop and args.max_size < min(args.sizes):
         raise UserError(f"--max-size: at least the smallest of --sizes, {min(args.sizes)}")
     if args.crop % 32:
         raise UserError(f"--crop {args.crop}: a multiple of 32")
@@ -858,7 +858,10 @@ def read_run(out: str) -> dict:
     if missing:
         raise UserError(f"{path}: no run to resume ({', '.join(missing)} missing); see --weights")
     checkpoint["model"] = net.state_dict()
-    checkpoint["network"] = net.network  # with the test size, which earlier editions left out
+    # What earlier editions left out, or named otherwise.
+    checkpoint["network"] = net.network
+    arguments = checkpoint["arguments"]
+    arguments.setdefault("flip", not arguments.get("no_flip", False))
     return checkpoint
 
 
@@ -870,9 +873,12 @@ def options_to_resume(
     for key, value in given.items():
         option = parser.options[key]
         if not option.resume and stored.get(key) != value:
+            kept = "its own"
+            if option.type is not bool:
+                kept = datasets.as_text(stored.get(key))
             raise UserError(
-                f"--{option.name}: --resume keeps {datasets.as_text(stored.get(key))}, as {out} "
-                f"has; leave --{option.name} out"
+                f"--{option.name}: a resumed run keeps {kept}, as {out} has; leave --{option.name} "
+                "out"
             )
     return parser.complete(given, {**stored, "out": out})
 
@@ -949,7 +955,7 @@ def command(parser: datasets.Parser, given: dict) -> None:
     else:
         describe(data, stages, start.trained, args.split, args.flip, args.lr)
         datasets.from_main_process(load_weights, run.net, vocabulary, args.weights, start)
-    with claimed(run.out):
+    with claimed(run.out, is_new=not checkpoint):
         carry_out(run, is_new=not checkpoint, compiled=args.compile)
 
 
@@ -983,7 +989,7 @@ def carry_out(run: Run, is_new: bool, compiled: bool) -> None:
 
 
 @contextlib.contextmanager
-def claimed(out: str):
+def claimed(out: str, is_new: bool):
     """The context in which the folder of a run is this process's alone. UserError if another run
     writes there."""
     if not datasets.is_main_process():
@@ -999,6 +1005,8 @@ def claimed(out: str):
             raise UserError(f"{out}: another run writes there; --out names another") from None
         except (ImportError, OSError):  # Windows, or a file system without locks
             pass
+        if is_new and os.path.exists(os.path.join(out, "ckpt.pt")):
+            raise UserError(f"{out}: another run has begun there; --out names another")
         for unfinished in Path(out).glob(".[0-9]*.*.pt"):  # of a process that was killed
             unfinished.unlink()
         yield
@@ -1049,7 +1057,7 @@ def load_weights(net: UPerNet, vocabulary: dict, weights: str, start: Start) -> 
 def trained_images(data: Data, trained: dict[str, list[str]]) -> dict[str, list[str]]:
     """All images that have trained the network at the run's end: `trained`, which trained the
     weights to start from, and the run's own."""
-    images = {}
+    images = {name: sorted(of_source) for name, of_source in trained.items()}
     for name, numbers in data.training.items():
         own = [data.sources[name].index.images[i] for i in numbers]
         images[name] = sorted({*own, *trained.get(name, ())})
