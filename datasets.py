@@ -85,7 +85,7 @@ class DataSet(NamedTuple):
     void: tuple = (0,)  # numbers without a name that need no warning
     own_table: bool = False  # whether its table of classes is the vocabulary, as it is
     same_size: bool = True  # whether label pictures have their photo's size
-    squares: bool = False  # whether images are cut to squares of TEXTURE_SIZE
+    squares: bool = False  # close-ups: cut to squares of TEXTURE_SIZE, trained on last
     has_official: bool = True  # whether it comes with a split
 
 
@@ -1029,8 +1029,9 @@ def lookup(names: dict, vocabulary: dict, level: str | None) -> dict:
 
 
 def part_table(names: dict[int, str], vocabulary: dict) -> np.ndarray:
-    """(class index, number in the files) -> index in the object's list of parts, 0 for none: uint8
-    (classes + 1, numbers), whose last row serves class -1."""
+    """(class index, number in the files) -> index in the object's list of parts: uint8 (classes +
+    1, numbers), whose last row serves class -1. 0, background, for none and for parts that the
+    list lacks."""
     objects = vocabulary.get("object", ())
     table = np.zeros((len(objects) + 1, HIGHEST_NUMBER + 1), np.uint8)
     for owner, parts in vocabulary.get("part", {}).items():
@@ -1065,7 +1066,8 @@ def resized(size: tuple[int, int], short: int, longest: int) -> tuple[int, int]:
 
 
 def centres(cells: int, start: int, n: int, full: int) -> np.ndarray:
-    """Where the centres of cells of 4 pixels, from pixel `start` of n, are in a map of `full`."""
+    """In a label map of `full` rows, the rows where the centres are of cells of 4 pixels, from
+    pixel `start` on, of a photo of n rows."""
     middle = start + 4 * np.arange(cells) + 2
     return middle * full // n
 
@@ -1079,24 +1081,24 @@ def orientation_groups(index: Index, images: list[int]) -> list[np.ndarray]:
 
 
 def plan_batches(
-    groups: list[tuple[int, np.ndarray]], iterations: int, images: int, seed: int
+    groups: list[tuple[int, np.ndarray]], iterations: int, per_iteration: int, seed: int
 ) -> np.ndarray:
-    """The source and the images of each iteration: int32 (iterations, 1 + images).
+    """The source and the images of each iteration: int32 (iterations, 1 + per_iteration).
 
     groups: (position of a source, indices of its images), of which each iteration draws one, with
         probability by its number of images: section 3.1's draw of a source, and of an orientation.
     Ours: no image repeats before every image of its group was used.
     """
     rng = np.random.default_rng(seed)
-    plan = np.empty((iterations, 1 + images), np.int32)
+    plan = np.empty((iterations, 1 + per_iteration), np.int32)
     sizes = np.array([len(indices) for _, indices in groups])
     group_of = rng.choice(len(groups), iterations, p=sizes / sizes.sum())
     for k, (position, indices) in enumerate(groups):
         rows = np.flatnonzero(group_of == k)
-        n = len(rows) * images
+        n = len(rows) * per_iteration
         passes = [rng.permutation(indices) for _ in range(1 + n // len(indices))]
         plan[rows, 0] = position
-        plan[rows, 1:] = np.concatenate(passes)[:n].reshape(-1, images)
+        plan[rows, 1:] = np.concatenate(passes)[:n].reshape(-1, per_iteration)
     return plan
 
 
@@ -1118,7 +1120,7 @@ class TrainingBatches(Dataset):
     sources: list[Source]
     plan: np.ndarray  # see `plan_batches`; positions are those in `sources`
     sizes: list[int]  # short sides, of which each iteration draws one
-    longest: int  # no long side is above it
+    longest: int  # no long side is above it, but with `crop`
     seed: int
     crop: int = 0  # side of squares cut from images of a short side of 0.5 to 2 times it, or 0
     flip: bool = True  # whether half of the images are mirrored
@@ -1196,7 +1198,7 @@ class TrainingBatches(Dataset):
 
 def quarter_labels(sample: Sample, level: str, height: int, width: int) -> np.ndarray:
     """A level's labels for a window of (height, width), at a quarter of it: each cell's label is
-    the one at its centre; unlabelled (part: 0), in the padding.
+    the one at its centre; in the padding unlabelled (part: 0).
     """
     labels = sample.labels[level]
     h, w = sample.size
@@ -1635,7 +1637,7 @@ class Option(NamedTuple):
     """A line of a script's table of options."""
 
     name: str  # without the dashes
-    type: Callable  # makes the value of the text; bool for a flag, which turns the default around
+    type: Callable  # makes the value of the text; bool for a flag: --no-x sets `x` to False
     default: object
     help: str
     choices: tuple | None = None

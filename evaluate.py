@@ -152,18 +152,18 @@ class View(NamedTuple):
 
 
 def network_input(photo: Image.Image, full: tuple[int, int], test_size: tuple) -> View:
-    """A photo at `UPerNet.test_size`. full: its (height, width), which may be smaller here."""
+    """A photo at `UPerNet.test_size`. full: its original (height, width); `photo` may have been
+    decoded smaller."""
     short, longest, multiple = test_size
     size = datasets.resized(full, short, longest)
     if multiple is None:  # ours: padded, as training does
         height, width = (datasets.pad_to_32(n) for n in size)
-    else:
+        filled = size
+    else:  # as released: stretched, and the maps cover the photo, also where 4 does not divide it
         size = tuple(math.ceil(n / multiple) * multiple for n in size)
         height, width = (max(32, n) for n in size)
-    pixels = datasets.padded_image(photo, size, height, width)
-    filled = size
-    if multiple is not None:  # as theirs do: the maps cover the photo, also where 4 divides no side
         filled = tuple(4 * math.ceil(n / 4) for n in size)
+    pixels = datasets.padded_image(photo, size, height, width)
     return View(torch.from_numpy(pixels)[None], filled)
 
 
@@ -1094,7 +1094,7 @@ OPTIONS = [
     Option("json", str, None, "write the metrics there, as fractions (null: nothing labelled)"),
     Option("relations", str, None, "count section 4.2's relations over the images, into this file"),
     datasets.LEVELS_OPTION,
-    Option("size", datasets.short_sides, None, "short sides to average (training's)", least=32),
+    Option("size", datasets.short_sides, None, "short sides to average (its test size)", least=32),
     Option("flip", bool, False, "average over the mirror images too"),
     Option("split", str, None, "images (the checkpoint's validation)", SPLITS),
     Option("amp", str, "off", "float32, or mixed precision", AMP),

@@ -254,7 +254,7 @@ TEXTURE_IMAGES = 8  # times --batch-size: textures have a fiftieth of the area (
 class Stage(NamedTuple):
     name: str  # "main" or "texture"
     batches: datasets.TrainingBatches  # of this process
-    images: int  # to train on
+    images: int  # that it trains on, of all its sources
 
     @property
     def iterations(self) -> int:
@@ -337,9 +337,10 @@ def describe(
     """
     for name, source in data.sources.items():
         validates = data.split[name]
+        kind = split if source.data_set.has_official else "balanced"
         print(
             f"{name}: {len(data.training[name])} images to train on, {len(validates)} to validate "
-            f"on ({split} split)"
+            f"on ({kind} split)"
         )
         known = len(set(validates) & set(trained.get(name, ())))
         if known:
@@ -960,7 +961,8 @@ def command(parser: datasets.Parser, given: dict) -> None:
 
 
 def carry_out(run: Run, is_new: bool, compiled: bool) -> None:
-    """Trains and evaluates; a new run first removes what an earlier one has left in its folder."""
+    """Trains, with synchronised batch norm on several GPUs, and evaluates. A new run first removes
+    what an earlier one has left in its folder."""
     lines = datasets.from_main_process(cut_log, run.log_path, run.lines_written())
     run.recall_best(lines)
     # Section 3.1: batch norm sees the images of all GPUs. Its momentum is PyTorch's 0.1 (ours).
@@ -1026,7 +1028,8 @@ def largest_size(sizes: list[int], max_size: int, crop: int) -> tuple[int, int]:
 
 
 def test_size(sizes: list[int], max_size: int, crop: int) -> tuple[int, int, None]:
-    """The network's, for training at these sizes: the middle one, 450 of the paper's."""
+    """The network's `test_size` after training at these sizes: the middle short side, 450 of the
+    paper's."""
     if crop:
         return (crop, 4 * crop, None)
     middle = sorted(sizes)[len(sizes) // 2]
@@ -1106,7 +1109,7 @@ OPTIONS = [
     Option("no-ppm", bool, True, "without the Pyramid Pooling Module"),
     Option("fpn", int, 2, "finest level of the feature pyramid (0: none)", (2, 3, 4, 0), least=0),
     Option("no-fusion", bool, True, "objects and parts on the finest level alone"),
-    Option("no-head-conv", bool, True, "no 3x3 convolution before the classifiers"),
+    Option("no-head-conv", bool, True, "no 3x3 convolution before classifiers (texture: four)"),
     Option("weights", str, "imagenet", "or none, or a file: ours, mmsegmentation's", toy="none"),
     datasets.LEVELS_OPTION,
     Option("split", str, "balanced", "split.json, or the data's own", ("balanced", "official")),

@@ -78,7 +78,8 @@ def average_weights(bins: int, n: int, device: torch.device) -> Tensor:
 
 
 class PoolingBranch(ConvBNReLU):
-    """A branch of the PPM: pooled to bins x bins, resized to C5's size, 1x1 convolution, BN, ReLU.
+    """A branch of the PPM: pooled to bins x bins, resized to C5's size, 1x1 convolution, BN, ReLU:
+    (N, in_channels, h, w) -> (N, channels, h, w).
 
     With `pool="pspnet"` the resize comes last.
     """
@@ -105,8 +106,8 @@ class PoolingBranch(ConvBNReLU):
 
 
 class PPM(nn.Module):
-    """Pyramid Pooling Module after PSPNet's (Zhao et al., CVPR 2017), with Precise RoI pooling and
-    batch norm after the resize, as released; `pool="pspnet"` is PSPNet's own: C5 -> P5."""
+    """Pyramid Pooling Module, C5 -> P5, after PSPNet's (Zhao et al., CVPR 2017). pool: see
+    `UPerNet`; "prroi" is as released."""
 
     BINS = (1, 2, 3, 6)
 
@@ -126,8 +127,8 @@ class PPM(nn.Module):
 class FPN(nn.Module):
     """Feature Pyramid Network's top-down path (Lin et al., CVPR 2017).
 
-    in_channels: of the stages that get a lateral, finest first. With `only_finest` just the finest
-    of the resulting maps has a 3x3 convolution and is returned.
+    in_channels: of the stages that get a lateral, finest first. only_finest: only the finest of the
+        resulting maps has a 3x3 convolution; `forward` then has to be called with it too.
     """
 
     def __init__(self, in_channels: list[int], channels: int, only_finest: bool = False):
@@ -200,7 +201,8 @@ def conv_of_upsampled(maps: list[Tensor], weights: list[Tensor], size: tuple[int
 
 
 class ConvOfMaps(nn.Conv2d):
-    """A 3x3 convolution of the concatenation of several maps, resized to the first one's size."""
+    """A 3x3 convolution of the concatenation of several maps, each (N, C, h, w), resized to the
+    first one's size: (N, out_channels, H, W)."""
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         finest, *coarser = maps
@@ -276,7 +278,8 @@ class UPerNet(nn.Module):
     backbone: "resnet18", "resnet34", "resnet50" or "resnet101" (resnet.py beside this file), or a
         module with `.channels` that returns four maps C2..C5 of these widths, C2 at stride 4.
     channels: the width of everything after the backbone.
-    head_conv: a 3x3 convolution before each classifier, as in the paper; others have none.
+    head_conv: a 3x3 convolution before each classifier but the texture's, which has four, as in the
+        paper; other code bases have none.
     pool: the PPM's pooling. "prroi": the authors' Precise RoI pooling; "adaptive": average pooling
         in its place, as in their ADE20K network; "pspnet": average pooling, and BN and ReLU before
         the resize, as in mmsegmentation.
@@ -329,19 +332,19 @@ class UPerNet(nn.Module):
         widths = getattr(backbone, "channels", None)
         if widths is None or len(widths) != 4:
             raise ValueError(f"backbone.channels {widths}: not the widths of C2..C5")
-        c2, c3, c4, c5 = widths
+        c2_width, c3_width, c4_width, c5_width = widths
 
-        self.ppm = PPM(c5, channels, pool) if ppm else ConvBNReLU(c5, channels, kernel=1)
+        self.ppm = PPM(c5_width, channels, pool) if ppm else ConvBNReLU(c5_width, channels, 1)
         self.fpn_level = fpn
         self.fpn = None
         self.fusion = None
         if fpn:
-            laterals = [c2, c3, c4][fpn - 2 :]
+            laterals = [c2_width, c3_width, c4_width][fpn - 2 :]
             self.fpn = FPN(laterals, channels, only_finest=not fusion)
             if fusion:
                 self.fusion = Fusion(len(laterals) + 1, channels)
 
-        self.heads = make_heads(self.classes, c2, channels, convs=1 if head_conv else 0)
+        self.heads = make_heads(self.classes, c2_width, channels, convs=1 if head_conv else 0)
         self.part_slices = part_slices(classes.get("part", {}))
         self.register_buffer("mean", IMAGENET_MEAN.clone())
         self.register_buffer("std", IMAGENET_STD.clone())
@@ -391,8 +394,8 @@ class UPerNet(nn.Module):
         if set(levels) <= {"scene", "texture"}:
             return logits
 
-        # Figure 4: object and part on the fused map, material on P2. Without P2 (other rows of
-        # table 2, ours) material sits where object does.
+        # Figure 4: object and part on the fused map, material on P2. Ours, for the rows of table 2
+        # without P2: material where object is.
         on_fused = {"object", "part"}
         if self.fpn_level != 2:
             on_fused.add("material")
@@ -463,7 +466,7 @@ def make_heads(classes: dict, c2: int, channels: int, convs: int) -> nn.ModuleDi
 
 
 def initialise(module: nn.Module) -> None:
-    """As released; the biases of classifiers are PyTorch's."""
+    """Kaiming normal, biases of norms 1e-4: as released, outside of the backbone."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     elif isinstance(module, nn.BatchNorm2d):
