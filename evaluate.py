@@ -892,11 +892,15 @@ def images_to_evaluate(
         index = source.index
         if split is not None:
             wanted = set(balance_split.validation_images(index, split, folder, cache))
+            kind = f"--split {split}"
         elif network.split is None:
             wanted = set(default_images(index, folder, cache))
+            kind = "see --split"
         else:
             wanted = set(network.split.get(name, ()))
+            kind = "those that validated in training; --split all takes every one"
         numbers = [i for i, image in enumerate(index.images) if image in wanted]
+        print(f"{name}: {len(numbers)} of {len(index.images)} images in {index.folder} ({kind})")
         missing = len(wanted) - len(numbers)
         if missing:
             print(

@@ -2974,6 +2974,7 @@ class TestOwnNetwork(unittest.TestCase):
         for split, n, trained in ((), 4, False), (("--split", "all"), 20, True):
             status, said, _ = command(evaluate.main, self.checkpoint, *split, "--json", path)
             self.assertEqual((status, read_json(path)["scene"]["n"]), (0, n))
+            self.assertIn(f"ade20k: {n} of 20 images in {self.root} ", said)
             self.assertEqual(bool(re.search("16 of 20 images have trained", said)), trained)
 
     def test_split_all_of_a_test_set(self):

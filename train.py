@@ -241,7 +241,7 @@ def divide(
         keep = frozenset(trained.get(name, ())) & frozenset(index.images)
         has_both = {"train", "val"} <= set(index.official)
         if split == "balanced" and has_both and index.data_set.own_table:
-            print(f"{name}: --split official keeps its division into training and validation")
+            print(f"{name}: mixes training/ and validation/; --split official keeps them apart")
         validation[name] = balance_split.validation_images(
             index, split, folder, cache, everything, keep
         )
