@@ -1098,7 +1098,9 @@ OPTIONS = [
     Option("json", str, None, "write the metrics there, as fractions (null: nothing labelled)"),
     Option("relations", str, None, "count section 4.2's relations over the images, into this file"),
     datasets.LEVELS_OPTION,
-    Option("size", datasets.short_sides, None, "short sides to average (its test size)", least=32),
+    Option(
+        "size", datasets.short_sides, None, "short sides to average over (as trained)", least=32
+    ),
     Option("flip", bool, False, "average over the mirror images too"),
     Option("split", str, None, "images (the checkpoint's validation)", SPLITS),
     Option("amp", str, "off", "float32, or mixed precision", AMP),

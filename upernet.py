@@ -95,9 +95,9 @@ class PoolingBranch(ConvBNReLU):
         rows = weights(self.bins, height, c5.device)
         columns = weights(self.bins, width, c5.device)
         # torch.einsum("bh,nchw,dw->ncbd", rows, c5, columns), as a single product
-        both = torch.einsum("bh,dw->bdhw", rows, columns).flatten(2).flatten(0, 1).to(c5.dtype)
-        pooled = (both @ c5.flatten(2).mT).mT  # (N, C, bins * bins)
-        pooled = pooled.unflatten(2, (self.bins, self.bins))
+        both = torch.einsum("bh,dw->bdhw", rows, columns).flatten(2).flatten(0, 1)
+        pooled = both.to(c5.dtype) @ c5.flatten(2).mT  # (bins * bins, h w) @ (N, h w, C)
+        pooled = pooled.mT.unflatten(2, (self.bins, self.bins))  # (N, C, bins, bins)
         conv, norm, relu = self
         if self.pool == "pspnet":
             return resize(relu(norm(conv(pooled))), (height, width))
