@@ -240,7 +240,7 @@ def upsample(maps: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Te
     Where the maps cover just that, `F.interpolate(maps[None], size, mode="bilinear")[0]`; else a
     cell takes 4 * size / filled pixels, and the cells beyond the picture are cut off.
     """
-    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    maps = maps.detach().to(torch.promote_types(maps.dtype, torch.float32))
     sizes = []
     scales = []
     for cells, pixels, wanted in zip(maps.shape[1:], filled, size):
@@ -251,8 +251,14 @@ def upsample(maps: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Te
                 wanted += 1  # cut off below
         sizes.append(wanted)
         scales.append(scale)
-    # F.interpolate takes either a size or scales, this both.
-    resized = torch.ops.aten.upsample_bilinear2d(maps[None], sizes, False, *scales)[0]
+    # F.interpolate takes either a size or scales, these both.
+    if not maps.is_cpu:
+        resized = torch.ops.aten.upsample_bilinear2d(maps[None], sizes, False, *scales)[0]
+    else:  # one axis after the other: the same sums, three times as fast on a CPU
+        linear = torch.ops.aten.upsample_linear1d
+        wide = linear(maps, sizes[1:], False, scales[1])  # (K, h, W)
+        resized = wide.new_empty(len(maps), *sizes)
+        linear.out(wide.mT, sizes[:1], False, scales[0], out=resized.mT)
     return resized[:, : size[0], : size[1]]
 
 
@@ -261,14 +267,29 @@ def class_map(scores: Tensor, filled: tuple[int, int], size: tuple[int, int]) ->
 
     `upsample(scores, filled, size).argmax(dim=0)`, a class at a time: little memory at any size.
     """
-    scores = scores.detach().contiguous()
+    scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).contiguous()
     best = torch.zeros(size, dtype=torch.int64, device=scores.device)
-    top = upsample(scores[:1], filled, size)[0]
-    for k in range(1, len(scores)):
+    top = torch.full(size, -torch.inf, dtype=scores.dtype, device=scores.device)
+    for k in possible_winners(scores):
         value = upsample(scores[k : k + 1], filled, size)[0]
         best.masked_fill_(value > top, k)
         torch.maximum(top, value, out=top)
     return best
+
+
+def possible_winners(scores: Tensor) -> list[int]:
+    """Of the classes of maps (K, h, w) those that may be the best somewhere, once upsampled.
+
+    A pixel's value lies between those of the four cells around it. So a class whose highest of the
+    four is everywhere below another's lowest is nowhere the best.
+    """
+    padded = torch.nn.functional.pad(scores[None], (0, 1, 0, 1), mode="replicate")[0]
+    lowest = torch.minimum(padded[:, 1:], padded[:, :-1])
+    lowest = torch.minimum(lowest[:, :, 1:], lowest[:, :, :-1])  # (K, h, w), of four cells
+    highest = torch.maximum(padded[:, 1:], padded[:, :-1])
+    highest = torch.maximum(highest[:, :, 1:], highest[:, :, :-1])
+    possible = (highest >= lowest.amax(dim=0)).flatten(1).any(dim=1)
+    return possible.nonzero().flatten().tolist()
 
 
 def part_map(scores: Tensor, objects: Tensor, part_slices: dict, filled: tuple) -> Tensor:

@@ -2531,6 +2531,11 @@ class TestClassMap(unittest.TestCase):
             for size in ((97, 131), (7, 300), (24, 32)):
                 self.assert_argmax(scores, size)
         self.assert_argmax(torch.randn(150, 30, 40), (450, 600))
+        corners = torch.zeros(5, 4, 6)  # each of four classes is the best in one corner alone
+        corners[0] = 0.3
+        for k, (y, x) in enumerate([(0, 0), (0, -1), (-1, 0), (-1, -1)], start=1):
+            corners[k, y, x] = 1
+        self.assert_argmax(corners, (97, 131))
 
     def test_ties_go_to_the_lowest_index(self):
         scores = torch.randn(10, 24, 32)
