@@ -1059,10 +1059,15 @@ def read_prepared(path: str) -> np.ndarray:
         raise UserError(f"{path}: a damaged label map ({e}); delete it") from None
 
 
-def resized(size: tuple[int, int], short: int, longest: int) -> tuple[int, int]:
-    """(height, width) with the short side at `short`, or less to keep the long one to `longest`."""
+def resized(
+    size: tuple[int, int], short: int, longest: int, whole: Callable = round
+) -> tuple[int, int]:
+    """(height, width) with the short side at `short`, or less to keep the long one to `longest`.
+
+    whole: makes a number of pixels a whole one.
+    """
     scale = min(short / min(size), longest / max(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    return max(1, whole(size[0] * scale)), max(1, whole(size[1] * scale))
 
 
 def centres(cells: int, start: int, n: int, full: int) -> np.ndarray:

@@ -147,7 +147,7 @@ class View(NamedTuple):
     """A photo as the network sees it, at one size, perhaps mirrored."""
 
     pixels: Tensor  # (1, 3, H, W) uint8, padded
-    filled: tuple[int, int]  # the (height, width) of it that the photo fills
+    filled: tuple[int, int]  # (height, width) of the photo in it, four pixels a cell of the maps
     mirrored: bool = False
 
 
@@ -155,11 +155,13 @@ def network_input(photo: Image.Image, full: tuple[int, int], test_size: tuple) -
     """A photo at `UPerNet.test_size`. full: its original (height, width); `photo` may have been
     decoded smaller."""
     short, longest, multiple = test_size
-    size = datasets.resized(full, short, longest)
     if multiple is None:  # ours: padded, as training does
+        size = datasets.resized(full, short, longest)
         height, width = (datasets.pad_to_32(n) for n in size)
         filled = size
     else:  # as released: stretched, and the maps cover the photo, also where 4 does not divide it
+        whole = math.floor if multiple > 1 else round  # the authors' code, mmsegmentation's
+        size = datasets.resized(full, short, longest, whole)
         size = tuple(math.ceil(n / multiple) * multiple for n in size)
         height, width = (max(32, n) for n in size)
         filled = tuple(4 * math.ceil(n / 4) for n in size)
@@ -234,7 +236,8 @@ def probabilities(logits: Tensor, level: str, part_slices: dict[int, slice]) -> 
 
 # ---------------------------------------------------------------- from scores to classes
 def upsample(maps: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Maps (K, h, w), a cell for 4x4 pixels of the input -> (K, *size), float32, unpadded.
+    """Maps (K, h, w), a cell for 4x4 pixels of the input -> (K, *size), float32, unpadded, without
+    gradients.
 
     filled: the (height, width) of the input that the picture takes; `size`: the one asked for.
     Where the maps cover just that, `F.interpolate(maps[None], size, mode="bilinear")[0]`; else a
@@ -254,7 +257,7 @@ def upsample(maps: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Te
     # F.interpolate takes either a size or scales, these both.
     if not maps.is_cpu:
         resized = torch.ops.aten.upsample_bilinear2d(maps[None], sizes, False, *scales)[0]
-    else:  # one axis after the other: the same sums, three times as fast on a CPU
+    else:  # one axis after the other: faster on a CPU
         linear = torch.ops.aten.upsample_linear1d
         wide = linear(maps, sizes[1:], False, scales[1])  # (K, h, W)
         resized = wide.new_empty(len(maps), *sizes)
@@ -265,7 +268,8 @@ def upsample(maps: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Te
 def class_map(scores: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """The best class of every pixel, (height, width) int64; ties go to the lowest index.
 
-    `upsample(scores, filled, size).argmax(dim=0)`, a class at a time: little memory at any size.
+    `upsample(scores, filled, size).argmax(dim=0)`, a class at a time: it takes a few maps of the
+    photo's size, and a few times the memory of the scores.
     """
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).contiguous()
     best = torch.zeros(size, dtype=torch.int64, device=scores.device)
@@ -281,7 +285,7 @@ def possible_winners(scores: Tensor) -> list[int]:
     """Of the classes of maps (K, h, w) those that may be the best somewhere, once upsampled.
 
     A pixel's value lies between those of the four cells around it. So a class whose highest of the
-    four is everywhere below another's lowest is nowhere the best.
+    four is everywhere below another's lowest is nowhere the best; by rounding it may be equal.
     """
     padded = torch.nn.functional.pad(scores[None], (0, 1, 0, 1), mode="replicate")[0]
     lowest = torch.minimum(padded[:, 1:], padded[:, :-1])

@@ -2762,14 +2762,14 @@ class TestReleasedNetworks(unittest.TestCase):
         self.assertFalse(os.path.exists(join(ade.root, "split.json")))
 
     def test_masks_of_the_papers_have_the_authors_numbers_from_0(self):
-        """At a size rounded up to a multiple of 8, as in their code."""
+        """At a size cut off to whole pixels, then rounded up to a multiple of 8, as in their code."""
         place = new_folder("photo")
-        photo = save(noise(48, 76), place, "x.png")
+        photo = save(noise(48, 80), place, "x.png")
         succeeded(
             self, evaluate.main, *self.of_paper, "--size", 34, "--photo", photo, "--pictures", place
         )
         net, _ = upernet.load_release(*self.paper, self.tables)
-        expected = self.predicted(net, photo, (40, 56), 8)  # of 34 x 54
+        expected = self.predicted(net, photo, (40, 56), 8)  # of 34 x 56.67, cut off
         with Image.open(join(place, "x_object.png")) as mask:
             self.assertGreaterEqual((np.asarray(mask) == expected).mean(), 0.995)
 
