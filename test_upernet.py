@@ -3525,7 +3525,7 @@ class TestResume(Runs):
         stopped = killed(3, *argv)
         self.assertIn(stopped, refusal(self, train.main, *argv, "--out", stopped))
         with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):
-            with mock.patch("os.getppid", return_value=1):  # a group that did not begin it
+            with mock.patch("os.getppid", return_value=-1):  # a group that did not begin it
                 self.assertIn(stopped, refusal(self, train.main, *argv, "--out", stopped))
             trained(*argv, out=stopped)
             first, _ = trained(*argv, "--resume")  # failed before its first checkpoint
