@@ -1060,14 +1060,14 @@ def read_prepared(path: str) -> np.ndarray:
 
 
 def resized(
-    size: tuple[int, int], short: int, longest: int, whole: Callable = round
+    size: tuple[int, int], short: int, longest: int, rounding: Callable = round
 ) -> tuple[int, int]:
     """(height, width) with the short side at `short`, or less to keep the long one to `longest`.
 
-    whole: makes a number of pixels a whole one.
+    rounding: makes whole pixels of a side's length.
     """
     scale = min(short / min(size), longest / max(size))
-    return max(1, whole(size[0] * scale)), max(1, whole(size[1] * scale))
+    return max(1, rounding(size[0] * scale)), max(1, rounding(size[1] * scale))
 
 
 def centres(cells: int, start: int, n: int, full: int) -> np.ndarray:
@@ -1238,9 +1238,9 @@ def padded_image(
     across = photo.width / size[1]  # the photo's own pixels for one of the resized photo
     down = photo.height / size[0]
     box = (left * across, top * down, (left + w) * across, (top + h) * down)
-    canvas = np.full((height, width, 3), MEAN_COLOUR, np.uint8)
-    canvas[:h, :w] = photo.resize((w, h), Image.Resampling.BILINEAR, box=box)
-    return np.ascontiguousarray(canvas.transpose(2, 0, 1))
+    canvas = Image.new("RGB", (width, height), MEAN_COLOUR)
+    canvas.paste(photo.resize((w, h), Image.Resampling.BILINEAR, box=box))
+    return np.ascontiguousarray(np.asarray(canvas).transpose(2, 0, 1))
 
 
 def texture_square(source: Source, i: int, place: float) -> Image.Image:

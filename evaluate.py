@@ -160,8 +160,9 @@ def network_input(photo: Image.Image, full: tuple[int, int], test_size: tuple) -
         height, width = (datasets.pad_to_32(n) for n in size)
         filled = size
     else:  # as released: stretched, and the maps cover the photo, also where 4 does not divide it
-        whole = math.floor if multiple > 1 else round  # the authors' code, mmsegmentation's
-        size = datasets.resized(full, short, longest, whole)
+        # The authors' code cuts off fractions of a pixel, mmsegmentation's (multiple 1) rounds.
+        rounding = math.floor if multiple > 1 else round
+        size = datasets.resized(full, short, longest, rounding)
         size = tuple(math.ceil(n / multiple) * multiple for n in size)
         height, width = (max(32, n) for n in size)
         filled = tuple(4 * math.ceil(n / 4) for n in size)
