@@ -117,7 +117,9 @@ NO_SCENE = ("misc", "unknown", "none", "~not labeled")  # names of scenes that a
 
 def classes_advice(numbers: set[int]) -> str:
     """How to say which of the numbers in masks are classes."""
-    example = f"{min(numbers, default=0)} background, {max(numbers, default=1)} object"
+    lowest = min(numbers, default=0)
+    highest = max(lowest + 1, max(numbers, default=1))
+    example = f"{lowest} background, {highest} object"
     return f"name them in classes.txt, a number and a name a line ({example})"
 
 
@@ -651,10 +653,12 @@ class Scan(Dataset):
         try:
             with Image.open(os.path.join(folder, entry.image)) as photo:
                 width, height = photo.size
-                if photo.getexif().get(0x0112) in (5, 6, 7, 8):  # turned by a quarter
+                if is_turned(photo):
                     width, height = height, width
                 photo.draft("RGB", (1, 1))  # JPEGs at an eighth, which notices damage too
                 photo.load()
+                if photo.format == "TIFF":
+                    width, height = photo.size  # Pillow has turned it
                 check_depth(photo)
             current = entry.json or entry.image
             tag = entry.tag
@@ -814,6 +818,14 @@ def upright(picture: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(picture)
     except Exception:  # whatever damaged EXIF data make of the reader
         return picture
+
+
+def is_turned(picture: Image.Image) -> bool:
+    """Whether its EXIF data, if they can be read, turn a picture by a quarter."""
+    try:
+        return picture.getexif().get(0x0112) in (5, 6, 7, 8)
+    except Exception:  # as above
+        return False
 
 
 def rgb(picture: Image.Image) -> Image.Image:
@@ -1567,19 +1579,25 @@ def hash_of(content) -> str:
 
 
 def write_file(path: str, write) -> None:
-    """Atomic write: `write(name)` fills a temporary file, which then replaces `path`.
+    """Atomic write: `write(name)` fills a temporary file, which then replaces `path`, or the file
+    that `path` links to. Devices and pipes are written to as they are.
 
     Raises UserError if that fails.
     """
-    folder, name = os.path.split(path)
+    is_device = os.path.exists(path) and not os.path.isfile(path)
+    target = path if is_device else os.path.realpath(path)
+    folder, name = os.path.split(target)
     temporary = os.path.join(folder, f".{os.getpid()}.{name}")
     try:
-        os.makedirs(folder or ".", exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
+        if is_device:
+            write(target)
+        else:
+            os.makedirs(folder, exist_ok=True)
+            write(temporary)
+            os.replace(temporary, target)
     except (OSError, RuntimeError) as e:  # PyTorch's own writer raises RuntimeError on a full disk
         reason = getattr(e, "strerror", None) or f"{e}; is the disk full?"
-        raise UserError(f"{path}: cannot be written ({reason}); see --cache, --out") from None
+        raise UserError(f"{path}: cannot be written ({reason}); name another place") from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)

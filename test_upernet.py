@@ -832,6 +832,23 @@ class TestLosses(unittest.TestCase):
             expected = self.plain_mean(logits.float().view(2, 5, -1), of_pixels.reshape(2, -1))
             self.assertAlmostEqual(found.item(), expected, places=5)
 
+    def test_labels_that_are_missing_or_of_another_size_are_errors(self):
+        logits = {"object": torch.randn(2, 4, 6, 7), "part": torch.randn(2, 3, 6, 7)}
+        right = torch.zeros(2, 6, 7)
+        large = torch.zeros(2, 24, 28)
+        slices = {1: slice(0, 3)}
+        for labels in (
+            {"object": right},
+            {"part": right},
+            {"object": large, "part": right},
+            {"object": right, "part": large},
+        ):
+            self.assertRaises(ValueError, upernet.losses, logits, labels, slices)
+        logits = {"part": logits["part"]}
+        self.assertRaisesRegex(
+            ValueError, "object", upernet.losses, logits, {"part": right}, slices
+        )
+
     def test_levels_without_a_label_cost_nothing_and_stay_in_the_graph(self):
         net = small_net({"scene": 3, "object": 4, "part": {1: 3}}).train()
         labels = {
@@ -1222,6 +1239,20 @@ class TestMmseg(unittest.TestCase):
         for path in (self.file({"config": aligned}), self.file({"cfg": aligned})):
             self.assertRaisesRegex(ValueError, re.escape(path), upernet.load_mmseg, path)
         self.assertRaisesRegex(ValueError, "upernet.pth", upernet.load_mmseg, self.file(), ["a"])
+        path = self.file()
+        content = torch.load(path, weights_only=True)
+        state = content["state_dict"]
+        for wrong in (
+            {"state_dict": torch.zeros(3)},
+            {"state_dict": {**state, 5: torch.zeros(3)}},
+            {"state_dict": {**state, "decode_head.conv_seg.bias": torch.zeros(3).to_sparse()}},
+            {"state_dict": {**state, "decode_head.fpn_bottleneck.conv.weight": torch.zeros(0)}},
+            {"meta": {"CLASSES": 5}},
+            {"meta": "ab"},
+        ):
+            torch.save({**content, **wrong}, path)
+            with self.subTest(wrong.keys()):
+                self.assertRaisesRegex(ValueError, re.escape(path), upernet.load_mmseg, path)
 
 
 # ---------------------------------------------------------------- data
@@ -1629,13 +1660,25 @@ class TestPhotos(unittest.TestCase):
         picture[:, :20] = 255  # light on the left: once it is turned, on top
         photo = Image.fromarray(picture)
         photo.getexif()[0x0112] = 6  # a quarter to the right
-        photo.save(join(root, "images", "training", "0.jpg"), exif=photo.getexif())
-        source = source_of(root)
-        self.assertEqual(source.index.sizes.tolist(), [[40, 30]])
-        shown = np.asarray(source.photo(0, (15, 20)))
-        self.assertEqual(shown.shape, (40, 30, 3))
-        self.assertGreater(shown[:18].min(), 200)
-        self.assertLess(shown[22:].max(), 50)
+        folder = join(root, "images", "training")
+        for ending in ("jpg", "png", "webp", "tif"):
+            shutil.rmtree(folder)
+            os.mkdir(folder)
+            photo.save(join(folder, f"0.{ending}"), exif=photo.getexif())
+            source = source_of(root)
+            self.assertEqual(source.index.sizes.tolist(), [[40, 30]])
+            shown = np.asarray(source.photo(0, (15, 20)))
+            self.assertEqual(shown.shape, (40, 30, 3))
+            self.assertGreater(shown[:18].min(), 200)
+            self.assertLess(shown[22:].max(), 50)
+
+    def test_damaged_exif_data_turn_nothing(self):
+        for ending in ("jpg", "png", "webp"):
+            root = own_data(new_folder("exif"), [columns(1, 2, 2)])
+            folder = join(root, "images", "training")
+            os.remove(join(folder, "0.jpg"))
+            noise(40, 30).save(join(folder, f"0.{ending}"), exif=b"Exif\0\0" + b"\xff" * 9)
+            self.assertEqual(scanned(root)[0].sizes.tolist(), [[40, 30]])
 
 
 class TestOwnData(unittest.TestCase):
@@ -2164,6 +2207,24 @@ class TestPrepared(unittest.TestCase):
                 assert_array_equal(labels, expected)
 
 
+class TestWriting(unittest.TestCase):
+    def test_links_stay_links_and_pipes_pipes(self):
+        place = new_folder("written")
+        target = write(join(place, "there", "a.json"), "old")
+        link = join(place, "link.json")
+        os.symlink(target, link)
+        datasets.write_json({"a": 1}, link)
+        self.assertTrue(os.path.islink(link))
+        self.assertEqual(read_json(target), {"a": 1})
+        pipe = join(place, "pipe.json")
+        os.mkfifo(pipe)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        self.addCleanup(os.close, reader)
+        datasets.write_json({"a": 2}, pipe)
+        self.assertEqual(json.loads(os.read(reader, 999)), {"a": 2})
+        self.assertEqual(sorted(os.listdir(place)), ["link.json", "pipe.json", "there"])
+
+
 class TestSplit(unittest.TestCase):
     def counts(self, images=300, classes=12) -> np.ndarray:
         """Pixels, mostly 0."""
@@ -2657,11 +2718,27 @@ class TestParse(unittest.TestCase):
         photo = np.asarray(noise(48, 64))
         self.assertEqual(set(evaluate.parse(net, photo, ["part", "scene"])), {"part", "scene"})
         self.assertRaises(ValueError, evaluate.parse, net, photo, ["colour"])
-        for wrong in (photo / 255, photo[..., 0], [1, 2]):
+        for wrong in (photo / 255, photo[..., 0], photo[:0], [1, 2]):
             self.assertRaises(ValueError, evaluate.parse, net, wrong)
+
+    def test_an_answer_that_is_not_finite_is_an_error(self):
+        net = varied_net()
+        net.heads["material"].classifier.bias.data[2] = math.nan
+        photo = noise(48, 64)
+        evaluate.parse(net, photo, ["object"])
+        self.assertRaisesRegex(ValueError, "material", evaluate.parse, net, photo)
 
 
 class TestEvaluation(unittest.TestCase):
+    def test_photos_are_seen_in_full(self):
+        """JPEGs not as libjpeg reduces them, however small the network's input."""
+        root = own_data(new_folder("full"), [np.tile([1, 2], (450, 300))])
+        path = join(root, "images", "training", "0.jpg")
+        size = (64, 100, 8)
+        item = evaluate.EvaluationImages({"ade20k": source_of(root)}, [("ade20k", 0)], [size])[0]
+        view = evaluate.network_input(datasets.open_photo(path), size)
+        self.assertTrue(torch.equal(item["views"][0].pixels, view.pixels))
+
     def test_labels_that_the_loop_over_the_views_predicts_are_all_right(self):
         """Of all levels; OpenSurfaces' labels are larger than their photo."""
         net = varied_net()
@@ -2762,7 +2839,7 @@ class TestReleasedNetworks(unittest.TestCase):
         self.assertFalse(os.path.exists(join(ade.root, "split.json")))
 
     def test_masks_of_the_papers_have_the_authors_numbers_from_0(self):
-        """At a size cut off to whole pixels, then rounded up to a multiple of 8, as in their code."""
+        """At a size cut off to whole pixels, then up to a multiple of 8, as in their code."""
         place = new_folder("photo")
         photo = save(noise(48, 80), place, "x.png")
         succeeded(
@@ -2799,6 +2876,12 @@ class TestReleasedNetworks(unittest.TestCase):
             iou = plain_iou(pairs, k)
             self.assertEqual(found["iou"][name] is None, iou is None)
             self.assertAlmostEqual(found["iou"][name] or 0, iou or 0, delta=0.01)
+
+    def test_sizes_are_rounded_as_in_each_projects_code(self):
+        photo = Image.new("RGB", (1025, 1024))
+        for size, expected in (((512, 2048, 1), (512, 513)), ((512, 2048, 8), (512, 512))):
+            view = evaluate.network_input(photo, size)
+            self.assertEqual(view.pixels.shape[2:], expected)
 
     def test_data_of_other_classes_are_refused(self):
         own = own_data(new_folder("own"), [columns(1, 2)], classes="a\nb")
@@ -3491,6 +3574,19 @@ class TestResume(Runs):
             argv = (*argv, "--out", new_folder("ours"))
             self.assertRaises(RuntimeError, command, train.main, *argv)
 
+    def test_a_network_that_is_not_finite_is_not_written(self):
+        def diverge(model, *_):
+            model.backbone.bn1.running_var.fill_(math.inf)
+            return {"material": 1.0}
+
+        out = new_folder("diverged")
+        argv = (*self.toy, "--levels", "material", "--iters", 1, "--out", out)
+        with mock.patch("train.update", diverge):
+            err = refusal(self, train.main, *argv)
+        self.assertIn("running_var", err)
+        self.assertIn(join(out, "ckpt.pt"), err)
+        upernet.load(join(out, "ckpt.pt"))
+
     def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(self):
         out = new_folder("infinite")
         argv = (*self.toy, "--levels", "material", "--iters", 1, "--out", out)
@@ -3750,6 +3846,20 @@ class TestStart(Runs):
         for name, value in wider["model"].items():
             if name.startswith("backbone."):
                 self.assertTrue(torch.equal(value, self.theirs["model"][name]), name)
+
+    def test_of_a_loop_of_ones_own(self):
+        """A file of network, its arguments and classes; without these it is refused."""
+        path = join(new_folder("loop"), "net.pt")
+        content = {key: self.theirs[key] for key in ("model", "network", "vocabulary")}
+        argv = ("--data", "ade20k", "--root", self.root, "--sizes", 64, "--weights", path)
+        torch.save(content, path)
+        ours = self.begun(*argv)
+        self.assertEqual(ours["network"]["classes"], self.theirs["network"]["classes"])
+        for name, value in ours["model"].items():
+            self.assertTrue(torch.equal(value, self.theirs["model"][name]), name)
+        torch.save(content["model"], path)
+        argv = (*argv, "--iters", 0, "--out", new_folder("out"))
+        self.assertRegex(refusal(self, train.main, *argv), f"{path}.*vocabulary")
 
     def test_ours_brings_its_crops(self):
         data = ("--data", "ade20k", "--root", self.root)

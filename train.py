@@ -228,8 +228,11 @@ def divide(
     trained: images of each source that trained the weights to start from; a split that is made now
         leaves them on the training side.
     """
+    everything = datasets.build_vocabulary(indexes, minima, levels or LEVELS)
+    for level in levels or ():
+        if level not in everything:
+            print(f"--levels: the data have no class of {level}")
     levels = levels or LEVELS
-    everything = datasets.build_vocabulary(indexes, minima, levels)
     vocabulary = {level: names for level, names in everything.items() if level in levels}
     validation = {}
     for name, index in indexes.items():
@@ -488,7 +491,12 @@ class Run:
             draw_curves(self.log_path, os.path.join(self.out, "curves.png"))
 
     def write(self, path: str, optimizer: torch.optim.Optimizer | None) -> None:
-        """Writes a checkpoint."""
+        """Writes a checkpoint, in the main process. FloatingPointError if the network diverged."""
+        if not datasets.is_main_process():
+            return
+        for name, value in self.net.state_dict().items():
+            if not value.isfinite().all():
+                raise FloatingPointError(name)
         content = {
             "model": self.net.state_dict(),
             "network": self.net.network,
@@ -502,8 +510,7 @@ class Run:
             "random": torch.get_rng_state(),
             "arguments": self.options,
         }
-        if datasets.is_main_process():
-            datasets.write_file(path, functools.partial(torch.save, content))
+        datasets.write_file(path, functools.partial(torch.save, content))
 
     def save_if_due(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
         """Writes a checkpoint when it is time, and after a signal, which then ends the program."""
@@ -721,6 +728,11 @@ def read_start(path: str) -> Start:
             return Start(path, net.state_dict(), net.network, vocabulary)
     except ValueError as e:
         raise UserError(f"--weights {e}; it takes imagenet, none, or a file") from None
+    if any(str(key).startswith("heads.") for key in state):
+        raise UserError(
+            f"--weights {path}: a UPerNet's state_dict() without its classes; save "
+            '{"model": net.state_dict(), "network": net.network, "vocabulary": {"object": names}}'
+        )
     backbone = {}
     for key, value in state.items():
         key = str(key).removeprefix("module.").removeprefix("backbone.")
@@ -978,9 +990,9 @@ def carry_out(run: Run, is_new: bool, compiled: bool) -> None:
             train(run)
         except FloatingPointError as e:
             raise UserError(
-                f"the loss is not finite at iteration {run.iteration} of the {run.stage} "
-                f"stage ({e}); {run.path} is the last good checkpoint; --weights {run.path} with "
-                "another --out and a lower --lr trains it further"
+                f"the loss or the network is not finite at iteration {run.iteration} of the "
+                f"{run.stage} stage ({e}); {run.path} is the last good checkpoint; --weights "
+                f"{run.path} with another --out and a lower --lr trains it further"
             ) from None
     print(f"wrote {run.path}, and beside it log.jsonl and curves.png")
     if run.data.validation:

@@ -288,7 +288,8 @@ class UPerNet(nn.Module):
         on that level; without `ppm` P5 is a 1x1 lateral of C5.
     stem, output_stride: as in `resnet.ResNet`, for a backbone given by name.
     test_size: for evaluation: the short side, the longest side, and the multiple to which images
-        are stretched (None: they are padded to a multiple of 32).
+        are stretched: the authors' 8 or 32, mmsegmentation's 1, each rounded as in their code.
+        None: they are padded to a multiple of 32.
 
     Parameters are named `backbone.*`, `ppm.*`, `fpn.*`, `fusion.*`, `heads.<level>.*`; those of a
     backbone given by name and of all after it are in channels_last, which is faster.
@@ -530,7 +531,10 @@ def losses(
     A loss of 0 stays connected to the graph: the level's parameters get gradients of zero. Raises
     ValueError for a level without labels, and for maps of another size.
     """
-    missing = {level.removesuffix("_map") for level in logits} - set(labels)
+    needed = {level.removesuffix("_map") for level in logits}
+    if "part" in needed:
+        needed.add("object")
+    missing = needed - set(labels)
     if missing:
         raise ValueError(f"no labels of {', '.join(missing)}: ask the network for levels=.. alone")
     result = {}
@@ -567,6 +571,8 @@ def part_loss(
     count, those without a part as background. Per object the mean over its pixels in all such
     images of the batch (as released).
     """
+    if parts.shape != objects.shape:
+        raise ValueError(f"parts of shape {tuple(parts.shape)}, objects of {tuple(objects.shape)}")
     annotated = parts > 0
     present = set(torch.unique(objects[annotated]).tolist())
     total = 0 * logits[0, 0, 0, 0].float()  # connected to the graph, also without a valid object
@@ -609,13 +615,27 @@ def read_file(path: str) -> dict:
     return content
 
 
+def check_state_dict(state: dict, path: str) -> None:
+    """Raises ValueError, with the file's name, unless it maps names to plain, dense tensors."""
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds no dictionary of weights")
+    for key, value in state.items():
+        is_dense = isinstance(value, Tensor) and value.layout == torch.strided
+        if not isinstance(key, str) or not is_dense or value.is_meta or value.is_quantized:
+            raise ValueError(f"{path}: {key} is not a plain tensor")
+
+
 def build(network: dict, state: dict, path: str) -> UPerNet:
     """UPerNet(**network) in eval mode with the tensors of `state`.
 
     Raises ValueError with the file's name and the first key that does not fit.
     """
-    with torch.device("meta"):  # takes no memory before the file is known to fit
-        net = UPerNet(**network)
+    check_state_dict(state, path)
+    try:
+        with torch.device("meta"):  # takes no memory before the file is known to fit
+            net = UPerNet(**network)
+    except Exception as e:  # a damaged or hostile file may ask for anything
+        raise ValueError(f"{path}: no network of ours ({type(e).__name__}: {e})") from None
     state = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, **state}
     wanted = net.state_dict()
     for key in state:
@@ -625,7 +645,7 @@ def build(network: dict, state: dict, path: str) -> UPerNet:
         if key not in state:
             raise ValueError(f"{path}: {key} is missing")
         tensor = state[key]
-        if not isinstance(tensor, Tensor) or tensor.shape != value.shape:
+        if tensor.shape != value.shape:
             raise ValueError(f"{path}: {key} is not a tensor of shape {tuple(value.shape)}")
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {key} holds values that are not finite")
@@ -660,17 +680,14 @@ def read_checkpoint(path: str) -> tuple[UPerNet, dict]:
             fits = fits and all(isinstance(name, str) for name in names)
         for key in ("arguments", "split", "trained"):
             fits = fits and isinstance(checkpoint[key], dict)
-        net = build(network, checkpoint["model"], path)
     except Exception as e:  # a damaged or hostile file may hold anything
-        if str(e).startswith(str(path)):  # of `build`
-            raise
         reason = f"{type(e).__name__}: {e}"
         raise ValueError(
             f"{path}: not a checkpoint of train.py ({reason}); load_mmseg reads theirs"
         ) from None
     if not fits:
         raise ValueError(f"{path}: not a checkpoint of train.py, its parts do not fit together")
-    return net, checkpoint
+    return build(network, checkpoint["model"], path), checkpoint
 
 
 def class_counts(vocabulary: dict) -> dict:
@@ -740,10 +757,13 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
     """
     body = read_file(encoder)
     top = read_file(decoder)
-    if not isinstance(body.get("conv1.weight"), Tensor):
-        raise ValueError(f"{encoder}: conv1.weight is missing; the encoder comes first")
-    if not isinstance(top.get("ppm_last_conv.0.weight"), Tensor):
-        raise ValueError(f"{decoder}: ppm_last_conv.0.weight is missing; the decoder comes second")
+    for path, state, key in (
+        (encoder, body, "conv1.weight"),
+        (decoder, top, "ppm_last_conv.0.weight"),
+    ):
+        check_state_dict(state, path)
+        if key not in state or state[key].ndim != 4:
+            raise ValueError(f"{path}: {key} is missing; the encoder comes first, then the decoder")
     state = {f"backbone.{key}": value for key, value in body.items()}
     state.update(top)
     if "conv_last.1.weight" in top:
@@ -812,16 +832,15 @@ def load_mmseg(path: str, names: list[str] | None = None) -> tuple[UPerNet, dict
         channels = len(state["decode_head.fpn_bottleneck.conv.weight"])
         meta = dict(content.get("meta", {}))
         dataset_meta = dict(meta.get("dataset_meta", {}))
-    except (KeyError, TypeError) as e:
+        names = names or meta.get("CLASSES") or dataset_meta.get("classes")
+        names = [str(name) for name in names or [f"class {k}" for k in range(1, classes + 1)]]
+    except (KeyError, IndexError, TypeError, ValueError) as e:
         raise ValueError(f"{path}: not mmsegmentation's UPerNet ({e}); load reads ours") from None
+    check_state_dict(state, path)
     if re.search(r"align_corners\s*=\s*True", f"{meta.get('config')} {meta.get('cfg')}"):
         raise ValueError(
             f"{path}: trained with align_corners=True, which is not supported; take one of 512x512"
         )
-    if names is None:
-        names = meta.get("CLASSES") or dataset_meta.get("classes")
-    if names is None:
-        names = [f"class {k}" for k in range(1, classes + 1)]
     if len(names) != classes:
         raise ValueError(f"{path}: has {classes} classes, not {len(names)}")
     network = {
