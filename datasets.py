@@ -1822,6 +1822,7 @@ class Parser(argparse.ArgumentParser):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for reader in readers:
                     reader.kill()
+                    reader.join(timeout=1)
             self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
         finally:
             sys.stdout = stdout
