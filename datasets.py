@@ -824,7 +824,7 @@ def is_turned(picture: Image.Image) -> bool:
     """Whether its EXIF data, if they can be read, turn a picture by a quarter."""
     try:
         return picture.getexif().get(0x0112) in (5, 6, 7, 8)
-    except Exception:  # as above
+    except Exception:  # of damaged EXIF data
         return False
 
 
@@ -1822,7 +1822,6 @@ class Parser(argparse.ArgumentParser):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for reader in readers:
                     reader.kill()
-                    reader.join(timeout=1)
             self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
         finally:
             sys.stdout = stdout

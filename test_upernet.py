@@ -650,7 +650,7 @@ class TestElsewhere(unittest.TestCase):
         if "2.11" <= torch.__version__ < "2.14":
             # A guard of its max pooling takes sizes of one parity alone.
             loose["check_guards"] = False
-        for pool, classes in (("prroi", {"object": 7}), ("pspnet", {"scene": 3})):
+        for pool, classes in (("prroi", {"object": 7, "scene": 3}), ("pspnet", {"scene": 3})):
             net = small_net(classes, pool=pool)
             exported = torch.export.export(net, (self.images,), **options).module(**loose)
             for n, height, width in sizes:
@@ -3805,11 +3805,15 @@ class TestOwnRuns(Runs):
         parsing = [join(out, "ckpt.pt"), "--photo", photo, "--pictures", out]
         for main, argv, name in ((train.main, training, "猫"), (evaluate.main, parsing, "点")):
             said = io.BytesIO()
-            terminal = io.TextIOWrapper(said, encoding="cp1252")
-            with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
+            err = io.BytesIO()
+            out_terminal = io.TextIOWrapper(said, encoding="cp1252")
+            err_terminal = io.TextIOWrapper(err, encoding="cp1252")
+            with contextlib.redirect_stdout(out_terminal), contextlib.redirect_stderr(err_terminal):
                 main([str(argument) for argument in argv])
-            terminal.flush()
+            out_terminal.flush()
+            err_terminal.flush()
             self.assertIn(name.encode("ascii", "backslashreplace"), said.getvalue())
+            self.assertEqual(err.getvalue(), b"")
         metrics = read_json(out, "metrics.json")
         self.assertEqual(set(metrics["object"]["iou"]), {"猫", "собака"})
         self.assertIn("点_object.png", os.listdir(out))

@@ -494,11 +494,12 @@ class Run:
         """Writes a checkpoint, in the main process. FloatingPointError if the network diverged."""
         if not datasets.is_main_process():
             return
-        for name, value in self.net.state_dict().items():
+        model = self.net.state_dict()
+        for name, value in model.items():
             if not value.isfinite().all():
                 raise FloatingPointError(name)
         content = {
-            "model": self.net.state_dict(),
+            "model": model,
             "network": self.net.network,
             "vocabulary": self.data.vocabulary,
             "split": self.data.split,

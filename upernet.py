@@ -763,7 +763,7 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
     ):
         check_state_dict(state, path)
         if key not in state or state[key].ndim != 4:
-            raise ValueError(f"{path}: {key} is missing; the encoder comes first, then the decoder")
+            raise ValueError(f"{path}: {key} is missing or no convolution; the encoder comes first")
     state = {f"backbone.{key}": value for key, value in body.items()}
     state.update(top)
     if "conv_last.1.weight" in top:
@@ -832,8 +832,11 @@ def load_mmseg(path: str, names: list[str] | None = None) -> tuple[UPerNet, dict
         channels = len(state["decode_head.fpn_bottleneck.conv.weight"])
         meta = dict(content.get("meta", {}))
         dataset_meta = dict(meta.get("dataset_meta", {}))
-        names = names or meta.get("CLASSES") or dataset_meta.get("classes")
-        names = [str(name) for name in names or [f"class {k}" for k in range(1, classes + 1)]]
+        if names is None:
+            names = meta.get("CLASSES") or dataset_meta.get("classes")
+        if names is None:
+            names = [f"class {k}" for k in range(1, classes + 1)]
+        names = [str(name) for name in names]
     except (KeyError, IndexError, TypeError, ValueError) as e:
         raise ValueError(f"{path}: not mmsegmentation's UPerNet ({e}); load reads ours") from None
     check_state_dict(state, path)
