@@ -1674,6 +1674,15 @@ class Option(NamedTuple):
     def key(self) -> str:
         return self.name.removeprefix("no-").replace("-", "_")
 
+    def can_be(self, value) -> bool:
+        """Whether a value, as a checkpoint keeps it, is one that the command line makes."""
+        if self.type is bool:
+            return isinstance(value, bool)
+        try:
+            return bool(self.type(as_text(value)) == value)
+        except Exception:  # a damaged or hostile file may hold anything
+            return False
+
 
 # The thresholds are section 2.1's, but for that of scenes.
 DATA_OPTIONS = [
@@ -1766,11 +1775,17 @@ class Parser(argparse.ArgumentParser):
                     help=text,
                 )
 
-    def complete(self, given: dict, stored: dict | None = None) -> argparse.Namespace:
-        """All options: as given, else as `stored`, else the toy's default with --data toy, else the
-        default. `folder` is where the data lie, `cache_folder` where the cache is, `minima` the
-        thresholds of `build_vocabulary`. Raises UserError for numbers out of range."""
+    def complete(
+        self, given: dict, stored: dict | None = None, path: str | None = None
+    ) -> argparse.Namespace:
+        """All options: as given, else as `stored` in the checkpoint `path`, else the toy's default
+        with --data toy, else the default. `folder` is where the data lie, `cache_folder` where the
+        cache is, `minima` the thresholds of `build_vocabulary`. Raises UserError for numbers out of
+        range, and for what is stored and no value of its option."""
         values = {key: value for key, value in (stored or {}).items() if value is not None}
+        for key, option in self.options.items():
+            if key in values and not option.can_be(values[key]):
+                raise UserError(f"{path}: damaged, it holds no value of --{option.name}")
         values.update(given)
         is_toy = values.get("data", self.options["data"].default) == "toy"
         args = argparse.Namespace(**given)

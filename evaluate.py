@@ -793,6 +793,8 @@ def open_network(checkpoint: str | None, release: list | None, labels: str | Non
     """The network of a checkpoint, or of --release. Raises UserError for files that are neither."""
     if bool(checkpoint) == bool(release):
         raise UserError("name a checkpoint (runs/toy/ckpt.pt, say), or give --release")
+    if checkpoint and labels:
+        raise UserError("--labels: goes with --release; a checkpoint has its classes' names")
     try:
         if checkpoint:
             net, content = upernet.read_checkpoint(checkpoint)
@@ -954,7 +956,7 @@ def images_to_evaluate(
 
 def is_own_data(network: Network, folder: str) -> bool:
     """Whether the data in a folder are those that the network was trained on."""
-    root = network.options.get("root", "data")
+    root = network.options.get("root") or "data"
     return os.path.abspath(folder) in (os.path.abspath(root), os.path.abspath(f"{root}/toy"))
 
 
@@ -1059,11 +1061,13 @@ def command(parser: datasets.Parser, given: dict) -> None:
     device = datasets.pick_device(given.get("device", "auto"))
     network = open_network(given.get("checkpoint"), given.get("release"), given.get("labels"))
     net = network.net.to(device)
-    stored = {key: network.options.get(key) for key in ("data", "cache", "allow_broken")}
-    stored["root"] = network.options.get("root", "data")
+    stored = {"root": "data"}
+    for key in ("data", "root", "cache", "allow_broken"):
+        if network.options.get(key) is not None:
+            stored[key] = network.options[key]
     if "root" in given:
         stored["cache"] = None
-    args = parser.complete(given, stored)
+    args = parser.complete(given, stored, given.get("checkpoint"))
     amp = datasets.pick_amp(args.amp, device)
     levels = args.levels or list(network.vocabulary)
     if not set(levels) <= set(network.vocabulary):

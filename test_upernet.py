@@ -3421,7 +3421,8 @@ class TestTraining(Runs):
                 counts.append(len({heights[name] for name in batch["files"]}))
                 self.assertTrue(crop == 0 or batch["images"].shape == (2, 3, 64, 64))
             self.assertEqual(max(counts), orientations)
-        whole, _ = trained(*argv, "--crop", 64)
+        whole, said = trained(*argv, "--crop", 64)
+        self.assertRegex(said, "--sizes.* no effect")
         self.assertEqual(checkpoint_of(whole)["network"]["test_size"], (64, 256, None))
         stopped = killed(3, *argv, "--crop", 64)
         trained("--resume", out=stopped)
@@ -3572,8 +3573,12 @@ class TestResume(Runs):
             with mock.patch("upernet.losses", side_effect=error):
                 err = refusal(self, train.main, *argv, "--out", out)
             self.assertIn(option, err)
-        trained("--resume", "--batch-size", 2, "--accumulate", 2, out=out)  # as advised
+        advised = ("--resume", "--batch-size", 2, "--accumulate", 2)
+        _, said = trained(*advised, out=out)
         self.assertEqual(log_lines(out), 2)
+        self.assertNotIn("images a step", said)
+        _, said = trained("--resume", "--batch-size", 3, out=out)
+        self.assertIn("6 images a step, 4 before", said)
         with mock.patch("upernet.losses", side_effect=RuntimeError("a mistake of ours")):
             argv = (*argv, "--out", new_folder("ours"))
             self.assertRaises(RuntimeError, command, train.main, *argv)
@@ -4017,6 +4022,7 @@ class TestMistakes(Runs):
             ("--release",),
             ("--release", ckpt, *released),
             ("--labels", *released),
+            ("--labels", ckpt, "--labels", self.place),
             (missing, missing),
             (self.place, self.place),
             ("--size", ckpt, "--size", "1e3"),
@@ -4079,6 +4085,9 @@ class TestMistakes(Runs):
             "short": {**good, "vocabulary": {**good["vocabulary"], "scene": scenes[:-1]}},
             "numbers": {**good, "vocabulary": {**good["vocabulary"], "scene": [1] * len(scenes)}},
             "arguments": {**good, "arguments": []},
+            "indices": {**good, "arguments": {**good["arguments"], "numbers": {"scene": [-1]}}},
+            "split": {**good, "split": {"ade20k": 5}},
+            "trained": {**good, "trained": {"ade20k": [5]}},
         }
         for name, content in files.items():
             path = self.at(name, "ckpt.pt")
@@ -4091,6 +4100,17 @@ class TestMistakes(Runs):
             self.refused(train.main, path, "--resume", "--out", self.at(name))
             self.refused(train.main, path, *self.new, "--weights", path)
         self.assertFalse(os.path.exists(ran))
+
+    def test_checkpoints_with_impossible_options(self):
+        good = checkpoint_of(self.begun)
+        for key, value in (("data", 5), ("root", ["a"]), ("allow_broken", torch.zeros(2))):
+            out = new_folder("impossible")
+            path = join(out, "ckpt.pt")
+            torch.save({**good, "arguments": {**good["arguments"], key: value}}, path)
+            self.refused(evaluate.main, path, path, "--levels", "scene")
+            self.refused(train.main, path, "--resume", "--out", out)
+        torch.save({**good, "arguments": {**good["arguments"], "sizes": [32, "x"]}}, path)
+        self.refused(train.main, path, "--weights", path, "--out", self.at("new"))
 
     def test_photos_that_cannot_be_read_are_named_and_the_others_parsed(self):
         good = save(noise(50, 80), self.at("good.jpg"))

@@ -823,15 +823,15 @@ def choose_run(
     if given.get("weights", "none") not in ("imagenet", "none") and "resume" not in given:
         start = read_start(given["weights"])
         stored = options_of(start, given)
-        taken = []
-        for key, value in stored.items():
-            option = parser.options[key]
-            if value != option.default and key not in given:
-                text = "" if option.type is bool else f" {datasets.as_text(value)}"
-                taken.append(f"--{option.name}{text}")
-        if taken:
-            print(f"from {start.path}: {', '.join(taken)}")
-    args = parser.complete(given, stored)
+    args = parser.complete(given, stored, start.path)
+    taken = []
+    for key, value in stored.items():
+        option = parser.options[key]
+        if value != option.default and key not in given:
+            text = "" if option.type is bool else f" {datasets.as_text(value)}"
+            taken.append(f"--{option.name}{text}")
+    if taken:
+        print(f"from {start.path}: {', '.join(taken)}")
     if args.out is None:
         name = "toy" if args.data == "toy" else "+".join(datasets.named_sources(args.data))
         args.out = os.path.join("runs", name)
@@ -853,6 +853,8 @@ def choose_run(
         raise UserError(f"--max-size: at least the smallest of --sizes, {min(args.sizes)}")
     if args.crop % 32:
         raise UserError(f"--crop {args.crop}: a multiple of 32")
+    if args.crop and {"sizes", "max_size"} & set(given):
+        print("--crop takes the place of --sizes and --max-size, which have no effect")
     if args.levels and "part" in args.levels and "object" not in args.levels:
         raise UserError("--levels: part needs object")
     return args, None, start
@@ -894,7 +896,12 @@ def options_to_resume(
                 f"--{option.name}: a resumed run keeps {kept}, as {out} has; leave --{option.name} "
                 "out"
             )
-    return parser.complete(given, {**stored, "out": out})
+    args = parser.complete(given, {**stored, "out": out}, os.path.join(out, "ckpt.pt"))
+    step = args.batch_size * args.accumulate
+    before = stored.get("batch_size", 1) * stored.get("accumulate", 1)
+    if step != before:
+        print(f"--batch-size times --accumulate: {step} images a step, {before} before")
+    return args
 
 
 def is_finished(checkpoint: dict | None, out: str) -> bool:

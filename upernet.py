@@ -678,8 +678,11 @@ def read_checkpoint(path: str) -> tuple[UPerNet, dict]:
         fits = class_counts(vocabulary) == network["classes"]
         for names in vocabulary.values():
             fits = fits and all(isinstance(name, str) for name in names)
-        for key in ("arguments", "split", "trained"):
-            fits = fits and isinstance(checkpoint[key], dict)
+        for level, numbers in checkpoint["arguments"].get("numbers", {}).items():
+            fits = fits and len(numbers) == len(vocabulary.get(level, numbers))
+            fits = fits and all(number in range(2**16) for number in numbers)
+        for images in (*checkpoint["split"].values(), *checkpoint["trained"].values()):
+            fits = fits and all(isinstance(image, str) for image in images)
     except Exception as e:  # a damaged or hostile file may hold anything
         reason = f"{type(e).__name__}: {e}"
         raise ValueError(
