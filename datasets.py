@@ -1597,7 +1597,9 @@ def write_file(path: str, write) -> None:
             os.replace(temporary, target)
     except (OSError, RuntimeError) as e:  # PyTorch's own writer raises RuntimeError on a full disk
         reason = getattr(e, "strerror", None) or f"{e}; is the disk full?"
-        raise UserError(f"{path}: cannot be written ({reason}); name another place") from None
+        raise UserError(
+            f"{path}: cannot be written ({reason}); name another place (for a cache: --cache)"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -1679,7 +1681,8 @@ class Option(NamedTuple):
         if self.type is bool:
             return isinstance(value, bool)
         try:
-            return bool(self.type(as_text(value)) == value)
+            fits = self.type(as_text(value)) == value
+            return bool(fits) and (self.choices is None or value in self.choices)
         except Exception:  # a damaged or hostile file may hold anything
             return False
 

@@ -792,7 +792,10 @@ class Network(NamedTuple):
 def open_network(checkpoint: str | None, release: list | None, labels: str | None) -> Network:
     """The network of a checkpoint, or of --release. Raises UserError for files that are neither."""
     if bool(checkpoint) == bool(release):
-        raise UserError("name a checkpoint (runs/toy/ckpt.pt, say), or give --release")
+        raise UserError(
+            "name a checkpoint, before the options (evaluate.py runs/toy/ckpt.pt --photo a.jpg), "
+            "or give --release"
+        )
     if checkpoint and labels:
         raise UserError("--labels: goes with --release; a checkpoint has its classes' names")
     try:
@@ -957,7 +960,7 @@ def images_to_evaluate(
 def is_own_data(network: Network, folder: str) -> bool:
     """Whether the data in a folder are those that the network was trained on."""
     root = network.options.get("root") or "data"
-    return os.path.abspath(folder) in (os.path.abspath(root), os.path.abspath(f"{root}/toy"))
+    return os.path.realpath(folder) in (os.path.realpath(root), os.path.realpath(f"{root}/toy"))
 
 
 def default_images(index: Index, folder: str, cache: str) -> list[str]:
@@ -1067,6 +1070,8 @@ def command(parser: datasets.Parser, given: dict) -> None:
             stored[key] = network.options[key]
     if "root" in given:
         stored["cache"] = None
+    elif stored.get("data") == "toy" and given.get("data", "toy") != "toy":  # some of its sources
+        stored["root"] = os.path.join(stored["root"], "toy")
     args = parser.complete(given, stored, given.get("checkpoint"))
     amp = datasets.pick_amp(args.amp, device)
     levels = args.levels or list(network.vocabulary)

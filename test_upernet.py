@@ -1199,6 +1199,9 @@ class TestRelease(unittest.TestCase):
         damaged = join(new_folder("wrong"), "damaged.pth")
         torch.save(state, damaged)
         self.assert_refused(decoder, decoder, encoder, self.tables)
+        ours = join(new_folder("wrong"), "ours.pt")
+        torch.save({"model": state, "arguments": {}}, ours)
+        self.assert_refused("conv1.weight is missing", ours, decoder, self.tables)
         self.assert_refused("nothing.pth", "nothing.pth", decoder, self.tables)
         self.assert_refused("fpn.laterals.1.0.weight", encoder, damaged, self.tables)
         self.assert_refused("nowhere", encoder, decoder, "nowhere")
@@ -3068,6 +3071,10 @@ class TestOwnNetwork(unittest.TestCase):
             self.assertEqual((status, read_json(path)["scene"]["n"]), (0, n))
             self.assertIn(f"ade20k: {n} of 20 images in {self.root} ", said)
             self.assertEqual(bool(re.search("16 of 20 images have trained", said)), trained)
+        link = join(new_folder("elsewhere"), "link")
+        os.symlink(self.root, link)
+        _, said, _ = command(evaluate.main, self.checkpoint, *split, "--root", link)
+        self.assertIn("16 of 20 images have trained", said)
 
     def test_split_all_of_a_test_set(self):
         """Of other images, with a class that the network lacks, one that it writes otherwise."""
@@ -3321,6 +3328,9 @@ class TestTraining(Runs):
         self.assertEqual(command(evaluate.main, self.checkpoint, "--json", again)[0], 0)
         self.assertEqual(read_json(again), metrics)
         self.assertEqual(set(metrics), set(upernet.LEVELS))
+        for argv in (("--data", "dtd"), ("--data", "toy", "--levels", "texture")):
+            command(evaluate.main, self.checkpoint, *argv, "--json", again)
+            self.assertEqual(read_json(again), {"texture": metrics["texture"]})
         validated = [line["metrics"] for line in read_log(self.out) if "metrics" in line]
         best = max(self.mean_of_levels(of_run) for of_run in [*validated, metrics])
         command(evaluate.main, join(self.out, "best.pt"), "--json", again)
@@ -3577,11 +3587,14 @@ class TestResume(Runs):
         _, said = trained(*advised, out=out)
         self.assertEqual(log_lines(out), 2)
         self.assertNotIn("images a step", said)
-        _, said = trained("--resume", "--batch-size", 3, out=out)
-        self.assertIn("6 images a step, 4 before", said)
+        out = new_folder("ours")
         with mock.patch("upernet.losses", side_effect=RuntimeError("a mistake of ours")):
-            argv = (*argv, "--out", new_folder("ours"))
-            self.assertRaises(RuntimeError, command, train.main, *argv)
+            self.assertRaises(RuntimeError, command, train.main, *argv, "--out", out)
+        content = checkpoint_of(out)
+        content["arguments"]["processes"] = 3
+        torch.save(content, join(out, "ckpt.pt"))
+        _, said = trained("--resume", "--batch-size", 2, out=out)
+        self.assertIn("2 images a step, 12 before", said)
 
     def test_a_network_that_is_not_finite_is_not_written(self):
         def diverge(model, *_):
@@ -4023,6 +4036,7 @@ class TestMistakes(Runs):
             ("--release", ckpt, *released),
             ("--labels", *released),
             ("--labels", ckpt, "--labels", self.place),
+            ("before the options", "--photo", self.at("x.jpg"), ckpt),
             (missing, missing),
             (self.place, self.place),
             ("--size", ckpt, "--size", "1e3"),
@@ -4111,6 +4125,8 @@ class TestMistakes(Runs):
             self.refused(train.main, path, "--resume", "--out", out)
         torch.save({**good, "arguments": {**good["arguments"], "sizes": [32, "x"]}}, path)
         self.refused(train.main, path, "--weights", path, "--out", self.at("new"))
+        torch.save({**good, "arguments": {**good["arguments"], "amp": "x"}}, path)
+        self.refused(train.main, path, "--resume", "--out", out)
 
     def test_photos_that_cannot_be_read_are_named_and_the_others_parsed(self):
         good = save(noise(50, 80), self.at("good.jpg"))

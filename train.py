@@ -435,8 +435,8 @@ class Run:
         """Goes to where the checkpoint was written. UserError if the data have changed since."""
         if self.data.fingerprints != checkpoint["arguments"].get("fingerprints"):
             raise UserError(
-                f"{self.out}: images, masks or names changed; --weights {self.path} trains its "
-                "network on them"
+                f"{self.out}: images, masks or names changed; --weights {shlex.quote(self.path)} "
+                "with another --out trains its network on them"
             )
         self.net.load_state_dict(checkpoint["model"])
         torch.set_rng_state(checkpoint["random"].cpu())
@@ -446,6 +446,10 @@ class Run:
         self.iteration = checkpoint["iteration"]
         self.optimizer_state = checkpoint["optimizer"]
         print(f"{self.out}: resumes the {self.stage} stage after {self.iteration} iterations")
+        step = images_of_step(self.options)
+        before = images_of_step(checkpoint["arguments"])
+        if step != before:
+            print(f"--batch-size, --accumulate, processes: {step} images a step, {before} before")
 
     def stages_left(self) -> list[Stage]:
         return self.stages[self.names.index(self.stage) :]
@@ -832,7 +836,7 @@ def choose_run(
             taken.append(f"--{option.name}{text}")
     if taken:
         print(f"from {start.path}: {', '.join(taken)}")
-    if args.out is None:
+    if not args.out:
         name = "toy" if args.data == "toy" else "+".join(datasets.named_sources(args.data))
         args.out = os.path.join("runs", name)
     has_run = os.path.exists(os.path.join(args.out, "ckpt.pt"))
@@ -896,12 +900,7 @@ def options_to_resume(
                 f"--{option.name}: a resumed run keeps {kept}, as {out} has; leave --{option.name} "
                 "out"
             )
-    args = parser.complete(given, {**stored, "out": out}, os.path.join(out, "ckpt.pt"))
-    step = args.batch_size * args.accumulate
-    before = stored.get("batch_size", 1) * stored.get("accumulate", 1)
-    if step != before:
-        print(f"--batch-size times --accumulate: {step} images a step, {before} before")
-    return args
+    return parser.complete(given, {**stored, "out": out}, os.path.join(out, "ckpt.pt"))
 
 
 def is_finished(checkpoint: dict | None, out: str) -> bool:
@@ -1060,7 +1059,8 @@ def check_batch_size(batch_size: int, smallest: int, pool: str) -> None:
     """UserError if batch norm would see a single value: of C5, or of what is pooled from it."""
     if batch_size == 1 and (smallest <= 32 or pool == "pspnet"):
         raise UserError(
-            "--batch-size 1: batch norm needs --sizes above 32, with pspnet's pooling two images"
+            "--batch-size 1: batch norm needs --sizes or --crop above 32, with pspnet's pooling "
+            "two images"
         )
 
 
@@ -1094,12 +1094,19 @@ def stored_options(options: dict, data: Data, stages: list[Stage]) -> dict:
         stored["cache"] = os.path.abspath(options["cache"])
     for stage in stages:
         stored["iters" if stage.name == "main" else "texture_iters"] = stage.iterations
+    stored["processes"] = datasets.processes()
     stored["fingerprints"] = data.fingerprints
     stored["numbers"] = {}
     for source in data.sources.values():
         if source.data_set.own_table:
             stored["numbers"]["object"] = list(source.index.names)
     return stored
+
+
+def images_of_step(stored: dict) -> int:
+    """How many images a step of the main stage has, by what `stored_options` keeps."""
+    processes = stored.get("processes", datasets.processes())
+    return stored["batch_size"] * stored["accumulate"] * processes
 
 
 def evaluate_run(run: Run) -> None:

@@ -674,23 +674,35 @@ def read_checkpoint(path: str) -> tuple[UPerNet, dict]:
             arguments = checkpoint["arguments"]
             middle = statistics.median_high(arguments["sizes"])
             network["test_size"] = (middle, arguments["max_size"], None)
-        vocabulary = checkpoint["vocabulary"]
-        fits = class_counts(vocabulary) == network["classes"]
-        for names in vocabulary.values():
-            fits = fits and all(isinstance(name, str) for name in names)
-        for level, numbers in checkpoint["arguments"].get("numbers", {}).items():
-            fits = fits and len(numbers) == len(vocabulary.get(level, numbers))
-            fits = fits and all(number in range(2**16) for number in numbers)
-        for images in (*checkpoint["split"].values(), *checkpoint["trained"].values()):
-            fits = fits and all(isinstance(image, str) for image in images)
+        check_content(checkpoint, network["classes"])
     except Exception as e:  # a damaged or hostile file may hold anything
         reason = f"{type(e).__name__}: {e}"
         raise ValueError(
             f"{path}: not a checkpoint of train.py ({reason}); load_mmseg reads theirs"
         ) from None
-    if not fits:
-        raise ValueError(f"{path}: not a checkpoint of train.py, its parts do not fit together")
     return build(network, checkpoint["model"], path), checkpoint
+
+
+def check_content(checkpoint: dict, classes: dict) -> None:
+    """Raises ValueError for names, images or class numbers that do not fit; a wrong type somewhere
+    raises what it does.
+
+    classes: of the network.
+    """
+    vocabulary = checkpoint["vocabulary"]
+    counts = class_counts(vocabulary)
+    if counts != classes:
+        raise ValueError(f"names of {counts} classes, a network of {classes}")
+    lists = [*vocabulary.values(), *checkpoint["split"].values(), *checkpoint["trained"].values()]
+    for names in lists:
+        for name in names:
+            if not isinstance(name, str):
+                raise ValueError(f"{name} is no name")
+    for level, numbers in checkpoint["arguments"].get("numbers", {}).items():
+        if len(numbers) != len(vocabulary.get(level, numbers)):
+            raise ValueError(f"{len(numbers)} numbers of {level} classes")
+        if not all(number in range(2**16) for number in numbers):
+            raise ValueError(f"{level} numbers of {numbers}")
 
 
 def class_counts(vocabulary: dict) -> dict:
@@ -764,9 +776,13 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
         (encoder, body, "conv1.weight"),
         (decoder, top, "ppm_last_conv.0.weight"),
     ):
+        if key not in state:
+            raise ValueError(
+                f"{path}: {key} is missing; of the authors' two files the encoder comes first"
+            )
         check_state_dict(state, path)
-        if key not in state or state[key].ndim != 4:
-            raise ValueError(f"{path}: {key} is missing or no convolution; the encoder comes first")
+        if state[key].ndim != 4:
+            raise ValueError(f"{path}: {key} is no convolution")
     state = {f"backbone.{key}": value for key, value in body.items()}
     state.update(top)
     if "conv_last.1.weight" in top:
