@@ -3073,7 +3073,7 @@ class TestOwnNetwork(unittest.TestCase):
             self.assertEqual(bool(re.search("16 of 20 images have trained", said)), trained)
         link = join(new_folder("elsewhere"), "link")
         os.symlink(self.root, link)
-        _, said, _ = command(evaluate.main, self.checkpoint, *split, "--root", link)
+        _, said, _ = command(evaluate.main, self.checkpoint, "--split", "all", "--root", link)
         self.assertIn("16 of 20 images have trained", said)
 
     def test_split_all_of_a_test_set(self):
