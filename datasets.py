@@ -26,6 +26,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -1844,6 +1845,7 @@ class Parser(argparse.ArgumentParser):
         finally:
             sys.stdout = stdout
             if dist.is_initialized():
+                time.sleep(0.1)  # PyTorch 2.4 may hang below while its threads still free tensors
                 dist.destroy_process_group()
 
     def format_help(self) -> str:
