@@ -1059,19 +1059,26 @@ def parse_photos(
     return failed
 
 
+def data_options(trained: dict, given: dict) -> dict:
+    """Which data to take, and where they are, by the options of the run that trained the network
+    and those given."""
+    stored = {"root": "data"}
+    for key in ("data", "root", "cache", "allow_broken"):
+        if trained.get(key) is not None:
+            stored[key] = trained[key]
+    if "root" in given:
+        stored["cache"] = None
+    elif stored.get("data") == "toy" and given.get("data", "toy") != "toy":  # some of its sources
+        stored["root"] = os.path.join(stored["root"], "toy")
+    return stored
+
+
 def command(parser: datasets.Parser, given: dict) -> None:
     datasets.join_processes()
     device = datasets.pick_device(given.get("device", "auto"))
     network = open_network(given.get("checkpoint"), given.get("release"), given.get("labels"))
     net = network.net.to(device)
-    stored = {"root": "data"}
-    for key in ("data", "root", "cache", "allow_broken"):
-        if network.options.get(key) is not None:
-            stored[key] = network.options[key]
-    if "root" in given:
-        stored["cache"] = None
-    elif stored.get("data") == "toy" and given.get("data", "toy") != "toy":  # some of its sources
-        stored["root"] = os.path.join(stored["root"], "toy")
+    stored = data_options(network.options, given)
     args = parser.complete(given, stored, given.get("checkpoint"))
     amp = datasets.pick_amp(args.amp, device)
     levels = args.levels or list(network.vocabulary)
