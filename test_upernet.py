@@ -3035,6 +3035,30 @@ class TestPictures(unittest.TestCase):
             distances = np.linalg.norm(colours[k + 1 : k + 10] - colours[k], axis=1)
             self.assertGreater(distances.min(initial=1000), 60, k)
 
+    def test_curves_show_mean_losses_and_rates_that_were(self):
+        lines = []
+        for k in range(500):
+            level, rate = ("object", 0.04) if k < 321 else ("texture", 0.5)
+            lines.append(json.dumps({"loss": {level: k % 7 / 6}, "lr": rate}))
+        folder = new_folder("curves")
+        log = write(join(folder, "log.jsonl"), "\n".join(lines))
+        shown = {}
+
+        def plot(title, unit, right, top, curves):
+            self.assertEqual((unit, right), ("iteration", 500))
+            [(_, values, _)] = curves
+            self.assertEqual(top, values.max())
+            shown[title] = values
+            return Image.new("RGB", (9, 9))
+
+        with mock.patch("datasets.plot", plot):
+            train.draw_curves(log, join(folder, "curves.png"))
+        self.assertEqual(list(shown), ["object, loss", "texture, loss", "learning rate"])
+        self.assertEqual([len(values) for values in shown.values()], [160, 160, 160])
+        # 321 iterations as 160 stretches: the first has three, of losses 0, 1/6, 2/6.
+        np.testing.assert_allclose(shown["object, loss"][:2], [1 / 6, 3.5 / 6])
+        self.assertEqual(set(shown["learning rate"]), {0.04, 0.5})  # none between two stages
+
 
 class TestOwnNetwork(unittest.TestCase):
     """From one's own photos and masks to masks of new photos."""
@@ -4021,6 +4045,7 @@ class TestMistakes(Runs):
             self.refused(train.main, name, *self.new, option, value)
         self.refused(train.main, "ckpt.pt", *self.new, "--resume")
         self.refused(train.main, self.begun, *self.toy, "--out", self.begun)
+        self.refused(train.main, "not a folder", *self.toy, "--out", self.checkpoint)
         self.refused(train.main, "--lr", "--out", self.begun, "--resume", "--lr", 5)
         self.refused(train.main, "--levels", *self.new, "--data", "os", "--levels", "scene")
         with mock.patch("resnet.load_imagenet", side_effect=OSError("no route to host")):

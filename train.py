@@ -672,7 +672,7 @@ def cut_log(path: str, lines: int) -> list[dict]:
 
 
 def draw_curves(log: str, path: str) -> None:
-    """Each level's loss and the learning rate as a picture, means of 160 stretches of the run."""
+    """Each level's loss and the learning rate as a picture, of 160 stretches of the run."""
     if not os.path.exists(log):
         return
     points = {name: [] for name in (*LEVELS, "learning rate")}
@@ -686,10 +686,14 @@ def draw_curves(log: str, path: str) -> None:
     for name, pairs in points.items():
         if pairs:
             stretches = np.array_split(pairs, min(160, len(pairs)))
-            means = np.array([stretch.mean(axis=0) for stretch in stretches])
-            title = f"{name}, loss" if name in LEVELS else name
-            curves = [(means[:, 0], means[:, 1], "#2255cc")]
-            top = float(means[:, 1].max()) or 1.0
+            if name in LEVELS:
+                title = f"{name}, loss"
+                shown = np.array([stretch.mean(axis=0) for stretch in stretches])
+            else:  # which jumps between the stages: no means
+                title = name
+                shown = np.array([stretch[0] for stretch in stretches])
+            curves = [(shown[:, 0], shown[:, 1], "#2255cc")]
+            top = float(shown[:, 1].max()) or 1.0
             panels.append(datasets.plot(title, "iteration", len(lines), top, curves))
     if panels:
         datasets.save_picture(datasets.sheet_of([panels[:3], panels[3:]]), path)
@@ -839,6 +843,8 @@ def choose_run(
     if not args.out:
         name = "toy" if args.data == "toy" else "+".join(datasets.named_sources(args.data))
         args.out = os.path.join("runs", name)
+    if os.path.exists(args.out) and not os.path.isdir(args.out):
+        raise UserError(f"--out {args.out}: not a folder")
     has_run = os.path.exists(os.path.join(args.out, "ckpt.pt"))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if has_run:
