@@ -253,7 +253,7 @@ def read_classes(folder: str) -> dict[int, str]:
     table = {}
     unnumbered = []
     for line in lines:
-        match = re.fullmatch(r"(\d+)(?:\s*[:,]\s*|\s+)(\S.*)", line)
+        match = re.fullmatch(r"(\d+)(?:\s*[:,;=]\s*|\.?\s+)(\S.*)", line)
         if match and int(match[1]) in table:
             raise UserError(f"{path}: names number {match[1]} twice")
         if match:
@@ -1691,7 +1691,7 @@ class Option(NamedTuple):
 # The thresholds are section 2.1's, but for that of scenes.
 DATA_OPTIONS = [
     Option("data", str, "toy", "toy, or a comma list of ade20k (or your own data),os,dtd"),
-    Option("root", str, "data", "folder of ade20k/, os/, dtd/", resume=True),
+    Option("root", str, "data", "folder of ade20k/, os/, dtd/, toy/", resume=True),
     Option("cache", str, None, "for indexes and prepared labels (<root>/.cache)", resume=True),
     Option("min-images", int, 50, "keep objects, materials in so many images (own: all)", toy=20),
     Option("min-pixels", int, 50000, "keep objects of so many pixels (own: all)", toy=5000),
@@ -2084,7 +2084,8 @@ def command(parser: Parser, given: dict) -> None:
             for name, images in classes.items():
                 if has_class(vocabulary, level, name):
                     total += sum(images.values())
-            text = f"{len(names)} classes, {total:,} {unit} labelled: {first_of(names)}"
+            what = "objects with parts" if level == "part" else "classes"
+            text = f"{len(names)} {what}, {total:,} {unit} labelled: {first_of(names)}"
             if classes and not names:
                 text = "no class is large enough: see the --min- options"
             print(f"  {level:9s}{text}")

@@ -177,9 +177,16 @@ def half_up(x: float) -> int:
 
 
 def test_sizes(test_size: tuple, short_sides: list[int] | None) -> list[tuple]:
-    """`UPerNet.test_size` for each of the short sides (default: its own)."""
+    """`UPerNet.test_size` for each of the short sides (default: its own). A network of ours allows
+    a larger view a longest side in proportion; released ones keep theirs."""
     short, longest, multiple = test_size
-    return [(side, max(side, longest), multiple) for side in short_sides or [short]]
+    sizes = []
+    for side in short_sides or [short]:
+        limit = max(side, longest)
+        if multiple is None:
+            limit = max(longest, math.ceil(longest * side / short))
+        sizes.append((side, limit, multiple))
+    return sizes
 
 
 def views_of(photo: Image.Image, sizes: list[tuple], flip: bool) -> list[View]:

@@ -846,7 +846,7 @@ class TestLosses(unittest.TestCase):
             self.assertRaises(ValueError, upernet.losses, logits, labels, slices)
         logits = {"part": logits["part"]}
         self.assertRaisesRegex(
-            ValueError, "object", upernet.losses, logits, {"part": right}, slices
+            ValueError, "no labels of object", upernet.losses, logits, {"part": right}, slices
         )
 
     def test_levels_without_a_label_cost_nothing_and_stay_in_the_graph(self):
@@ -1752,6 +1752,9 @@ class TestOwnData(unittest.TestCase):
         self.assertEqual(vocabulary_of(index), {"object": names})
         self.assert_labels(root, columns(0, 1, -1, 2, 3))
         self.assertRegex(err, r"\b7\b")
+        for table in ("7; sky\n12;car\n", "7 = sky\n12=car\n", "7. sky\n12. car\n"):
+            write(join(root, "classes.txt"), table)
+            self.assertEqual(vocabulary_of(scanned(root)[0]), {"object": ["sky", "car"]})
         for wrong in ("0 sky\n0 sea\n", "1 sky\n70000 sea\n", "number name\n1 a\n2 b\n"):
             write(join(root, "classes.txt"), wrong)
             self.assertIn(root, refusal(self, datasets.main, "--data", "ade20k", "--root", root))
@@ -2884,6 +2887,14 @@ class TestReleasedNetworks(unittest.TestCase):
             self.assertEqual(found["iou"][name] is None, iou is None)
             self.assertAlmostEqual(found["iou"][name] or 0, iou or 0, delta=0.01)
 
+    def test_larger_sizes_than_trained(self):
+        """Our networks take them as asked, the released ones with their own longest side."""
+        photo = Image.new("RGB", (300, 200))
+        for multiple, expected in ((None, (160, 240)), (1, (133, 200))):
+            [size] = evaluate.test_sizes((100, 200, multiple), [160])
+            view = evaluate.network_input(photo, size)
+            self.assertEqual(view.filled, tuple(4 * math.ceil(n / 4) for n in expected))
+
     def test_sizes_are_rounded_as_in_each_projects_code(self):
         photo = Image.new("RGB", (1025, 1024))
         for size, expected in (((512, 2048, 1), (512, 513)), ((512, 2048, 8), (512, 512))):
@@ -3825,6 +3836,17 @@ class TestOwnRuns(Runs):
         argv = (*OWN, "--root", root, "--split", "official", "--iters", 0)
         _, said, _ = command(train.main, *argv, "--out", new_folder("out"))
         self.assertRegex(said, r"(?m)^ade20k: .*validation images: rare$")
+
+    def test_an_official_split_trains_on_no_test_folder(self):
+        root = coloured("a", "b", images=5)
+        for kind in ("images", "annotations"):
+            folder = join(root, kind)
+            os.renames(join(folder, "training", "0.png"), join(folder, "test", "0.png"))
+        argv = (*OWN, "--root", root, "--iters", 0, "--out", new_folder("out"))
+        err = refusal(self, train.main, *argv, "--split", "official")
+        self.assertIn("images/test/0.png", err)
+        status, _, err = command(train.main, *argv)  # balanced: of all folders
+        self.assertEqual(status, 0, err)
 
     def test_left_and_right(self):
         """Masks whose left half is class 0. Without --no-flip half of the images are mirrored."""

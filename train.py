@@ -245,6 +245,14 @@ def divide(
         has_both = {"train", "val"} <= set(index.official)
         if split == "balanced" and has_both and index.data_set.own_table:
             print(f"{name}: mixes training/ and validation/; --split official keeps them apart")
+        if split == "official" and has_both and index.data_set.own_table:
+            others = [image for image, side in zip(index.images, index.official) if not side]
+            if others:
+                raise UserError(
+                    f"{name}: --split official, but {len(others)} images lie neither in training/ "
+                    f"nor in validation/: {datasets.first_of(others)}; move a test set and its "
+                    "masks to another folder, for evaluate.py --root"
+                )
         validation[name] = balance_split.validation_images(
             index, split, folder, cache, everything, keep
         )

@@ -536,7 +536,10 @@ def losses(
         needed.add("object")
     missing = needed - set(labels)
     if missing:
-        raise ValueError(f"no labels of {', '.join(missing)}: ask the network for levels=.. alone")
+        raise ValueError(
+            f"no labels of {', '.join(sorted(missing))} (parts need those of object): ask the "
+            "network for levels=.. alone"
+        )
     result = {}
     for level in ("scene", "object", "material"):
         if level in logits:
