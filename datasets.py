@@ -2086,7 +2086,9 @@ def command(parser: Parser, given: dict) -> None:
                     total += sum(images.values())
             what = "objects with parts" if level == "part" else "classes"
             text = f"{len(names)} {what}, {total:,} {unit} labelled: {first_of(names)}"
-            if classes and not names:
+            if not classes:
+                text = "no labels"
+            elif not names:
                 text = "no class is large enough: see the --min- options"
             print(f"  {level:9s}{text}")
             if level == "object" and index.data_set.own_table:

@@ -1821,6 +1821,7 @@ class TestOwnData(unittest.TestCase):
         self.assert_labels(root, columns(0, 0, -1, -1), 1)
         _, out, _ = command(datasets.main, "--data", "ade20k", "--root", root)
         self.assertRegex(out, r"sea +1,600 pixels[^|]*land +400 pixels[^|]*glacier +0 pixels")
+        self.assertRegex(out, r"(?m)^ +scene +no labels$")
 
     def test_the_unlabelled_share_is_that_of_a_plain_count(self):
         """Classes that a threshold leaves out are unlabelled."""
