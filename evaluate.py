@@ -182,10 +182,11 @@ def test_sizes(test_size: tuple, short_sides: list[int] | None) -> list[tuple]:
     short, longest, multiple = test_size
     sizes = []
     for side in short_sides or [short]:
-        limit = max(side, longest)
         if multiple is None:
-            limit = max(longest, math.ceil(longest * side / short))
-        sizes.append((side, limit, multiple))
+            needed = math.ceil(longest * side / short)
+        else:
+            needed = side
+        sizes.append((side, max(longest, needed), multiple))
     return sizes
 
 

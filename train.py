@@ -243,20 +243,26 @@ def divide(
             )
         keep = frozenset(trained.get(name, ())) & frozenset(index.images)
         has_both = {"train", "val"} <= set(index.official)
-        if split == "balanced" and has_both and index.data_set.own_table:
-            print(f"{name}: mixes training/ and validation/; --split official keeps them apart")
-        if split == "official" and has_both and index.data_set.own_table:
-            others = [image for image, side in zip(index.images, index.official) if not side]
-            if others:
-                raise UserError(
-                    f"{name}: --split official, but {len(others)} images lie neither in training/ "
-                    f"nor in validation/: {datasets.first_of(others)}; move a test set and its "
-                    "masks to another folder, for evaluate.py --root"
-                )
+        if index.data_set.own_table and has_both:
+            if split == "balanced":
+                print(f"{name}: mixes training/ and validation/; --split official keeps them apart")
+            else:
+                check_sides(index)
         validation[name] = balance_split.validation_images(
             index, split, folder, cache, everything, keep
         )
     return vocabulary, validation
+
+
+def check_sides(index: Index) -> None:
+    """UserError if an official split would train on other folders too, such as a test set."""
+    others = [image for image, side in zip(index.images, index.official) if not side]
+    if others:
+        raise UserError(
+            f"{index.source}: --split official, but {len(others)} images lie neither in training/ "
+            f"nor in validation/: {datasets.first_of(others)}; move a test set and its masks to "
+            "another folder, for evaluate.py --root"
+        )
 
 
 TEXTURE_IMAGES = 8  # times --batch-size: textures have a fiftieth of the area (ours)
