@@ -385,7 +385,7 @@ class UPerNet(nn.Module):
 
         if "texture" in levels:  # section 3: on C2, and no gradient into the backbone
             logits["texture_map"] = self.heads["texture"](c2.detach())
-            logits["texture"] = logits["texture_map"].mean(dim=(2, 3))
+            logits["texture"] = logits["texture_map"].mean(dim=(2, 3))  # of the image (ours)
         if set(levels) == {"texture"}:
             return logits
 
