@@ -13,14 +13,12 @@ import argparse
 import json
 import math
 import os
-import shlex
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import datasets
-from datasets import Index, Option, UserError
+from datasets import Index, UserError
 
 SWAPS = 1_000_000  # some seconds: a swap's cost does not depend on the number of images
 
@@ -107,10 +105,8 @@ def pixel_table(index: Index, vocabulary: dict) -> np.ndarray:
     side by side. Ours: scenes and textures, which have no pixels, count one for each image.
     """
     columns = []
-    for level, classes in datasets.class_pixels(index).items():
-        for name, images in classes.items():
-            if datasets.has_class(vocabulary, level, name):
-                columns.append(images)
+    for classes in datasets.class_pixels(index, vocabulary).values():
+        columns += classes.values()
     table = np.zeros((len(index.images), len(columns)), np.float32)
     for k, images in enumerate(columns):
         table[list(images), k] = list(images.values())
@@ -119,19 +115,12 @@ def pixel_table(index: Index, vocabulary: dict) -> np.ndarray:
 
 # ---------------------------------------------------------------- which images validate
 def validation_images(
-    index: Index,
-    split: str,
-    folder: str,
-    cache: str,
-    vocabulary: dict | None = None,
-    keep: frozenset = frozenset(),
+    index: Index, split: str, path: str, vocabulary: dict | None = None
 ) -> list[str]:
     """The validation images of a source, sorted paths, by the --split: "all" images, the "official"
-    ones of its own lists or folders, or the "balanced" ones in split.json.
+    ones of its own lists or folders, or the "balanced" ones in split.json, at `path`.
 
-    folder, cache: where the data and the cache are, see `split_path`.
     vocabulary: with it a source that is not in split.json yet is split and added.
-    keep: images that a new split leaves on the training side.
     Raises UserError for a source that is not in split.json, without a vocabulary; for one whose
     images are no longer those that were split; for an official split without validation images.
     """
@@ -139,53 +128,32 @@ def validation_images(
         return index.images
     if split == "official" and index.data_set.has_official:
         if "val" not in index.official:
-            raise UserError(
-                f"{index.source}: --split official needs validation images: those of your own in "
-                "images/validation/, beside images/training/"
-            )
+            where = ", images/validation/ beside images/training/" if index.data_set.own else ""
+            raise UserError(f"{index.source}: --split official needs validation images{where}")
         return sorted(i for i, side in zip(index.images, index.official) if side == "val")
-    path = split_path(folder, cache)
     content = read_split(path)
-    entry = content["sources"].get(index.source)
-    command = (
-        f"python balance_split.py --data {index.source} --root {shlex.quote(folder)} "
-        f"--cache {shlex.quote(cache)}"
-    )
-    if entry is None:
+    if index.source not in content["sources"]:
         if vocabulary is None:
-            raise UserError(f"{path}: no split of {index.source}; {command} makes one")
-        entry = split_source(index, vocabulary, content["fraction"], keep=keep)
-        if keep:
-            new = set(entry["validation"]) - keep
-            print(
-                f"{index.source}: {len(keep)} of {len(index.images)} images have trained the "
-                f"weights; {len(new)} of the {len(entry['validation'])} that validate have not"
-            )
-        content["sources"][index.source] = entry
+            raise UserError(f"{path}: no split of {index.source}; balance_split.py makes one")
+        content["sources"][index.source] = split_source(index, vocabulary, content["fraction"])
         datasets.write_json(content, path)
+    entry = content["sources"][index.source]
     if entry["fingerprint"] != datasets.hash_of(index.images):
         raise UserError(
-            f"{path}: its split of {index.source} is of other images than are there; {command} "
-            "makes a new one"
+            f"{path}: its split of {index.source} is of other images than are there; "
+            f"python balance_split.py --data {index.source} makes a new one (with your --root)"
         )
     return sorted(entry["validation"])
 
 
-def split_source(
-    index: Index,
-    vocabulary: dict,
-    fraction: float,
-    swaps: int | None = None,
-    keep: frozenset = frozenset(),
-) -> dict:
-    """The entry of one source in split.json. Images in `keep` do not validate, if others can."""
+def split_source(index: Index, vocabulary: dict, fraction: float, swaps: int | None = None) -> dict:
+    """The entry of one source in split.json."""
     table = pixel_table(index, vocabulary)
     shares = class_shares(table)
     if swaps is None:
         swaps = min(SWAPS, 1000 * len(index.images))
-    free = np.array([image not in keep for image in index.images], bool)
-    at_random = balance_free(table, free, fraction, 0)
-    balanced = balance_free(table, free, fraction, swaps)
+    at_random = balance(table, fraction, 0, datasets.SEED)
+    balanced = balance(table, fraction, swaps, datasets.SEED)
     return {
         "images": len(index.images),
         "fingerprint": datasets.hash_of(index.images),
@@ -193,21 +161,6 @@ def split_source(
         "deviation_before": deviation(shares, at_random, fraction),
         "deviation_after": deviation(shares, balanced, fraction),
     }
-
-
-def balance_free(table: np.ndarray, free: np.ndarray, fraction: float, swaps: int) -> np.ndarray:
-    """`balance` among the images in `free`, bool (images,): so many of them validate that they are
-    `fraction` of all, but at most half, and at least one. Without a free one, among all.
-    """
-    if free.sum() == 1 and len(free) > 1:
-        return free
-    if not free.any():
-        free = np.ones_like(free)
-    if not free.all():
-        fraction = min(max(fraction, 0.5), fraction * len(free) / free.sum())
-    validation = np.zeros(len(free), bool)
-    validation[free] = balance(table[free], fraction, swaps, datasets.SEED)
-    return validation
 
 
 def split_path(folder: str, cache: str) -> str:
@@ -225,26 +178,35 @@ def read_split(path: str) -> dict:
     if not os.path.exists(path):
         return empty
     try:
-        content = {**empty, **json.loads(Path(path).read_text())}
-        entries = list(content["sources"].values())
-        is_split = all(isinstance(entry.get("validation"), list) for entry in entries)
-        is_split = is_split and all("fingerprint" in entry for entry in entries)
-        is_split = is_split and 0 < content["fraction"] < 1
-    except (OSError, ValueError, TypeError, AttributeError) as e:
+        return {**empty, **json.loads(Path(path).read_text())}
+    except (ValueError, TypeError) as e:
         raise UserError(f"{path}: not a split of balance_split.py's ({e}); delete it") from None
-    if not is_split:
-        raise UserError(f"{path}: not a split of balance_split.py's; delete it")
-    return content
 
 
 # ---------------------------------------------------------------- the command
-def command(parser: datasets.Parser, given: dict) -> None:
-    args = parser.complete(given)
-    indexes = datasets.open_indexes(
-        args.data, args.folder, args.cache_folder, args.allow_broken, args.workers
+def fraction_of(text: str) -> float:
+    fraction = float(text)
+    if not 0 < fraction < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return fraction
+
+
+def command(argv: list[str] | None) -> None:
+    parser = datasets.make_parser(
+        "balance_split.py",
+        "Splits each source so that about a tenth of every class's pixels validate.",
     )
-    vocabulary = datasets.build_vocabulary(indexes, args.minima)
-    path = split_path(args.folder, args.cache_folder)
+    datasets.add_data_options(parser)
+    add = parser.add_argument
+    add("--fraction", type=fraction_of, default=0.1, help="share of the images (0.1)")
+    swaps = f"pairs of images to try ({SWAPS}, or 1000 an image)"
+    add("--swaps", type=datasets.not_negative, metavar="N", help=swaps)
+    add("--plot", help="picture of the classes' shares, at random and balanced")
+    args = datasets.parse_options(parser, argv, datasets.TOY_OPTIONS, {})
+    place = (args.folder, args.cache_folder)
+    indexes = datasets.open_indexes(args.data, *place, args.workers)
+    vocabulary = datasets.build_vocabulary(indexes, args.thresholds)
+    path = split_path(*place)
     content = read_split(path)
     others = sorted(set(content["sources"]) - set(indexes))
     if others and content["fraction"] != args.fraction:
@@ -275,27 +237,18 @@ def plot_shares(index: Index, vocabulary: dict, validation: set[str], fraction: 
     balanced = np.array([image in validation for image in index.images])
     at_random = np.random.default_rng(datasets.SEED).permutation(balanced)
     classes = shares.shape[1]
-    places = np.arange(classes) + 0.5
-    curves = [(places, np.full(classes, fraction), "#cc3333")]
+    top = max(0.3, 2 * fraction)
+    curves = [([(k, fraction) for k in range(classes)], "#cc3333")]
     for side, colour in ((at_random, "#999999"), (balanced, "#2255cc")):
-        curves.append((places, np.sort(shares[side].sum(axis=0)), colour))
-    title = f"{index.source}: validation share (grey: random)"
-    return datasets.plot(title, "class", max(1, classes), max(0.3, 2 * fraction), curves)
-
-
-OPTIONS = [
-    *datasets.DATA_OPTIONS,
-    datasets.WORKERS_OPTION,
-    Option("fraction", float, 0.1, "share of the images that validate", least=1e-6, below=1),
-    Option("swaps", int, None, f"pairs of images to try ({SWAPS}, or 1000 an image)", least=0),
-    Option("plot", str, None, "picture of the classes' shares, at random and balanced"),
-]
+        heights = np.sort(shares[side].sum(axis=0)).clip(max=top)
+        curves.append((list(enumerate(heights.tolist())), colour))
+    title = f"{index.source}: validation share by class (grey: random)"
+    return datasets.plot(title, classes, top, curves)
 
 
 def main(argv: list[str] | None = None) -> None:
-    description = "Splits each source so that about a tenth of every class's pixels validate."
-    parser = datasets.Parser(description, OPTIONS)
-    parser.run(command, argv)
+    with datasets.one_line_errors("balance_split.py"):
+        command(argv)
 
 
 if __name__ == "__main__":

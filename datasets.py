@@ -5,14 +5,13 @@
 One record describes each data set: its files, how numbers are written in them, what they mean.
 `scan` opens every file of a source once and keeps what it found, an `Index`. `build_vocabulary`
 makes the class names of each level from the indexes. A `Source` is an index read with a vocabulary:
-photos and labels. `TrainingBatches` draws from sources.
+photos and labels. `TrainingBatches` reads the batches that train.py plans.
 """
 
 import argparse
 import collections
 import colorsys
 import contextlib
-import dataclasses
 import datetime
 import functools
 import glob
@@ -26,7 +25,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -35,17 +33,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import upernet
+from upernet import UNLABELLED
 
 PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")  # endings, in any case
 MASKS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".jpg", ".jpeg")  # the last two to refuse them
 HIGHEST_NUMBER = 65535  # of a class in a label picture
-MEAN_COLOUR = (124, 116, 104)  # ImageNet's, the colour of padding: zero after normalisation
-TEXTURE_SIZE = 64  # section 3: "roughly 64x64"; ours: short side 64, then a square of it
+TEXTURE_SIZE = 64  # side of the close-ups' squares, see `freeze` in train.py
 SEED = 304  # of the toy's files and of every split; --seed is about training
 # Photos of 89 to 179 megapixels are fine; beyond, Pillow raises an error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -60,7 +58,7 @@ class Entry(NamedTuple):
     """One image of a data set and its files: paths in the data set's folder, "" for none."""
 
     image: str
-    official: str = ""  # its side of the official split: "train", "val" or ""
+    official: str = ""  # its side of the official split: "train", "val", "test" or ""
     tag: str = ""  # scene or texture, where that is known without opening a file
     labels: str = ""
     parts: str = ""
@@ -72,8 +70,8 @@ class DataSet(NamedTuple):
 
     name: str  # of the layout
     source: str  # what --data calls it
-    folders: tuple  # where it may lie below --root; itself or one folder down
-    mark: str  # what only its folder has
+    folders: tuple  # where it may lie below --root, as glob patterns
+    marker: str  # a file or folder that only its folder has
     contents: tuple  # the files and folders that belong to it
     levels: tuple  # all that it labels
     entries: Callable  # (folder, paths in it) -> the images with their label files
@@ -84,16 +82,28 @@ class DataSet(NamedTuple):
     tag_level: str | None = None  # the level that labels whole images
     map_level: str | None = None  # the level that labels pixels
     void: tuple = (0,)  # numbers without a name that need no warning
-    own_table: bool = False  # whether its table of classes is the vocabulary, as it is
+    fixed_table: bool = False  # whether `table` is the vocabulary as it is: no thresholds
+    own: bool = False  # whether messages may advise on classes.txt and images/validation/
     same_size: bool = True  # whether label pictures have their photo's size
-    squares: bool = False  # close-ups: cut to squares of TEXTURE_SIZE, trained on last
+    close_ups: bool = False  # of textures: cut to squares of TEXTURE_SIZE, trained on last
     has_official: bool = True  # whether it comes with a split
 
 
+SIDES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+
 def side_of(folder: str) -> str:
-    """ "train" or "val" for the folders that people name training, train, validation or val."""
-    sides = {"training": "train", "train": "train", "validation": "val", "val": "val"}
-    return sides.get(folder.lower(), "")
+    """ "train", "val" or "test" for a folder's name such as training, valid or train2017; or ""."""
+    return SIDES.get(re.sub(r"\d{4}$", "", folder.lower()), "")
 
 
 def without_ending(path: str) -> str:
@@ -101,27 +111,15 @@ def without_ending(path: str) -> str:
 
 
 def read_lines(*path: str) -> list[str]:
-    """The lines of a text file, UTF-8, UTF-16 with its mark, or Latin-1."""
+    """The lines of a text file, UTF-8 or Latin-1."""
     content = Path(*path).read_bytes()
     try:
-        if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return content.decode("utf-16").splitlines()
-        if b"\0" in content:
-            raise UserError(f"{'/'.join(path)}: not text in UTF-8")
         return content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         return content.decode("latin-1").splitlines()
 
 
 NO_SCENE = ("misc", "unknown", "none", "~not labeled")  # names of scenes that are none
-
-
-def classes_advice(numbers: set[int]) -> str:
-    """How to say which of the numbers in masks are classes."""
-    lowest = min(numbers, default=0)
-    highest = max(lowest + 1, max(numbers, default=1))
-    example = f"{lowest} background, {highest} object"
-    return f"name them in classes.txt, a number and a name a line ({example})"
 
 
 # ADE20K_2021_17_01 (Zhou et al., CVPR 2017): scenes, objects and their parts.
@@ -169,8 +167,8 @@ def ade20k_names(index: "Index") -> dict[str, dict]:
 ADE20K_2021 = DataSet(
     name="ade2021",
     source="ade20k",
-    folders=("", "ade20k"),
-    mark="images/ADE",
+    folders=("", "ade20k", "ade20k/*"),
+    marker="images/ADE",
     contents=("images",),
     levels=("scene", "object", "part"),
     tag_level="scene",
@@ -188,7 +186,10 @@ def own_entries(folder: str, paths: list[str]) -> list[Entry]:
     masks = {}
     for path in paths:
         if path.startswith("annotations/") and path.lower().endswith(MASKS):
-            masks[without_ending(path)] = path
+            stem = without_ending(path)
+            if stem in masks:
+                raise UserError(f"{folder}: two masks of one name, {masks[stem]} and {path}")
+            masks[stem] = path
     scenes = {}
     if "sceneCategories.txt" in paths:
         for line in read_lines(folder, "sceneCategories.txt"):
@@ -203,25 +204,21 @@ def own_entries(folder: str, paths: list[str]) -> list[Entry]:
             official = side_of(PurePosixPath(path).parts[1])
             tag = scenes.get(PurePosixPath(stem).name.lower(), "")
             entries.append(Entry(path, official, tag, masks.get(mask, f"{mask}.png")))
-    used = {entry.labels for entry in entries}
-    alone = sorted(set(masks.values()) - used)
+    alone = sorted(set(masks.values()) - {entry.labels for entry in entries})
     if alone:
-        warn(
-            f"{folder}: masks without a photo of their name: {len(alone)}, first {alone[0]}; "
-            f"photos end in {', '.join(PHOTOS)}"
-        )
-    if len(used) < len(entries):
-        warn(
-            f"{folder}: {len(entries) - len(used)} photos share their mask with another of its name"
-        )
+        warn(f"{folder}: masks without a photo of their name: {len(alone)}, first {alone[0]}")
     return entries
 
 
 def own_numbers(picture: Image.Image) -> np.ndarray:
     if picture.format == "JPEG":
         raise ValueError("a JPEG, whose compression changes the numbers; export masks as PNG")
+    if getattr(picture, "n_frames", 1) > 1:
+        raise ValueError("several pages; save one mask a file")
     if picture.mode == "F":
         raise ValueError("floating-point numbers; save class numbers as integers")
+    if picture.mode == "P":
+        check_palette(picture)
     if picture.mode in ("1", "L", "P", "I", "I;16", "I;16B"):
         return np.asarray(picture).astype(np.int32)
     channels = np.asarray(picture.convert("RGB")).astype(np.int32)
@@ -230,7 +227,17 @@ def own_numbers(picture: Image.Image) -> np.ndarray:
     return channels[..., 0]
 
 
-OWN_VOID = (0, 255, 65535)
+def check_palette(picture: Image.Image) -> None:
+    """Raises ValueError for a palette of greys other than their indices: either could be meant."""
+    used = np.unique(np.asarray(picture))
+    palette = np.array(picture.getpalette()).reshape(-1, 3)[: used.max() + 1]
+    is_grey = (palette == palette[:, :1]).all()
+    grey = palette[used, 0]
+    if is_grey and (grey != used).any():
+        raise ValueError(
+            f"a palette of greys: are its numbers {listed(used)} or {listed(grey)}? Save it as "
+            "greyscale, without a palette"
+        )
 
 
 def read_object_info(folder: str) -> dict[int, str]:
@@ -247,30 +254,35 @@ def read_object_info(folder: str) -> dict[int, str]:
 
 
 def read_classes(folder: str) -> dict[int, str]:
-    """classes.txt: a number and a name a line, or names alone, whose numbers are 1, 2, .."""
+    """classes.txt: a number and a name a line, or names alone, whose numbers are 1, 2, ..; lines
+    that begin with # are comments."""
     path = os.path.join(folder, "classes.txt")
-    lines = [line.strip() for line in "\n".join(read_lines(path)).rstrip().split("\n")]
+    lines = [line.strip() for line in read_lines(path)]
+    lines = "\n".join(line for line in lines if not line.startswith("#")).strip().split("\n")
     table = {}
     unnumbered = []
     for line in lines:
-        match = re.fullmatch(r"(\d+)(?:\s*[:,;=]\s*|\.?\s+)(\S.*)", line)
-        if match and int(match[1]) in table:
-            raise UserError(f"{path}: names number {match[1]} twice")
+        match = re.fullmatch(r"(\d+)[\s,:;=.)]+(\S.*)", line)
+        if match and (int(match[1]) in table or int(match[1]) > HIGHEST_NUMBER):
+            raise UserError(f"{path}: number {match[1]} occurs twice, or is above {HIGHEST_NUMBER}")
         if match:
             table[int(match[1])] = match[2]
         elif line:
             unnumbered.append(line)
-    last = [re.search(r"\s(\d+)$", line) for line in unnumbered]
-    if len(last) > 1 and all(last) and [int(m[1]) for m in last] != list(range(1, len(last) + 1)):
-        raise UserError(f"{path}: '{unnumbered[0]}': write the number first, then the name")
-    if len(unnumbered) >= len(table):  # names alone, of which some may begin with a number
-        table = dict(enumerate(lines, start=1))
-    elif unnumbered:
+    if table and unnumbered:
         raise UserError(f"{path}: '{unnumbered[0]}' has no number, other lines have")
-    for number, name in table.items():
-        if not name:
-            raise UserError(f"{path}: line {number} is empty; names alone need one in every line")
-    return dict(sorted(table.items()))
+    if table:
+        return dict(sorted(table.items()))
+    ends = [re.search(r"([\s,;])(\d+)$", line) for line in lines]
+    expected = [(" ", str(k)) for k in range(1, len(lines) + 1)]  # "class 1", "class 2", ..
+    if all(ends) and [match.groups() for match in ends] != expected:
+        raise UserError(f"{path}: '{lines[0]}': write the number first, then the name")
+    if "" in lines:
+        raise UserError(f"{path}: has no name, or an empty line among names without numbers")
+    return dict(enumerate(lines, start=1))
+
+
+OWN_VOID = (0, 255, 65535)
 
 
 def own_class_table(folder: str, numbers: set[int]) -> dict[int, str]:
@@ -290,7 +302,16 @@ def own_class_table(folder: str, numbers: set[int]) -> dict[int, str]:
     return {number: f"class {number}" for number in range(1, highest + 1)}
 
 
-def own_names(index: "Index") -> dict[str, dict]:
+def classes_advice(numbers: set[int]) -> str:
+    """How to say which of the numbers in masks are classes."""
+    lowest = min(numbers, default=0)
+    highest = max(lowest + 1, max(numbers, default=1))
+    example = f"{lowest} background, {highest} object"
+    return f"name them in classes.txt, a number and a name a line ({example})"
+
+
+def fixed_names(index: "Index") -> dict[str, dict]:
+    """The scenes that occur, and the data set's own table of objects as it is."""
     distinct = upernet.distinct(index.names.values())
     tags = {tag: tag for tag in index.tags if tag}
     return {"scene": tags, "object": dict(zip(index.names, distinct))}
@@ -299,8 +320,8 @@ def own_names(index: "Index") -> dict[str, dict]:
 SCENE_PARSING = DataSet(
     name="sceneparsing",
     source="ade20k",
-    folders=("", "ade20k"),  # your own images/ and annotations/ need no folder around them
-    mark="annotations",
+    folders=("", "ade20k", "ade20k/*"),  # your own need no folder around them
+    marker="annotations",
     contents=(
         "images",
         "annotations",
@@ -314,9 +335,10 @@ SCENE_PARSING = DataSet(
     entries=own_entries,
     numbers=own_numbers,
     table=own_class_table,
-    names_by_level=own_names,
+    names_by_level=fixed_names,
     void=OWN_VOID,
-    own_table=True,
+    fixed_table=True,
+    own=True,
 )
 
 
@@ -375,8 +397,8 @@ def opensurfaces_names(index: "Index") -> dict[str, dict]:
 OPEN_SURFACES = DataSet(
     name="os",
     source="os",
-    folders=("os", "opensurfaces"),
-    mark="photos-labels",
+    folders=("os", "os/*", "opensurfaces", "opensurfaces/*"),
+    marker="photos-labels",
     contents=("photos", "photos-labels", "label-substance-colors.csv"),
     levels=("material",),
     map_level="material",
@@ -411,14 +433,14 @@ def dtd_names(index: "Index") -> dict[str, dict]:
 DTD = DataSet(
     name="dtd",
     source="dtd",
-    folders=("dtd",),
-    mark="labels/train1.txt",
+    folders=("dtd", "dtd/*"),
+    marker="labels/train1.txt",
     contents=("images", "labels"),
     levels=("texture",),
     tag_level="texture",
     entries=dtd_entries,
     names_by_level=dtd_names,
-    squares=True,
+    close_ups=True,
 )
 
 DATA_SETS = [ADE20K_2021, SCENE_PARSING, OPEN_SURFACES, DTD]
@@ -462,62 +484,106 @@ class Index(NamedTuple):
     labels: list[str]
     parts: list[str]  # "" for none
     sizes: torch.Tensor  # (images, 2), height and width
-    official: list[str]  # "train", "val" or "" for each image
+    official: list[str]  # "train", "val", "test" or "" for each image
     tags: list[str]  # the scene or texture of each image, "" for none
     pixels: torch.Tensor  # (rows, 4): image, class number, part number (0: all of it), pixels
     names: dict[int, str]  # of classes and parts, by number
     broken: list[list[str]]  # [path, reason] of the images that were set aside
 
     @property
+    def content(self) -> str:
+        """A hash of what a resumed run has to find again."""
+        return hash_of([self.images, self.names])
+
+    @property
     def data_set(self) -> DataSet:
         return next(data_set for data_set in DATA_SETS if data_set.name == self.layout)
+
+
+def open_indexes(
+    data: str,
+    folder: str,
+    cache: str,
+    workers: int | None = None,
+    levels: list[str] | None = None,
+    own_names: dict[int, str] | None = None,
+) -> dict[str, Index]:
+    """The index of every source that --data names and that labels some of the levels (default:
+    all); makes the toy if it is missing. UserError if there is none.
+
+    own_names: classes of your own data where they have no classes.txt.
+    """
+    if data == "toy":
+        make_toy(folder)
+    wanted = set(levels or upernet.LEVELS)
+    indexes = {}
+    for source in named_sources(data):
+        if any(wanted & set(d.levels) for d in DATA_SETS if d.source == source):
+            indexes[source] = scan(folder, source, cache, workers, own_names)
+    if not indexes:
+        raise UserError(f"--data {data}: labels none of --levels")
+    return indexes
+
+
+def named_sources(data: str) -> list[str]:
+    """The sources that --data names, in the order of DATA_SETS. UserError for other names."""
+    known = list(dict.fromkeys(data_set.source for data_set in DATA_SETS))
+    if data == "toy":
+        return list(TOY_SOURCES)
+    names = [name.strip() for name in data.split(",")]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--data {data}: '{name}' is not one of toy, {', '.join(known)}")
+    return [name for name in known if name in names]
 
 
 def scan(
     root: str,
     source: str,
     cache: str,
-    allow_broken: bool = False,
     workers: int | None = None,
+    own_names: dict[int, str] | None = None,
 ) -> Index:
     """The index of a source: from the cache unless a file was added, removed or changed, else by
     opening every file, in `workers` processes.
 
-    Raises UserError if it is missing, or over one file in twenty is broken without `allow_broken`,
-    or its masks and its table of classes do not fit.
+    Raises UserError if it is missing, or over one file in twenty is broken, or its masks and its
+    table of classes do not fit.
     """
     data_set, folder = find_folder(root, source)
     stats = list_files(folder, data_set.contents)
     fingerprint = hash_of([data_set.name, sorted(stats.items())])
-    entries = data_set.entries(folder, sorted(stats))
-    if not entries:
-        raise UserError(
-            f"{folder}: has {data_set.mark}, but no photos where {data_set.name} has them"
-        )
     path = os.path.join(cache, f"{source}.index.pt")
     index = read_index(path, folder, fingerprint)
     if index is None:
-        index = scan_files(data_set, folder, fingerprint, entries, workers)
-        if read_index(path, folder, fingerprint) is None:  # else another process was faster
-            write_file(path, functools.partial(torch.save, index._asdict()))
-            # Labels prepared from an earlier state of the data.
-            for outdated in Path(cache).glob(f"{source}-" + 16 * "[0-9a-f]"):
-                shutil.rmtree(outdated, ignore_errors=True)
-    check_broken(index, allow_broken)
+        index = open_files(data_set, folder, sorted(stats), workers)
+        index = index._replace(fingerprint=fingerprint)
+        write_file(path, functools.partial(torch.save, index._asdict()))
+        # Labels prepared from an earlier state of the data.
+        for outdated in Path(cache).glob(f"{source}-" + 16 * "[0-9a-f]"):
+            shutil.rmtree(outdated, ignore_errors=True)
+    check_broken(index)
+    if own_names and data_set.own and not stats.keys() & {"classes.txt", "objectInfo150.txt"}:
+        index = index._replace(names=own_names)
+    elif data_set.table:
+        numbers = set(index.pixels[:, 1].tolist())
+        index = index._replace(names=data_set.table(folder, numbers))
     check_numbers(index)
     return index
 
 
-def find_folder(root: str, source: str) -> tuple[DataSet, str]:
+def find_folder(root, source) -> tuple[DataSet, str]:
     """(data set, folder) of a source below `root`. Raises UserError for none, and for two."""
     candidates = [data_set for data_set in DATA_SETS if data_set.source == source]
-    places = []
+    tried = []
     matches = []
     for data_set in candidates:
-        for place in places_of(root, data_set):
-            places.append(place)
-            if os.path.exists(os.path.join(place, data_set.mark)):
-                matches.append((data_set, place))
+        for pattern in data_set.folders:
+            for folder in sorted(glob.glob(os.path.join(glob.escape(root), pattern))):
+                folder = folder.rstrip("/")
+                tried.append(folder)
+                if os.path.exists(os.path.join(folder, data_set.marker)):
+                    matches.append((data_set, folder))
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -525,26 +591,13 @@ def find_folder(root: str, source: str) -> tuple[DataSet, str]:
             f"{source}: two data sets, {matches[0][1]} and {matches[1][1]}; move one away, or name "
             "one with --root"
         )
-    marks = " or ".join(data_set.mark for data_set in candidates)
-    folders = []
+    markers = " or ".join(data_set.marker for data_set in candidates)
+    patterns = []
     for data_set in candidates:
-        folders += data_set.folders
-    where = " or ".join(os.path.join(root, name) for name in dict.fromkeys(folders))
-    advice = hint(places) if SCENE_PARSING in candidates else ""
-    raise UserError(
-        f"{source}: no {marks} in {where}, or one folder down; see --root, --data{advice}"
-    )
-
-
-def places_of(root: str, data_set: DataSet) -> list[str]:
-    """Where a data set may lie: in its folders below `root`, or one folder down."""
-    places = []
-    for name in data_set.folders:
-        folder = os.path.join(root, name).rstrip("/")
-        places.append(folder)
-        if name and os.path.isdir(folder):
-            places += sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
-    return places
+        patterns += data_set.folders
+    where = ", ".join(os.path.join(root, pattern) for pattern in dict.fromkeys(patterns))
+    advice = hint(tried) if any(data_set.own for data_set in candidates) else ""
+    raise UserError(f"{source}: no {markers} in {where}; see --root, --data{advice}")
 
 
 # Folders of other layouts, and how to make ours of them.
@@ -552,18 +605,17 @@ OTHER_LAYOUTS = {
     "masks": "rename masks/ to annotations/, beside images/",
     "leftImg8bit": "Cityscapes: move photos to images/, masks to annotations/, by one name",
     "JPEGImages": "VOC: rename JPEGImages/ to images/ and SegmentationClass/ to annotations/",
-    "trainannot": "CamVid: move train/ to images/training/, its masks to annotations/training/",
     "labels": "rename labels/ to annotations/, beside images/",
     "index_ade20k.mat": "2016_07_26 has its names in a MATLAB file; get ADE20K_2021_17_01 instead",
 }
 
 
-def hint(places: list[str]) -> str:
+def hint(folders: list[str]) -> str:
     """What to do with the data that are there, if they have a layout that people often have."""
-    for place in places:
+    for folder in folders:
         for name, advice in OTHER_LAYOUTS.items():
-            if os.path.exists(os.path.join(place, name)):
-                return f"; {place} has {name}: {advice}"
+            if os.path.exists(os.path.join(folder, name)):
+                return f"; {folder} has {name}: {advice}"
     return ""
 
 
@@ -592,10 +644,13 @@ def read_index(path: str, folder: str, fingerprint: str) -> Index | None:
         return None
 
 
-def scan_files(
-    data_set: DataSet, folder: str, fingerprint: str, entries: list[Entry], workers: int | None
-) -> Index:
-    """Opens the files of all entries."""
+def open_files(data_set, folder, paths, workers) -> Index:
+    """Opens all files of a data set."""
+    entries = data_set.entries(folder, paths)
+    if not entries:
+        raise UserError(
+            f"{folder}: has {data_set.marker}, but no photos where {data_set.name} has them"
+        )
     records = loader(Scan(data_set, folder, entries), workers=workers)
     kept = []
     sizes = []
@@ -610,35 +665,30 @@ def scan_files(
         names.update(record["names"])
         sizes.append(record["size"])
         kept.append(entry._replace(tag=record["tag"]))
-    pixels = torch.tensor(pixels, dtype=torch.int64).reshape(-1, 4)
-    if data_set.table:
-        names = data_set.table(folder, set(pixels[:, 1].tolist()))
-    if max(names, default=0) > HIGHEST_NUMBER:
-        raise UserError(f"{folder}: its table has a number above {HIGHEST_NUMBER}: {max(names)}")
     return Index(
         source=data_set.source,
         layout=data_set.name,
         folder=folder,
-        fingerprint=fingerprint,
+        fingerprint="",
         images=[entry.image for entry in kept],
         labels=[entry.labels for entry in kept],
         parts=[entry.parts for entry in kept],
         sizes=torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
         official=[entry.official for entry in kept],
         tags=[entry.tag for entry in kept],
-        pixels=pixels,
+        pixels=torch.tensor(pixels, dtype=torch.int64).reshape(-1, 4),
         names=names,
         broken=broken,
     )
 
 
-@dataclasses.dataclass(eq=False)
 class Scan(Dataset):
     """The images of a data set, opened."""
 
-    data_set: DataSet
-    folder: str
-    entries: list[Entry]
+    def __init__(self, data_set: DataSet, folder: str, entries: list[Entry]):
+        self.data_set = data_set
+        self.folder = folder
+        self.entries = entries
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -648,49 +698,47 @@ class Scan(Dataset):
         rows (class number, part number, pixels); `broken` says why it cannot be used, "" if it can.
         """
         entry = self.entries[k]
-        folder = self.folder
         data_set = self.data_set
         current = entry.image
         try:
-            with Image.open(os.path.join(folder, entry.image)) as photo:
-                width, height = photo.size
-                if is_turned(photo):
-                    width, height = height, width
-                photo.draft("RGB", (1, 1))  # JPEGs at an eighth, which notices damage too
-                photo.load()
-                if photo.format == "TIFF":
-                    width, height = photo.size  # Pillow has turned it
-                check_depth(photo)
-            current = entry.json or entry.image
+            size = photo_size(os.path.join(self.folder, entry.image))
             tag = entry.tag
             names = {}
             if data_set.annotation:
-                tag, names = data_set.annotation(folder, entry)
+                current = entry.json
+                tag, names = data_set.annotation(self.folder, entry)
             pixels = []
-            labels = None
             if entry.labels:
                 current = entry.labels
-                photo_size = (width, height) if data_set.same_size else None
-                labels = label_numbers(data_set, os.path.join(folder, entry.labels), photo_size)
+                path = os.path.join(self.folder, entry.labels)
+                labels = label_numbers(data_set, path, size if data_set.same_size else None)
                 counts = np.bincount(labels.ravel())
                 for number in np.flatnonzero(counts):
                     pixels.append((int(number), 0, int(counts[number])))
             if entry.parts:
                 current = entry.parts
-                parts = label_numbers(data_set, os.path.join(folder, entry.parts), (width, height))
+                parts = label_numbers(data_set, os.path.join(self.folder, entry.parts), size)
                 both = (parts > 0) & (labels > 0)
                 pairs = labels[both].astype(np.int64) << 16 | parts[both]
                 for pair, count in zip(*np.unique(pairs, return_counts=True)):
                     pixels.append((int(pair >> 16), int(pair & 0xFFFF), int(count)))
-            return {
-                "broken": "",
-                "size": (height, width),
-                "tag": tag,
-                "names": names,
-                "pixels": pixels,
-            }
+            return {"broken": "", "size": size, "tag": tag, "names": names, "pixels": pixels}
         except Exception as e:  # whatever a decoder makes of a damaged file
             return {"broken": f"{current}: {reason_of(e)}"}
+
+
+def photo_size(path: str) -> tuple[int, int]:
+    """(height, width) of a photo, turned as its EXIF data say. Reads all of the file, so that damage
+    shows; JPEGs at an eighth of their size."""
+    with Image.open(path) as photo:
+        if photo.format != "JPEG":
+            photo = upernet.rgb_photo(photo)
+            return photo.height, photo.width
+        width, height = photo.size
+        turned = photo.getexif().get(0x0112, 1) > 4  # the tag of the orientation
+        photo.draft("RGB", (1, 1))
+        photo.load()
+        return (width, height) if turned else (height, width)
 
 
 def reason_of(error: Exception) -> str:
@@ -699,26 +747,20 @@ def reason_of(error: Exception) -> str:
         return "missing"
     if isinstance(error, KeyError):
         return f"has no {error}"
-    if isinstance(error, Image.DecompressionBombError):
-        return "more than 179 megapixels, which Pillow does not open; make it smaller"
-    if type(error) is ValueError:
-        return " ".join(str(error).split())
-    return f"unreadable ({' '.join(str(error).split()) or type(error).__name__})"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
-def label_numbers(
-    data_set: DataSet, path: str, photo_size: tuple[int, int] | None = None
-) -> np.ndarray:
+def label_numbers(data_set: DataSet, path: str, size: tuple[int, int] | None = None) -> np.ndarray:
     """Class numbers (H, W) int32 of a label picture.
 
-    Raises ValueError if its (width, height) is not `photo_size`, and for numbers that are none.
+    Raises ValueError if its (height, width) is not `size`, and for numbers that are none.
     """
     with Image.open(path) as picture:
-        if photo_size and picture.size != photo_size:
-            width, height = picture.size
+        width, height = picture.size
+        if size and (height, width) != size:
             raise ValueError(
-                f"{width} x {height} pixels, its photo {photo_size[0]} x {photo_size[1]}; turn it "
-                "as the photo's EXIF data say, or resize it with the nearest neighbour"
+                f"{width} x {height} pixels, its photo {size[1]} x {size[0]}; turn it as the "
+                "photo's EXIF data say, or resize it with the nearest neighbour"
             )
         numbers = data_set.numbers(picture)
     if numbers.min() < 0 or numbers.max() > HIGHEST_NUMBER:
@@ -726,17 +768,15 @@ def label_numbers(
     return numbers
 
 
-def check_broken(index: Index, allow_broken: bool) -> None:
+def check_broken(index: Index) -> None:
     """UserError if more than one image in twenty was set aside, a warning if any was."""
     if not index.broken:
         return
     total = len(index.images) + len(index.broken)
     message = f"{index.source}: {len(index.broken)} of {total} images set aside, the first: "
     message += index.broken[0][1]
-    if not index.images:
-        raise UserError(f"{message}; none is left")
-    if len(index.broken) > 0.05 * total and not allow_broken:
-        raise UserError(f"{message}; --allow-broken goes ahead without them")
+    if len(index.broken) > 0.05 * total:
+        raise UserError(f"{message}; over one in twenty: mend them, or move them away")
     warn(message)
 
 
@@ -744,35 +784,35 @@ VOID_NAMES = ("void", "ignore", "ignored", "unlabelled", "unlabeled")
 
 
 def check_numbers(index: Index) -> None:
-    """Warns of numbers without a name; in one's own table of classes without a pixel and of those
-    named void. UserError if no mask has a class of such a table."""
+    """Warns of numbers without a name; in your own data of classes without a pixel and of those
+    named void. UserError if no mask of your own has a class."""
     numbers = set(index.pixels[:, 1].tolist())
     parts = set(index.pixels[:, 2].tolist()) - {0}  # 0: rows of whole objects
     unknown = (numbers | parts) - index.names.keys() - set(index.data_set.void)
     if unknown:
-        warn(f"{index.source}: numbers without a name, unlabelled: {first_of(sorted(unknown))}")
-    if not index.data_set.own_table:
+        warn(f"{index.source}: numbers without a name, unlabelled: {listed(sorted(unknown))}")
+    if not index.data_set.own:
         return
     if not numbers & index.names.keys() and not any(index.tags):
         raise UserError(
-            f"{index.folder}: no mask has a class of {first_of(index.names) or '1, 2, ..'}, only "
-            f"the numbers {first_of(sorted(numbers))}; {classes_advice(numbers)}"
+            f"{index.folder}: no mask has a class of {listed(index.names) or '1, 2, ..'}, only "
+            f"the numbers {listed(sorted(numbers))}; {classes_advice(numbers)}"
         )
     void = [name for name in index.names.values() if name.lower() in VOID_NAMES]
     if void:
         warn(
-            f"{index.source}: {first_of(void)} will be learned as a class; to leave its pixels "
+            f"{index.source}: {listed(void)} will be learned as a class; to leave its pixels "
             "unlabelled take its line out of classes.txt"
         )
     unused = [name for number, name in index.names.items() if number not in numbers]
     if unused:
-        message = f"{index.source}: no pixel of {first_of(unused)}"
+        message = f"{index.source}: no pixel of {listed(unused)}"
         if 0 in numbers - index.names.keys():
             message += f"; do your numbers start at 0? Then {classes_advice(numbers)}"
         warn(message)
 
 
-def first_of(items) -> str:
+def listed(items) -> str:
     """The first nine of several things, as text."""
     items = list(items)
     more = [".."] if len(items) > 9 else []
@@ -780,8 +820,8 @@ def first_of(items) -> str:
 
 
 def unlabelled_share(index: Index, objects: list[str]) -> str:
-    """What share of the pixels has none of the classes `objects`, a sentence; with what that means
-    where they are 0."""
+    """What share of the pixels has none of the classes `objects`, a sentence; of your own data with
+    what that means where they are 0."""
     names = index.data_set.names_by_level(index)["object"]
     labelled = [number for number, name in names.items() if name in objects]
     whole = index.pixels[index.pixels[:, 2] == 0]
@@ -790,76 +830,17 @@ def unlabelled_share(index: Index, objects: list[str]) -> str:
     numbers = without[:, 1].unique().tolist()
     text = f"{index.source}: {share:.1%} of the pixels are unlabelled"
     if numbers:
-        text += f" (numbers {first_of(numbers)}), neither learned nor evaluated"
-    if index.data_set.own_table and 0 in numbers:
+        text += f" (numbers {listed(numbers)}), neither learned nor evaluated"
+    if index.data_set.own and 0 in numbers:
         text += f"; if 0 is a class, such as background, {classes_advice(whole[:, 1].tolist())}"
     return text
 
 
-# ---------------------------------------------------------------- photos
-def open_photo(path: str, box: tuple[int, int] | None = None) -> Image.Image:
-    """A photo of any mode in RGB, turned as its EXIF data say; with a `box` of (width, height)
-    perhaps reduced, but to no less than the box. Raises UserError with its name if it cannot be
-    read.
-    """
-    try:
-        with Image.open(path) as picture:
-            picture.draft("RGB", box or picture.size)  # libjpeg decodes at 1/2, 1/4 or 1/8
-            return rgb(upright(picture))
-    except Exception as e:  # whatever a decoder makes of a damaged file
-        if isinstance(e, OSError) and e.strerror:
-            raise UserError(f"{path}: {e.strerror}") from None
-        raise UserError(f"{path}: cannot be read as a photo ({reason_of(e)})") from None
-
-
-def upright(picture: Image.Image) -> Image.Image:
-    """A picture turned as its EXIF data say, if they can be read."""
-    picture.load()
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # whatever damaged EXIF data make of the reader
-        return picture
-
-
-def is_turned(picture: Image.Image) -> bool:
-    """Whether its EXIF data, if they can be read, turn a picture by a quarter."""
-    try:
-        return picture.getexif().get(0x0112) in (5, 6, 7, 8)
-    except Exception:  # of damaged EXIF data
-        return False
-
-
-def rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode in 8-bit RGB: transparent pixels on white, 16 bits scaled to 8."""
-    check_depth(picture)
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
-
-
-def check_depth(picture: Image.Image) -> None:
-    """Raises ValueError for deep grey values whose range is not known: below 4096 they may be of 12
-    bits, a guess of ours."""
-    if picture.mode == "F":
-        raise ValueError("floating-point values, whose range is unknown; save it with 8 bits")
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture)
-        low = int(values.min())
-        high = int(values.max())
-        if low < 0 or high > 65535 or 0 < high < 4096:
-            raise ValueError(
-                f"grey values up to {high} in more than 8 bits (12 of 16?); save it with 8 bits"
-            )
-
-
 # ---------------------------------------------------------------- the vocabulary (section 2.1)
-def class_pixels(index: Index) -> dict[str, dict]:
-    """Level -> class -> {image: pixels}, after merging and before any threshold. A class of part is
-    (object, part). Scenes and textures, which have no pixels, count one for each image."""
+def class_pixels(index: Index, vocabulary: dict | None = None) -> dict[str, dict]:
+    """Level -> class -> {image: pixels}, after merging, of the classes of a vocabulary or of all. A
+    class of part is (object, part). Scenes and textures, which have no pixels, count one for each
+    image."""
     data_set = index.data_set
     names = data_set.names_by_level(index)
     table = {level: collections.defaultdict(collections.Counter) for level in names}
@@ -874,26 +855,43 @@ def class_pixels(index: Index) -> dict[str, dict]:
             table[data_set.map_level][name][image] += pixels
         elif part in names["part"]:
             table["part"][name, names["part"][part]][image] += pixels
+    if vocabulary is not None:
+        for level, classes in table.items():
+            known = set(vocabulary.get(level, ()))
+            if level == "part":
+                parts = vocabulary.get("part", {})
+                known = {(owner, part) for owner in parts for part in parts[owner]}
+            table[level] = {name: classes[name] for name in classes if name in known}
     return table
 
 
+THRESHOLDS = {
+    "min_images": 50,  # of an object or a material
+    "min_pixels": 50_000,  # of an object
+    "min_part_images": 20,
+    "min_scene_images": 10,  # ours
+}
+
+
 def build_vocabulary(
-    indexes: dict[str, Index], minima: dict[str, int], levels: tuple = upernet.LEVELS
+    indexes: dict[str, Index],
+    thresholds: dict[str, int] = THRESHOLDS,
+    levels: tuple = upernet.LEVELS,
 ) -> dict:
     """Level -> class names (part: object -> part names, "background" first).
 
-    Section 2.1: objects in at least `min_images` images with at least `min_pixels` pixels; parts of
-    an object in at least `min_part_images` images; materials in at least `min_images`; all
-    textures. Ours: scenes in at least `min_scene_images`; objects and parts in the order of their
-    size, the others in that of the alphabet. A data set's own table of classes (SceneParsing, your
-    own) is taken as it is. Raises UserError for two sources of one level, and, if `levels` has
-    object, for an own table of which fewer than two classes have pixels.
+    Section 2.1: objects in at least 50 images with at least 50,000 pixels; parts of an object in at
+    least 20 images; materials in at least 50 images; all textures. Ours: scenes in at least 10;
+    objects and parts in the order of their size, the others in that of the alphabet. A fixed table
+    of classes (SceneParsing, your own) is taken as it is. Raises UserError for two sources of one
+    level, and, if `levels` has object, for a fixed table of which fewer than two classes have
+    pixels.
     """
     least = {
-        "scene": minima["min_scene_images"],
-        "object": minima["min_images"],
-        "part": minima["min_part_images"],
-        "material": minima["min_images"],
+        "scene": thresholds["min_scene_images"],
+        "object": thresholds["min_images"],
+        "part": thresholds["min_part_images"],
+        "material": thresholds["min_images"],
         "texture": 1,
     }
     vocabulary = {}
@@ -907,29 +905,22 @@ def build_vocabulary(
             owner[level] = source
             pixels = {name: sum(images.values()) for name, images in classes.items()}
             kept = sorted(name for name, images in classes.items() if len(images) >= least[level])
-            if level == "object" and index.data_set.own_table:
+            if level == "object" and index.data_set.fixed_table:
                 kept = list(index.data_set.names_by_level(index)["object"].values())
                 if "object" in levels and len(pixels) < 2:
-                    raise UserError(
-                        f"{index.folder}: fewer than two classes have pixels; background is one "
-                        f"too: {classes_advice(index.pixels[:, 1].tolist())}"
-                    )
+                    message = f"{index.folder}: fewer than two classes have pixels"
+                    if index.data_set.own:
+                        advice = classes_advice(index.pixels[:, 1].tolist())
+                        message += f"; background is one too: {advice}"
+                    raise UserError(message)
             elif level == "object":
-                kept = [name for name in kept if pixels[name] >= minima["min_pixels"]]
+                kept = [name for name in kept if pixels[name] >= thresholds["min_pixels"]]
                 kept.sort(key=lambda name: -pixels[name])
             elif level == "part":
                 kept.sort(key=lambda name: -pixels[name])
                 kept = parts_by_object(kept, vocabulary["object"])
             vocabulary[level] = kept
     return {level: names for level, names in vocabulary.items() if names}
-
-
-def has_class(vocabulary: dict, level: str, name) -> bool:
-    """Whether the vocabulary has a class, named as in `class_pixels`."""
-    if level == "part":
-        owner, part = name
-        return part in vocabulary.get("part", {}).get(owner, ())
-    return name in vocabulary.get(level, ())
 
 
 def parts_by_object(pairs: list[tuple[str, str]], objects: list[str]) -> dict[str, list[str]]:
@@ -942,13 +933,29 @@ def parts_by_object(pairs: list[tuple[str, str]], objects: list[str]) -> dict[st
 
 
 # ---------------------------------------------------------------- photos and labels
+def open_photo(path: str, box: tuple[int, int] | None = None) -> Image.Image:
+    """A photo of any mode in RGB, see `upernet.rgb_photo`; with a `box` of (width, height) perhaps
+    reduced, but to no less than the box. Raises UserError with its name if it cannot be read.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.draft("RGB", box or picture.size)  # libjpeg decodes at 1/2, 1/4 or 1/8
+            return upernet.rgb_photo(picture)
+    except Exception as e:  # whatever a decoder makes of a damaged file
+        raise UserError(f"{path}: cannot be read as a photo ({reason_of(e)})") from None
+
+
 class Source:
     """An index read with a vocabulary: `photo(i)` and `labels(i)`, as class indices.
 
     names: level -> {number or tag in the source's files: class name}, by default the data set's
         own.
-    cache, short, longest: where label maps are kept prepared for training, at its largest size.
-    `levels` are those of the data set of which the vocabulary has classes.
+    validation: paths of the images that validate; `only_train`: of the others only those of the
+        official training side train.
+    cache, largest: where label maps are kept prepared for training, at its largest size, (short,
+        longest side).
+    `levels` are those of the data set of which the vocabulary has classes, `training` and
+    `validation` the numbers of the images that have a label of these.
     """
 
     def __init__(
@@ -956,30 +963,48 @@ class Source:
         index: Index,
         vocabulary: dict,
         names: dict | None = None,
+        validation: list[str] = [],
+        only_train: bool = False,
         cache: str = "",
-        short: int = 600,
-        longest: int = 1200,
+        largest: tuple[int, int] = (600, 1200),
     ):
         self.index = index
         self.data_set = index.data_set
-        self.short = short
-        self.longest = longest
+        self.largest = largest
         if names is None:
             names = self.data_set.names_by_level(index)
         self.tag_level = self.data_set.tag_level
         self.map_level = self.data_set.map_level
         tags = lookup(names, vocabulary, self.tag_level)
         classes = lookup(names, vocabulary, self.map_level)
-        self.tags = [tags.get(tag, upernet.UNLABELLED) for tag in index.tags]
+        self.tags = [tags.get(tag, UNLABELLED) for tag in index.tags]
         # Number in the files -> class index, -1 for none.
-        self.class_of = np.full(HIGHEST_NUMBER + 1, upernet.UNLABELLED, np.int16)
+        self.class_of = np.full(HIGHEST_NUMBER + 1, UNLABELLED, np.int16)
         self.class_of[list(classes)] = list(classes.values())
         self.part_of = part_table(names.get("part", {}), vocabulary)
-        has_classes = {"part": bool(self.part_of.any())}
-        for level in (self.tag_level, self.map_level):
-            has_classes[level] = len(lookup(names, vocabulary, level)) > 0
+        has_classes = {
+            self.tag_level: bool(tags),
+            self.map_level: bool(classes),
+            "part": bool(self.part_of.any()),
+        }
         self.levels = [level for level in self.data_set.levels if has_classes[level]]
-        content = [index.fingerprint, short, longest]
+
+        labelled = np.array(self.tags) >= 0
+        rows = index.pixels.numpy()
+        labelled[rows[self.class_of[rows[:, 1]] >= 0, 0]] = True
+        self.training = []
+        self.validation = []
+        validates = set(validation)
+        only_train = only_train and self.data_set.has_official
+        for i in np.flatnonzero(labelled).tolist():
+            if index.images[i] in validates:
+                self.validation.append(i)
+            elif not only_train or index.official[i] == "train":
+                self.training.append(i)
+        if not labelled.all():
+            print(f"{index.source}: {(~labelled).sum()} images without a label are left out")
+
+        content = [index.fingerprint, largest]
         content += [(level, vocabulary[level]) for level in self.levels]
         self.prepared_folder = os.path.join(cache, f"{index.source}-{hash_of(content)}")
 
@@ -1021,7 +1046,7 @@ class Source:
         with_parts = "part" in self.levels and self.index.parts[i] != ""
         if not os.path.exists(path) or (with_parts and not os.path.exists(parts_path)):
             labels = self.labels(i)
-            size = resized(self.index.sizes[i].tolist(), self.short, self.longest)
+            size = upernet.resized(self.index.sizes[i].tolist(), *self.largest)
             if with_parts:
                 write_prepared(labels["part"], size, parts_path)
             write_prepared((labels[self.map_level] + 1).astype(np.uint16), size, path)
@@ -1037,8 +1062,8 @@ class Source:
 def lookup(names: dict, vocabulary: dict, level: str | None) -> dict:
     """Number or tag in a source's files -> class index, for the classes of a level."""
     position = {name: k for k, name in enumerate(vocabulary.get(level, ()))}
-    of_level = names.get(level, {})
-    return {key: position[name] for key, name in of_level.items() if name in position}
+    level_names = names.get(level, {})
+    return {key: position[name] for key, name in level_names.items() if name in position}
 
 
 def part_table(names: dict[int, str], vocabulary: dict) -> np.ndarray:
@@ -1048,8 +1073,8 @@ def part_table(names: dict[int, str], vocabulary: dict) -> np.ndarray:
     objects = vocabulary.get("object", ())
     table = np.zeros((len(objects) + 1, HIGHEST_NUMBER + 1), np.uint8)
     for owner, parts in vocabulary.get("part", {}).items():
-        of_parts = lookup({"part": names}, {"part": parts}, "part")
-        table[objects.index(owner), list(of_parts)] = list(of_parts.values())
+        positions = lookup({"part": names}, {"part": parts}, "part")
+        table[objects.index(owner), list(positions)] = list(positions.values())
     return table
 
 
@@ -1072,52 +1097,22 @@ def read_prepared(path: str) -> np.ndarray:
         raise UserError(f"{path}: a damaged label map ({e}); delete it") from None
 
 
-def resized(
-    size: tuple[int, int], short: int, longest: int, rounding: Callable = round
-) -> tuple[int, int]:
-    """(height, width) with the short side at `short`, or less to keep the long one to `longest`.
-
-    rounding: makes whole pixels of a side's length.
-    """
-    scale = min(short / min(size), longest / max(size))
-    return max(1, rounding(size[0] * scale)), max(1, rounding(size[1] * scale))
-
-
-def centres(cells: int, start: int, n: int, full: int) -> np.ndarray:
-    """In a label map of `full` rows, the rows where the centres are of cells of 4 pixels, from
-    pixel `start` on, of a photo of n rows."""
-    middle = start + 4 * np.arange(cells) + 2
-    return middle * full // n
-
-
 # ---------------------------------------------------------------- batches (section 3.1)
-def orientation_groups(index: Index, images: list[int]) -> list[np.ndarray]:
-    """The images upright and the others: batches of one orientation need little padding."""
-    images = np.array(images, np.int32)
-    upright = (index.sizes[:, 0] > index.sizes[:, 1]).numpy()[images]
-    return [group for group in (images[upright], images[~upright]) if len(group)]
+class Plan(NamedTuple):
+    """What every iteration of a stage trains on."""
+
+    sources: np.ndarray  # (iterations,): a position in the list of sources
+    images: np.ndarray  # (iterations, batches of a step, processes, images of a batch): numbers
 
 
-def plan_batches(
-    groups: list[tuple[int, np.ndarray]], iterations: int, per_iteration: int, seed: int
-) -> np.ndarray:
-    """The source and the images of each iteration: int32 (iterations, 1 + per_iteration).
+class Batch(NamedTuple):
+    """Images of one source and their labels: NumPy arrays, which pass from the processes that read
+    them through pipes (tensors take shared memory, which containers have little of)."""
 
-    groups: (position of a source, indices of its images), of which each iteration draws one, with
-        probability by its number of images: section 3.1's draw of a source, and of an orientation.
-    Ours: no image repeats before every image of its group was used.
-    """
-    rng = np.random.default_rng(seed)
-    plan = np.empty((iterations, 1 + per_iteration), np.int32)
-    sizes = np.array([len(indices) for _, indices in groups])
-    group_of = rng.choice(len(groups), iterations, p=sizes / sizes.sum())
-    for k, (position, indices) in enumerate(groups):
-        rows = np.flatnonzero(group_of == k)
-        n = len(rows) * per_iteration
-        passes = [rng.permutation(indices) for _ in range(1 + n // len(indices))]
-        plan[rows, 0] = position
-        plan[rows, 1:] = np.concatenate(passes)[:n].reshape(-1, per_iteration)
-    return plan
+    source: str
+    files: list[str]
+    images: np.ndarray  # (N, 3, H, W) uint8, H and W multiples of 32
+    labels: dict[str, np.ndarray]  # of the source's levels as in `upernet.losses`, small integers
 
 
 class Sample(NamedTuple):
@@ -1130,88 +1125,136 @@ class Sample(NamedTuple):
     left: int = 0
 
 
-@dataclasses.dataclass(eq=False)
 class TrainingBatches(Dataset):
     """The batches of one stage for one process. Batch k depends on the plan and the seed alone, so
-    that neither the number of workers nor a pause changes it."""
+    that neither the number of workers nor a pause changes it.
 
-    sources: list[Source]
-    plan: np.ndarray  # see `plan_batches`; positions are those in `sources`
-    sizes: list[int]  # short sides, of which each iteration draws one
-    longest: int  # no long side is above it, but with `crop`
-    seed: int
-    crop: int = 0  # side of squares cut from images of a short side of 0.5 to 2 times it, or 0
-    flip: bool = True  # whether half of the images are mirrored
-    accumulate: int = 1  # batches in each iteration
-    rank: int = 0  # each process takes its share of every batch
-    processes: int = 1
+    sources: those that `plan` names by their positions.
+    sizes: short sides, of which each iteration draws one (with `crop` each image).
+    longest: no long side is above it, but with `crop`.
+    crop: side of squares cut from the images, 0 for whole images. Without `sizes` these have short
+        sides of half to twice that.
+    flip: whether half of the images are mirrored.
+    rank: each process takes its share of every batch.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        plan: Plan,
+        sizes: list[int],
+        longest: int,
+        seed: int,
+        crop: int = 0,
+        flip: bool = True,
+        rank: int = 0,
+    ):
+        self.sources = sources
+        self.plan = plan
+        self.sizes = sizes
+        self.longest = longest
+        self.seed = seed
+        self.crop = crop
+        self.flip = flip
+        self.rank = rank
 
     def __len__(self) -> int:
-        return len(self.plan) * self.accumulate
+        iterations, accumulate, _, _ = self.plan.images.shape
+        return iterations * accumulate
 
-    def __getitem__(self, k: int) -> dict:
-        """`source`, `files`, `images` (N, 3, H, W) uint8 with H and W multiples of 32, and the
-        labels of the source's levels as in `upernet.losses`, in small integer types.
-        """
-        iteration, batch_of_step = divmod(k, self.accumulate)
-        position, *everybodys = self.plan[iteration].tolist()  # for all batches and processes
-        source = self.sources[position]
-        n = len(everybodys) // (self.accumulate * self.processes)
-        first = (batch_of_step * self.processes + self.rank) * n
-        indices = everybodys[first : first + n]
+    def __getitem__(self, k: int) -> Batch:
+        _, accumulate, processes, n = self.plan.images.shape
+        iteration, batch_of_step = divmod(k, accumulate)
+        source = self.sources[self.plan.sources[iteration]]
+        images = self.plan.images[iteration, batch_of_step, self.rank].tolist()
+        first = (batch_of_step * processes + self.rank) * n  # of the images of the whole step
 
-        # Section 3.1 draws a short side for each image; ours: one for all of an iteration, to pad
-        # less.
-        short = int(np.random.default_rng((self.seed, iteration, 0)).choice(self.sizes))
+        short = 0
+        if self.sizes and not self.crop:
+            # Section 3.1 draws a short side for each image; ours: one for all of an iteration, to
+            # pad less.
+            short = int(np.random.default_rng((self.seed, iteration, 0)).choice(self.sizes))
         samples = []
-        for place, i in enumerate(indices, start=first + 1):
+        for place, i in enumerate(images, start=first + 1):
             rng = np.random.default_rng((self.seed, iteration, place))
-            samples.append(self.sample(source, i, short, rng))
+            if source.data_set.close_ups:
+                samples.append(self.close_up(source, i, rng))
+            else:
+                samples.append(self.sample(source, i, short, rng))
 
-        if self.crop and not source.data_set.squares:
+        if self.crop and not source.data_set.close_ups:
             height = width = self.crop
         else:
-            height = pad_to_32(max(sample.size[0] for sample in samples))
-            width = pad_to_32(max(sample.size[1] for sample in samples))
-        images = [padded_image(s.photo, s.size, height, width, s.top, s.left) for s in samples]
-        batch = {
-            "source": source.index.source,
-            "files": [source.index.images[i] for i in indices],
-            "images": torch.from_numpy(np.stack(images)),
-        }
+            height = upernet.pad_to_32(max(sample.size[0] for sample in samples))
+            width = upernet.pad_to_32(max(sample.size[1] for sample in samples))
+        pixels = []
+        for s in samples:
+            pixels.append(upernet.padded_image(s.photo, s.size, height, width, s.top, s.left))
+        labels = {}
         if source.tag_level in source.levels:
-            tags = [source.tags[i] for i in indices]
-            batch[source.tag_level] = torch.tensor(tags, dtype=torch.int16)
+            labels[source.tag_level] = np.array([source.tags[i] for i in images], np.int16)
         for level in samples[0].labels:
             maps = [quarter_labels(sample, level, height, width) for sample in samples]
-            batch[level] = torch.from_numpy(np.stack(maps))
-        return batch
+            labels[level] = np.stack(maps)
+        files = [source.index.images[i] for i in images]
+        return Batch(source.index.source, files, np.stack(pixels), labels)
 
     def sample(self, source: Source, i: int, short: int, rng: np.random.Generator) -> Sample:
-        """Image i at the short side `short` (section 3.1), with `crop` a random square of it at a
-        random size (other code bases' augmentation), of textures a square; half of the time
-        mirrored (in the authors' code, not in the paper; of textures ours)."""
+        """Image i at the short side `short` (section 3.1), or with `crop` a window of it at a random
+        size (other code bases' augmentation); half of the time mirrored (in the authors' code, not
+        in the paper)."""
+        longest = self.longest
+        if self.crop:
+            short = round(self.crop * rng.uniform(0.5, 2))
+            if self.sizes:
+                short = int(rng.choice(self.sizes))
+            longest = 4 * short
+        size = upernet.resized(source.index.sizes[i].tolist(), short, longest)
         labels = {}
-        top = left = 0
-        if source.data_set.squares:
-            size = (TEXTURE_SIZE, TEXTURE_SIZE)
-            photo = texture_square(source, i, place=rng.random())
-        else:
-            longest = self.longest
-            if self.crop:
-                short = round(self.crop * rng.uniform(0.5, 2))
-                longest = 4 * short
-            size = resized(source.index.sizes[i].tolist(), short, longest)
-            if self.crop:
-                top = int(rng.integers(0, max(0, size[0] - self.crop) + 1))
-                left = int(rng.integers(0, max(0, size[1] - self.crop) + 1))
-            photo = source.photo(i, box=size[::-1])
-            if source.map_level in source.levels:
-                labels = source.prepared(i)
-        if self.flip and rng.random() < 0.5:
-            photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            labels = {level: of_level[:, ::-1] for level, of_level in labels.items()}
-        return Sample(photo, labels, size, top, left)
+        if source.map_level in source.levels:
+            labels = source.prepared(i)
+        sample = self.mirrored(Sample(source.photo(i, box=size[::-1]), labels, size), rng)
+        if self.crop:
+            sample = varied_window(sample, source.map_level, self.crop, rng)
+        return sample
+
+    def close_up(self, source: Source, i: int, rng: np.random.Generator) -> Sample:
+        """A random square of image i, of TEXTURE_SIZE; half of the time mirrored (ours)."""
+        photo = texture_square(source, i, place=rng.random())
+        return self.mirrored(Sample(photo, {}, (TEXTURE_SIZE, TEXTURE_SIZE)), rng)
+
+    def mirrored(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """The sample, or its mirror image."""
+        if not self.flip or rng.random() >= 0.5:
+            return sample
+        photo = sample.photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        labels = {level: values[:, ::-1] for level, values in sample.labels.items()}
+        return sample._replace(photo=photo, labels=labels)
+
+
+def varied_window(sample: Sample, level: str, side: int, rng: np.random.Generator) -> Sample:
+    """A random window of the sample. Of up to ten the first whose commonest class has less than
+    three quarters of the labelled cells, else the one where it has least (mmsegmentation's rule for
+    ADE20K); it doubles as sampling of rare classes."""
+    best = sample
+    least = math.inf
+    for _ in range(10):
+        top = int(rng.integers(0, max(0, sample.size[0] - side) + 1))
+        left = int(rng.integers(0, max(0, sample.size[1] - side) + 1))
+        window = sample._replace(top=top, left=left)
+        if level not in sample.labels:
+            return window
+        cells = quarter_labels(window, level, side, side)
+        counts = np.bincount(cells[cells >= 0], minlength=1)
+        share = counts.max() / max(1, counts.sum())
+        if counts.sum() == 0:
+            share = 1.0
+        if share < least:
+            best = window
+            least = share
+        if least < 0.75:
+            break
+    return best
 
 
 def quarter_labels(sample: Sample, level: str, height: int, width: int) -> np.ndarray:
@@ -1220,40 +1263,19 @@ def quarter_labels(sample: Sample, level: str, height: int, width: int) -> np.nd
     """
     labels = sample.labels[level]
     h, w = sample.size
-    top = sample.top
-    left = sample.left
-    rows = centres(cells_inside(min(h - top, height)), top, h, labels.shape[0])
-    columns = centres(cells_inside(min(w - left, width)), left, w, labels.shape[1])
-    padding = 0 if level == "part" else upernet.UNLABELLED
+    rows = centres(min(h - sample.top, height), sample.top, h, labels.shape[0])
+    columns = centres(min(w - sample.left, width), sample.left, w, labels.shape[1])
+    padding = 0 if level == "part" else UNLABELLED
     quarter = np.full((height // 4, width // 4), padding, labels.dtype)
     quarter[: len(rows), : len(columns)] = labels[rows[:, None], columns]
     return quarter
 
 
-def cells_inside(n: int) -> int:
-    """How many cells of 4 pixels have their centre, 4 k + 2, within n pixels."""
-    return math.ceil((n - 2) / 4)
-
-
-def pad_to_32(n: int) -> int:
-    """Up to a multiple of the network's coarsest stride."""
-    return math.ceil(n / 32) * 32
-
-
-def padded_image(
-    photo: Image.Image, size: tuple[int, int], height: int, width: int, top: int = 0, left: int = 0
-) -> np.ndarray:
-    """A window of (height, width) at (top, left) of the photo resized to `size`, padded right and
-    below with the mean colour: (3, height, width) uint8.
-    """
-    h = min(size[0] - top, height)
-    w = min(size[1] - left, width)
-    across = photo.width / size[1]  # the photo's own pixels for one of the resized photo
-    down = photo.height / size[0]
-    box = (left * across, top * down, (left + w) * across, (top + h) * down)
-    canvas = Image.new("RGB", (width, height), MEAN_COLOUR)
-    canvas.paste(photo.resize((w, h), Image.Resampling.BILINEAR, box=box))
-    return np.ascontiguousarray(np.asarray(canvas).transpose(2, 0, 1))
+def centres(n: int, start: int, full: int, rows: int) -> np.ndarray:
+    """In a label map of so many rows, those where the centres are of the cells of 4 pixels that
+    have it within n pixels, from pixel `start` on, of a photo of `full` rows."""
+    middle = start + 4 * np.arange(math.ceil((n - 2) / 4)) + 2
+    return middle * rows // full
 
 
 def texture_square(source: Source, i: int, place: float) -> Image.Image:
@@ -1261,6 +1283,327 @@ def texture_square(source: Source, i: int, place: float) -> Image.Image:
     side = (TEXTURE_SIZE, TEXTURE_SIZE)
     photo = source.photo(i, side)
     return ImageOps.fit(photo, side, Image.Resampling.BILINEAR, centering=(place, place))
+
+
+# ---------------------------------------------------------------- shared by the scripts: files
+def warn(message: str) -> None:
+    if is_main_process():
+        print(message, file=sys.stderr, flush=True)
+
+
+def hash_of(content) -> str:
+    return hashlib.sha256(repr(content).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def write_file(path: str, write: Callable) -> None:
+    """Atomic write: `write(name)` fills a temporary file, which then replaces `path`. Raises
+    UserError if that fails."""
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{os.getpid()}.{name}")
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # PyTorch's own writer raises RuntimeError on a full disk
+        reason = getattr(e, "strerror", None) or f"{e}; is the disk full?"
+        raise UserError(
+            f"{path}: cannot be written ({reason}); name another place (for a cache: --cache)"
+        ) from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_json(content: dict, path: str) -> None:
+    text = json.dumps(content, indent=1, allow_nan=False)
+    write_file(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+
+# ---------------------------------------------------------------- shared by the scripts: pictures
+PANEL = 380  # width of a panel of a sheet or plot, pixels
+
+
+def save_picture(picture: Image.Image, path: str) -> None:
+    write_file(path, lambda name: picture.save(name, "PNG", compress_level=3))
+
+
+def sheet_of(rows: list[list[Image.Image]], margin: int = 10) -> Image.Image:
+    """Pictures on white, row by row, in columns of one width."""
+    rows = [row for row in rows if row]
+    column = margin + max(picture.width for row in rows for picture in row)
+    heights = [margin + max(picture.height for picture in row) for row in rows]
+    width = margin + column * max(len(row) for row in rows)
+    sheet = Image.new("RGB", (width, margin + sum(heights)), "white")
+    y = margin
+    for row, height in zip(rows, heights):
+        for k, picture in enumerate(row):
+            sheet.paste(picture, (margin + k * column, y))
+        y += height
+    return sheet
+
+
+def plot(title: str, right: float, top: float, curves: list) -> Image.Image:
+    """A panel with axes from 0 to `right` and 0 to `top`. curves: ((x, y) points, colour)."""
+    left, upper, width, height = 52, 30, PANEL - 66, 160
+    picture = Image.new("RGB", (PANEL, upper + height + 30), "white")
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(13)
+    draw.text((left, 8), title, "black", font)
+    for share, anchor in ((0, "la"), (0.5, "ma"), (1, "ra")):
+        x = left + share * width
+        y = upper + (1 - share) * height
+        draw.line((left, y, left + width, y), "#dddddd")
+        draw.text((left - 6, y), f"{share * top:.2g}", "black", font, "rm")
+        draw.text((x, upper + height + 6), f"{share * right:.0f}", "black", font, anchor)
+    for points, colour in curves:
+        for x, y in points:
+            px = left + x / max(1, right) * width
+            py = upper + height - y / (top or 1) * height
+            draw.ellipse((px - 1.5, py - 1.5, px + 1.5, py + 1.5), colour)
+    return picture
+
+
+# ---------------------------------------------------------------- shared by the scripts: options
+class Parser(argparse.ArgumentParser):
+    """argparse's, where a mistake is one line on stderr, without the usage."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def make_parser(prog: str, description: str) -> Parser:
+    parser = Parser(
+        prog=prog,
+        description=description,
+        usage=argparse.SUPPRESS,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=31),
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    return parser
+
+
+TOY_OPTIONS = {"min_images": 20, "min_pixels": 5000}
+
+
+def add_data_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--data", default="toy", help="toy, or a comma list of ade20k (or your own data),os,dtd")
+    add("--root", default="data", help="folder of ade20k/, os/, dtd/, toy/ (%(default)s)")
+    add("--cache", help="for indexes and prepared labels (<root>/.cache)")
+    helps = {
+        "min_images": "keep objects and materials in so many images (50; toy 20; own data: all)",
+        "min_pixels": "keep objects of so many pixels (50000; toy 5000; own data: all)",
+        "min_part_images": "keep parts in so many images (20)",
+        "min_scene_images": "keep scenes of so many images (10)",
+    }
+    for name, default in THRESHOLDS.items():
+        option = f"--{name.replace('_', '-')}"
+        add(option, type=positive, default=default, metavar="N", help=helps[name])
+    add("--workers", type=not_negative, metavar="N", help="processes that read images (up to 8)")
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
+
+
+def not_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is below 0")
+    return number
+
+
+def short_sides(text: str) -> list[int]:
+    sizes = [int(size) for size in text.split(",")]
+    if min(sizes) < 32:
+        raise argparse.ArgumentTypeError(f"{min(sizes)} is below 32 pixels")
+    return sizes
+
+
+def levels_of(text: str) -> list[str]:
+    levels = [level.strip() for level in text.split(",")]
+    for level in levels:
+        if level not in upernet.LEVELS:
+            raise argparse.ArgumentTypeError(f"'{level}' is not one of {', '.join(upernet.LEVELS)}")
+    return levels
+
+
+def parse_options(parser: Parser, argv: list[str], toy: dict, stored: dict) -> argparse.Namespace:
+    """The options: as given, else as stored in a file of weights, else those of the toy with --data
+    toy, else the default. `folder` is where the data lie, `cache_folder` where the cache is,
+    `thresholds` those of `build_vocabulary`."""
+    parser.set_defaults(**stored)
+    args = parser.parse_args(argv)
+    if args.data == "toy":
+        parser.set_defaults(**{**toy, **stored})
+        args = parser.parse_args(argv)
+    args.folder = os.path.join(args.root, "toy") if args.data == "toy" else args.root
+    args.cache_folder = args.cache or os.path.join(args.folder, ".cache")
+    args.thresholds = {name: getattr(args, name) for name in THRESHOLDS}
+    return args
+
+
+@contextlib.contextmanager
+def one_line_errors(prog: str):
+    """The context of a script: what a user can mend becomes one line and status 2."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (UserError, FloatingPointError, OSError, RuntimeError, MemoryError) as e:
+        message = message_of(e)
+        if message is None:
+            raise
+        for reader in multiprocessing.active_children():  # which ignore signals
+            reader.kill()
+        print(f"{prog}: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def message_of(error: Exception) -> str | None:
+    """What to tell the user, or None for a mistake of the program's own."""
+    text = str(error)
+    if isinstance(error, UserError):  # from a process that reads images it ends its traceback
+        return text.rsplit("UserError: ", 1)[-1].strip()
+    if isinstance(error, FloatingPointError):
+        return text
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|Bus error", text):
+        return "out of memory; fewer --workers, a lower --size or --batch-size take less"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+# ---------------------------------------------------------------- shared by the scripts: processes
+TIMEOUT = datetime.timedelta(hours=2)  # that other processes wait for the first one's scan
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main_process() -> bool:
+    """Whether this process prints and writes: the only one, or torchrun's first."""
+    return rank() == 0
+
+
+def join_processes() -> None:
+    """Joins the processes that torchrun started, if any. From then on only the main one prints."""
+    if processes() == 1:
+        return
+    # torchrun's store outlives a group that failed; a new one must not find the old one's
+    # addresses.
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=rank(), world_size=processes(), timeout=TIMEOUT
+    )
+    if not is_main_process():
+        sys.stdout = open(os.devnull, "w")
+
+
+def largest_of_processes(number: int) -> int:
+    """The largest of the processes' numbers, without waiting for a GPU."""
+    largest = torch.tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+@contextlib.contextmanager
+def main_process_first():
+    """The context in which other processes wait until the main one has left it: they then read what
+    it wrote. If it fails, torchrun ends them."""
+    if not is_main_process():
+        largest_of_processes(0)
+    yield
+    if is_main_process():
+        largest_of_processes(0)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of --device, or under torchrun this process's GPU. UserError if there is none."""
+    if name == "auto":
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":  # set first, or every process opens a context on GPU 0
+            index = int(os.environ.get("LOCAL_RANK", device.index or 0))
+            device = torch.device("cuda", index)
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except Exception as e:  # each device's own
+        raise UserError(f"--device {name}: not available ({reason_of(e)})") from None
+    return device
+
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The type of mixed precision for --amp; None is off. auto: on CUDA bf16, on old GPUs fp16."""
+    if name == "auto" and device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+
+
+def progress(items, title: str) -> tqdm:
+    """The items, with a bar on the main process's terminal."""
+    disable = None if is_main_process() else True  # None: shown on terminals alone
+    return tqdm(items, title, unit=" images", disable=disable, leave=False)
+
+
+# Of Ctrl-C, kill, a closed terminal and a queue's warning; Windows has the first two.
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)
+]
+
+
+def ignore_signals(*_) -> None:
+    """For processes that read images: a signal to the group is the main process's business."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def unchanged(item):
+    """For DataLoader, which would make tensors of arrays."""
+    return item
+
+
+def loader(dataset: Dataset, first: int = 0, workers: int | None = None) -> DataLoader:
+    """The items in their order, from `first` on, read ahead by `workers` processes; by default one
+    a core of this machine, shared among its processes, at most 8."""
+    if workers is None:
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = max(1, min(8, cores))
+        if len(dataset) - first < 200:
+            workers = 0  # to start processes takes longer
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(first, len(dataset)),
+        num_workers=workers,
+        collate_fn=unchanged,
+        worker_init_fn=ignore_signals,
+    )
 
 
 # ---------------------------------------------------------------- the toy, in those layouts
@@ -1569,545 +1912,45 @@ def make_toy(folder: str, scenes: int = 400, photos: int = 480, textures: int = 
             os.rename(f"{temporary}/toy", folder)
 
 
-# ---------------------------------------------------------------- shared by the scripts: files
-def warn(message: str) -> None:
-    if is_main_process():
-        print(message, file=sys.stderr, flush=True)
-
-
-def hash_of(content) -> str:
-    return hashlib.sha256(repr(content).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def write_file(path: str, write) -> None:
-    """Atomic write: `write(name)` fills a temporary file, which then replaces `path`, or the file
-    that `path` links to. Devices and pipes are written to as they are.
-
-    Raises UserError if that fails.
-    """
-    is_device = os.path.exists(path) and not os.path.isfile(path)
-    target = path if is_device else os.path.realpath(path)
-    folder, name = os.path.split(target)
-    temporary = os.path.join(folder, f".{os.getpid()}.{name}")
-    try:
-        if is_device:
-            write(target)
-        else:
-            os.makedirs(folder, exist_ok=True)
-            write(temporary)
-            os.replace(temporary, target)
-    except (OSError, RuntimeError) as e:  # PyTorch's own writer raises RuntimeError on a full disk
-        reason = getattr(e, "strerror", None) or f"{e}; is the disk full?"
-        raise UserError(
-            f"{path}: cannot be written ({reason}); name another place (for a cache: --cache)"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-
-
-def write_json(content: dict, path: str) -> None:
-    text = json.dumps(content, indent=1, allow_nan=False)
-    write_file(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
-
-
-# ---------------------------------------------------------------- shared by the scripts: pictures
-PANEL = 380  # width of a panel of a sheet or plot, pixels
-
-
-def save_picture(picture: Image.Image, path: str) -> None:
-    write_file(path, lambda name: picture.save(name, "PNG", compress_level=3))
-
-
-def sheet_of(rows: list[list[Image.Image]], margin: int = 10) -> Image.Image:
-    """Pictures on white, row by row, in columns of one width."""
-    rows = [row for row in rows if row]
-    column = margin + max(picture.width for row in rows for picture in row)
-    heights = [margin + max(picture.height for picture in row) for row in rows]
-    width = margin + column * max(len(row) for row in rows)
-    sheet = Image.new("RGB", (width, margin + sum(heights)), "white")
-    y = margin
-    for row, height in zip(rows, heights):
-        for k, picture in enumerate(row):
-            sheet.paste(picture, (margin + k * column, y))
-        y += height
-    return sheet
-
-
-def plot(title: str, unit: str, right: float, top: float, curves: list) -> Image.Image:
-    """A panel with axes from 0 to `right` and 0 to `top`. curves: (xs, ys, colour) of points."""
-    left = 52
-    upper = 30
-    width = PANEL - 66
-    height = 160
-    picture = Image.new("RGB", (PANEL, upper + height + 30), "white")
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(13)
-    draw.text((left, 8), f"{title}, by {unit}", "black", font)
-    for share, anchor in ((0, "la"), (0.5, "ma"), (1, "ra")):
-        x = left + share * width
-        y = upper + (1 - share) * height
-        draw.line((left, y, left + width, y), "#dddddd")
-        draw.text((left - 6, y), f"{share * top:.2g}", "black", font, "rm")
-        draw.text((x, upper + height + 6), f"{share * right:.0f}", "black", font, anchor)
-    for xs, ys, colour in curves:
-        for x, y in zip(xs, ys):
-            px = left + x / right * width
-            py = upper + (1 - min(1, y / top)) * height
-            draw.ellipse((px - 1.5, py - 1.5, px + 1.5, py + 1.5), colour)
-    return picture
-
-
-# ---------------------------------------------------------------- shared by the scripts: options
-class Option(NamedTuple):
-    """A line of a script's table of options."""
-
-    name: str  # without the dashes
-    type: Callable  # makes the value of the text; bool for a flag: --no-x sets `x` to False
-    default: object
-    help: str
-    choices: tuple | None = None
-    nargs: str | None = None  # "+" for one or more
-    toy: object = None  # the default with --data toy, where it is another
-    resume: bool = False  # whether --resume may change it
-    least: float = 1  # of a number, or of the numbers of a list
-    below: float = 1e9
-
-    @property
-    def key(self) -> str:
-        return self.name.removeprefix("no-").replace("-", "_")
-
-    def can_be(self, value) -> bool:
-        """Whether a value, as a checkpoint keeps it, is one that the command line makes."""
-        if self.type is bool:
-            return isinstance(value, bool)
-        try:
-            fits = self.type(as_text(value)) == value
-            return bool(fits) and (self.choices is None or value in self.choices)
-        except Exception:  # a damaged or hostile file may hold anything
-            return False
-
-
-# The thresholds are section 2.1's, but for that of scenes.
-DATA_OPTIONS = [
-    Option("data", str, "toy", "toy, or a comma list of ade20k (or your own data),os,dtd"),
-    Option("root", str, "data", "folder of ade20k/, os/, dtd/, toy/", resume=True),
-    Option("cache", str, None, "for indexes and prepared labels (<root>/.cache)", resume=True),
-    Option("min-images", int, 50, "keep objects, materials in so many images (own: all)", toy=20),
-    Option("min-pixels", int, 50000, "keep objects of so many pixels (own: all)", toy=5000),
-    Option("min-part-images", int, 20, "keep parts in so many images"),
-    Option("min-scene-images", int, 10, "keep scenes of so many images"),
-    Option("allow-broken", bool, False, "go on if over one file in twenty is broken", resume=True),
-]
-WORKERS_OPTION = Option(
-    "workers", int, None, "processes that read images (one a core, at most 8)", resume=True, least=0
-)
-
-
-def levels_of(text: str) -> list[str]:
-    levels = [level.strip() for level in text.split(",")]
-    for level in levels:
-        if level not in upernet.LEVELS:
-            raise argparse.ArgumentTypeError(f"'{level}' is not one of {', '.join(upernet.LEVELS)}")
-    return levels
-
-
-def short_sides(text: str) -> list[int]:
-    return [int(size) for size in text.split(",")]
-
-
-LEVELS_OPTION = Option("levels", levels_of, None, f"comma list of {','.join(upernet.LEVELS)} (all)")
-DEVICE_OPTIONS = [
-    Option("compile", bool, False, "torch.compile the network", resume=True),
-    Option("device", str, "auto", "cuda, mps, cpu, or cuda:1, ..", resume=True),
-]
-
-
-class Output:
-    """A stream that outlives its reader: Ctrl-C in `train.py | tee log` ends tee too."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(BrokenPipeError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self.stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-
-class Parser(argparse.ArgumentParser):
-    """Options from a table. A mistake is one line on stderr, and --help has a line an option."""
-
-    def __init__(self, description: str, options: list[Option], usage: str = "%(prog)s [options]"):
-        super().__init__(
-            description=description,
-            formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=31),
-            usage=usage,
-            argument_default=argparse.SUPPRESS,  # what is not given is not in the namespace
-            allow_abbrev=False,
-            add_help=False,
-        )
-        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-        self.options = {option.key: option for option in options}
-        for option in options:
-            text = option.help
-            defaults = []
-            if option.type is not bool and option.default is not None:
-                defaults.append(as_text(option.default))
-            if option.toy is not None:
-                defaults.append(f"toy {as_text(option.toy)}")
-            if defaults:
-                text += f" ({'; '.join(defaults)})"
-            if option.type is bool:
-                action = "store_false" if option.default else "store_true"
-                self.add_argument(f"--{option.name}", dest=option.key, action=action, help=text)
-            else:
-                is_number = option.type in (int, float) and not option.choices
-                self.add_argument(
-                    f"--{option.name}",
-                    type=option.type,
-                    choices=option.choices,
-                    nargs=option.nargs,
-                    metavar="N" if is_number else None,
-                    help=text,
-                )
-
-    def complete(
-        self, given: dict, stored: dict | None = None, path: str | None = None
-    ) -> argparse.Namespace:
-        """All options: as given, else as `stored` in the checkpoint `path`, else the toy's default
-        with --data toy, else the default. `folder` is where the data lie, `cache_folder` where the
-        cache is, `minima` the thresholds of `build_vocabulary`. Raises UserError for numbers out of
-        range, and for what is stored and no value of its option."""
-        values = {key: value for key, value in (stored or {}).items() if value is not None}
-        for key, option in self.options.items():
-            if key in values and not option.can_be(values[key]):
-                raise UserError(f"{path}: damaged, it holds no value of --{option.name}")
-        values.update(given)
-        is_toy = values.get("data", self.options["data"].default) == "toy"
-        args = argparse.Namespace(**given)
-        for key, option in self.options.items():
-            default = option.default
-            if is_toy and option.toy is not None:
-                default = option.toy
-            value = values.get(key, default)
-            setattr(args, key, value)
-            for number in value if isinstance(value, list) else [value]:
-                if type(number) in (int, float) and not option.least <= number < option.below:
-                    raise UserError(
-                        f"--{option.name} {number}: from {option.least:g} on, and below "
-                        f"{option.below:g}"
-                    )
-        args.folder = os.path.join(args.root, "toy") if is_toy else args.root
-        args.cache_folder = args.cache or os.path.join(args.folder, ".cache")
-        args.minima = {
-            "min_images": args.min_images,
-            "min_pixels": args.min_pixels,
-            "min_part_images": args.min_part_images,
-            "min_scene_images": args.min_scene_images,
-        }
-        return args
-
-    def run(self, command, argv: list[str] | None) -> None:
-        """Calls `command(self, options that argv names)`; what a user can mend becomes one line and
-        status 2."""
-        given = vars(self.parse_args(argv))
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # KeyboardInterrupt from here on
-        # Text that a terminal cannot show must not end a program.
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")
-        stdout = sys.stdout
-        sys.stdout = Output(stdout or open(os.devnull, "w"))  # None: a closed one
-        try:
-            command(self, given)
-        except KeyboardInterrupt:
-            self.exit(130, f"{self.prog}: interrupted\n")
-        except (UserError, OSError, RuntimeError, MemoryError) as e:
-            message = message_of(e)
-            if message is None:
-                raise
-            # Readers ignore SIGTERM and may wait for one that was killed; PyTorch's handler would
-            # complain of their end.
-            readers = multiprocessing.active_children()
-            if readers and hasattr(signal, "SIGCHLD"):
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                for reader in readers:
-                    reader.kill()
-            self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
-        finally:
-            sys.stdout = stdout
-            if dist.is_initialized():
-                time.sleep(0.1)  # PyTorch 2.4 may hang below while its threads still free tensors
-                dist.destroy_process_group()
-
-    def format_help(self) -> str:
-        return re.sub(r"\n+(options:\n)?", "\n", super().format_help())
-
-    def error(self, message: str):
-        if is_main_process():
-            self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
-        self.exit(2)
-
-
-def as_text(value) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return str(value)
-
-
-def message_of(error: Exception) -> str | None:
-    """What to tell the user, or None for a mistake of the program's own."""
-    text = str(error)
-    if isinstance(error, UserError) or "UserError: " in text:
-        # From a process that reads images it comes with the traceback.
-        return text.rsplit("UserError: ", 1)[-1]
-    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
-        return (
-            "out of memory; a lower --size, or --resume with a lower --batch-size and a higher "
-            "--accumulate"
-        )
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else text
-    killed = re.search(r"DataLoader worker.{0,40}", text)
-    if killed:
-        return f"a process that reads images was killed ({killed[0]}); perhaps take fewer --workers"
-    if re.search("closed by peer|NCCL|DistBackendError", text + type(error).__name__):
-        return "another process of this group has ended; its message says why"
-    if re.search("InvalidCxxCompiler|C compiler|C\\+\\+ compiler", text + type(error).__name__):
-        return "--compile: torch.compile needs a C++ compiler; install one, or leave --compile out"
-    return None
-
-
-def named_sources(data: str) -> list[str]:
-    """The sources that --data names, in the order of DATA_SETS. UserError for other names."""
-    known = list(dict.fromkeys(data_set.source for data_set in DATA_SETS))
-    if data == "toy":
-        return list(TOY_SOURCES)
-    names = [name.strip() for name in data.split(",")]
-    for name in names:
-        if name not in known:
-            raise UserError(f"--data {data}: '{name}' is not one of toy, {', '.join(known)}")
-    return [name for name in known if name in names]
-
-
-def open_indexes(
-    data: str,
-    folder: str,
-    cache: str,
-    allow_broken: bool = False,
-    workers: int | None = None,
-    levels: list[str] | None = None,
-) -> dict[str, Index]:
-    """The index of every source that --data names and that labels some of the levels (default: all
-    levels); makes the toy if it is missing. UserError if no source is left. The main process scans,
-    all get the indexes."""
-    return from_main_process(scan_sources, data, folder, cache, allow_broken, workers, levels)
-
-
-def scan_sources(
-    data: str,
-    folder: str,
-    cache: str,
-    allow_broken: bool,
-    workers: int | None,
-    levels: list[str] | None,
-) -> dict[str, Index]:
-    """`open_indexes` in one process."""
-    if data == "toy":
-        root = os.path.dirname(folder)
-        if os.path.isdir(os.path.join(root, "annotations")):
-            raise UserError(f"--root {root}: holds data of your own; --data ade20k reads them")
-        make_toy(folder)
-    indexes = {}
-    for source in named_sources(data):
-        labelled = set()
-        for data_set in DATA_SETS:
-            if data_set.source == source:
-                labelled.update(data_set.levels)
-        if levels is None or labelled & set(levels):
-            indexes[source] = scan(folder, source, cache, allow_broken, workers)
-        else:
-            print(f"{source}: labels none of {', '.join(levels)}, left out")
-    if not indexes:
-        raise UserError(f"--data {data}: labels none of {', '.join(levels)}; see --levels")
-    return indexes
-
-
-# ---------------------------------------------------------------- shared by the scripts: processes
-# How long other processes wait for the first one's scan and split.
-PATIENCE = datetime.timedelta(hours=2)
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def processes() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def is_main_process() -> bool:
-    """Whether this process prints and writes: the only one, or torchrun's first."""
-    return rank() == 0
-
-
-def join_processes() -> None:
-    """Joins the processes that torchrun started, if any. From then on only the main one prints."""
-    if processes() == 1:
-        return
-    # torchrun's store outlives a group that failed; a new one must not find the old one's
-    # addresses.
-    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=rank(), world_size=processes(), timeout=PATIENCE
-    )
-    if not is_main_process():
-        sys.stdout = open(os.devnull, "w")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of --device, or under torchrun this process's GPU. UserError if there is none."""
-    if name == "auto":
-        name = "cpu"
-        if torch.backends.mps.is_available():
-            name = "mps"
-        if torch.cuda.is_available():
-            name = "cuda"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda":  # set first, or every process opens a context on GPU 0
-            index = int(os.environ.get("LOCAL_RANK", device.index or 0))
-            device = torch.device("cuda", index)
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(f"--device {name}: not available ({reason})") from None
-    return device
-
-
-def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """The type of mixed precision for --amp; None is off. auto: on CUDA bf16, on old GPUs fp16."""
-    if name == "auto" and device.type == "cuda":
-        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if has_bf16 else torch.float16
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
-
-
-def autocast(device: torch.device, amp: torch.dtype | None):
-    """The context in which a network runs in mixed precision, if any."""
-    return torch.autocast(device.type, amp) if amp else contextlib.nullcontext()
-
-
-def from_main_process(function, *arguments):
-    """What `function(*arguments)` returns in the main process, in every process; if it raises
-    there, all end."""
-    result = [None]
-    if is_main_process():
-        try:
-            result = [function(*arguments)]
-        except Exception as e:
-            result = [e]
-    if dist.is_initialized():
-        dist.broadcast_object_list(result)
-    if isinstance(result[0], Exception):
-        if not is_main_process():
-            raise SystemExit(2)  # the main process says why
-        raise result[0]
-    return result[0]
-
-
-def progress(items, title: str) -> tqdm:
-    """The items, with a bar on the main process's terminal."""
-    disable = None if is_main_process() else True  # None: shown on terminals alone
-    return tqdm(items, title, unit=" images", disable=disable, leave=False)
-
-
-def ignore_signals(*_) -> None:
-    """For processes that read images: a signal to the group is the main process's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def default_workers() -> int:
-    """One process a core, at most 8, the cores shared among this machine's processes."""
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(8, cores))
-
-
-def loader(
-    dataset: Dataset, first: int = 0, workers: int | None = None, pinned: bool = False
-) -> DataLoader:
-    """The items in their order, from `first` on, read ahead by `workers` processes."""
-    if workers is None:
-        workers = default_workers()
-        if len(dataset) - first < 200:
-            workers = 0  # to start processes takes longer
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=range(first, len(dataset)),
-        num_workers=workers,
-        worker_init_fn=ignore_signals,
-        pin_memory=pinned,
-    )
-
-
 # ---------------------------------------------------------------- the command
-def command(parser: Parser, given: dict) -> None:
-    args = parser.complete(given)
-    indexes = open_indexes(
-        args.data, args.folder, args.cache_folder, args.allow_broken, args.workers
+def report(index: Index, vocabulary: dict) -> None:
+    """Prints what a source has: its classes, what is unlabelled, what is broken."""
+    height, width = index.sizes.double().median(dim=0).values.int().tolist()
+    print(
+        f"{index.source}: {len(index.images)} images in {index.folder} ({index.layout}), median "
+        f"{width} x {height}"
     )
-    vocabulary = build_vocabulary(indexes, args.minima)
-    for source, index in indexes.items():
-        height, width = index.sizes.double().median(dim=0).values.int().tolist()
-        print(
-            f"{source}: {len(index.images)} images in {index.folder} ({index.layout}), median "
-            f"{width} x {height}"
-        )
-        for level, classes in class_pixels(index).items():
-            names = vocabulary.get(level, ())
+    for level, classes in class_pixels(index, vocabulary).items():
+        text = "no class is large enough: see the --min- options"
+        if classes:
+            total = sum(sum(images.values()) for images in classes.values())
             unit = "images" if level in upernet.TAGS else "pixels"
-            total = 0
-            for name, images in classes.items():
-                if has_class(vocabulary, level, name):
-                    total += sum(images.values())
             what = "objects with parts" if level == "part" else "classes"
-            text = f"{len(names)} {what}, {total:,} {unit} labelled: {first_of(names)}"
-            if not classes:
-                text = "no labels"
-            elif not names:
-                text = "no class is large enough: see the --min- options"
-            print(f"  {level:9s}{text}")
-            if level == "object" and index.data_set.own_table:
-                for number, name in zip(index.names, names):
-                    images = classes.get(name, {})
-                    pixels = sum(images.values())
-                    print(f"    {number:5d} {name:30s}{pixels:14,} pixels in {len(images)} images")
-        if index.data_set.map_level == "object":
-            print(f"  {unlabelled_share(index, vocabulary.get('object', []))}")
-        for _, reason in index.broken:
-            print(f"  set aside  {reason}")
+            names = vocabulary[level]
+            text = f"{len(names)} {what}, {total:,} {unit} labelled: {listed(names)}"
+        elif not any(index.tags) and level == index.data_set.tag_level:
+            text = "no labels"
+        print(f"  {level:9s}{text}")
+        if level == "object" and index.data_set.fixed_table:
+            for number, name in zip(index.names, vocabulary["object"]):
+                images = classes.get(name, {})
+                pixels = sum(images.values())
+                print(f"    {number:5d} {name:30s}{pixels:14,} pixels in {len(images)} images")
+    if index.data_set.map_level == "object":
+        print(f"  {unlabelled_share(index, vocabulary.get('object', []))}")
+    for _, reason in index.broken:
+        print(f"  set aside  {reason}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        "Scans data sets: what is there, in which classes, and what is broken.",
-        [*DATA_OPTIONS, WORKERS_OPTION],
-    )
-    parser.run(command, argv)
+    with one_line_errors("datasets.py"):
+        parser = make_parser("datasets.py", "Scans data sets and says what is there, or broken.")
+        add_data_options(parser)
+        args = parse_options(parser, argv, TOY_OPTIONS, {})
+        indexes = open_indexes(args.data, args.folder, args.cache_folder, args.workers)
+        vocabulary = build_vocabulary(indexes, args.thresholds)
+        for index in indexes.values():
+            report(index, vocabulary)
 
 
 if __name__ == "__main__":

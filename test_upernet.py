@@ -40,6 +40,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.transforms.functional import normalize
 
 import balance_split
 import datasets
@@ -191,11 +192,6 @@ def plain_resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
-def plain_cross_entropy(logits, k: int) -> float:
-    logits = np.asarray(logits, np.float64)
-    return np.logaddexp.reduce(logits) - logits[k]
-
-
 def prroi_means(bins: int, n: int) -> Tensor:
     """(bins, n): the mean of each sample's triangle over each bin, by the midpoint rule."""
     t = (np.arange(600 * n) + 0.5) / 600
@@ -293,53 +289,40 @@ def small_net(classes: dict = CLASSES, **options) -> UPerNet:
     return net.eval()
 
 
-# ---------------------------------------------------------------- the backbone
+@mock.patch.dict(resnet.BLOCKS, {18: (2, 2, 2, 2)})
 class TestResNet(unittest.TestCase):
-    def setUp(self):
-        resnet.BLOCKS[18] = (2, 2, 2, 2)
-        self.addCleanup(resnet.BLOCKS.update, {18: (1, 1, 1, 1)})
-
     def test_stages_are_torchvisions(self):
-        for depth in (18, 34, 50, 101):
-            self.compare_stages(depth, 32, None)
-        self.compare_stages(50, 16, [False, False, True])
-        self.compare_stages(50, 8, [False, True, True])
-
-    def compare_stages(self, depth: int, output_stride: int, dilated: list | None):
-        build = getattr(torchvision.models, f"resnet{depth}")
-        theirs = build(replace_stride_with_dilation=dilated).eval()
-        train_norms(theirs)
-        ours = ResNet(depth, output_stride=output_stride).eval()
-        state = theirs.state_dict()
-        del state["fc.weight"], state["fc.bias"]
-        ours.load_state_dict(state)
-        layers = create_feature_extractor(theirs, ["layer1", "layer2", "layer3", "layer4"])
-        x = torch.randn(1, 3, 70, 101)
-        with torch.inference_mode():
-            stages = ours(x)
-            expected = list(layers(x).values())
-        self.assertEqual(ours.channels, [stage.shape[1] for stage in expected])
-        for k in range(4):
-            with self.subTest(depth=depth, output_stride=output_stride, layer=k + 1):
-                self.assertLessEqual(relative_error(stages[k], expected[k]), 1e-6)
-
-    def test_stems(self):
-        for stem, widths in {"7x7": [64], "deep": [64, 64, 128], "v1c": [32, 32, 64]}.items():
-            net = ResNet(18, stem)
-            convs = [net.get_parameter(f"conv{k + 1}.weight") for k in range(len(widths))]
-            self.assertEqual([len(weight) for weight in convs], widths)
-            shapes = [stage.shape for stage in net(torch.rand(2, 3, 61, 90))]
-            self.assertEqual(shapes[0], (2, 64, 16, 23))
-            self.assertEqual(shapes[3], (2, 512, 2, 3))
+        for depth, output_stride, dilated in (
+            (18, 32, None),
+            (34, 32, None),
+            (50, 32, None),
+            (101, 32, None),
+            (50, 16, [False, False, True]),
+            (50, 8, [False, True, True]),
+        ):
+            build = getattr(torchvision.models, f"resnet{depth}")
+            theirs = build(replace_stride_with_dilation=dilated).eval()
+            train_norms(theirs)
+            ours = ResNet(depth, output_stride=output_stride).eval()
+            state = theirs.state_dict()
+            del state["fc.weight"], state["fc.bias"]
+            ours.load_state_dict(state)
+            layers = create_feature_extractor(theirs, ["layer1", "layer2", "layer3", "layer4"])
+            x = torch.randn(1, 3, 70, 101)
+            with torch.inference_mode():
+                stages = ours(x)
+                expected = list(layers(x).values())
+            self.assertEqual(ours.channels, [stage.shape[1] for stage in expected])
+            for found, stage in zip(stages, expected, strict=True):
+                with self.subTest(depth=depth, output_stride=output_stride):
+                    self.assertLessEqual(relative_error(found, stage), 1e-6)
 
     def test_basic_blocks_are_dilated_as_bottlenecks_are(self):
         """Which torchvision has not."""
         net = ResNet(18, output_stride=8)
-        for stage, expected in ((net.layer3, [1, 2, 2, 2]), (net.layer4, [2, 4, 4, 4])):
-            convs = [m for m in stage.modules() if isinstance(m, nn.Conv2d)]
-            dilations = [conv.dilation[0] for conv in convs if conv.kernel_size == (3, 3)]
-            self.assertEqual(dilations, expected)
-        self.assertEqual([x.shape[2] for x in net(torch.rand(2, 3, 64, 64))], [16, 8, 8, 8])
+        convs = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+        dilations = [conv.dilation[0] for conv in convs if conv.kernel_size == (3, 3)]
+        self.assertEqual(dilations[-8:], [1, 2, 2, 2, 2, 4, 4, 4])  # of layer3 and layer4
 
     def test_imagenet_weights_are_torchvisions(self):
         theirs = torchvision.models.resnet18().state_dict()
@@ -350,38 +333,24 @@ class TestResNet(unittest.TestCase):
         self.assertIn("resnet18", str(asked.call_args))
         for key, value in net.state_dict().items():
             self.assertTrue(torch.equal(value, theirs[key]), key)
-        for stem in ("deep", "v1c"):
-            self.assertRaises(ValueError, load_imagenet, ResNet(18, stem))
-
-    def test_arguments_that_it_refuses(self):
-        for wrong in ({"depth": 20}, {"stem": "3x3"}, {"output_stride": 4}):
-            with self.subTest(**wrong), self.assertRaises(ValueError):
-                ResNet(**wrong)
+        self.assertRaises(ValueError, load_imagenet, ResNet(18, "deep"))
 
 
 # ---------------------------------------------------------------- the network
 class Strided(nn.Module):
-    """A backbone of somebody else's: maps of 8 channels at the given strides."""
+    """A backbone of somebody else's: every few pixels of the image."""
 
-    channels = [8, 8, 8, 8]
+    channels = [3, 3, 3, 3]
 
     def __init__(self, *strides: int):
         super().__init__()
-        self.stages = nn.ModuleList(nn.Conv2d(3, 8, 3, stride, 1) for stride in strides)
+        self.strides = strides
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [stage(x) for stage in self.stages]
+        return [x[:, :, ::stride, ::stride] for stride in self.strides]
 
 
 class TestNetwork(unittest.TestCase):
-    def test_shapes_of_every_level(self):
-        net = small_net()
-        logits = net(torch.rand(2, 3, 65, 97))
-        expected = {"scene": (2, 5), "texture": (2, 4), "texture_map": (2, 4, 17, 25)}
-        expected.update(object=(2, 7, 17, 25), part=(2, 5, 17, 25), material=(2, 6, 17, 25))
-        self.assertEqual({level: value.shape for level, value in logits.items()}, expected)
-        self.assertEqual(net.part_slices, {1: slice(0, 3), 4: slice(3, 5)})
-
     def test_names_of_parameters(self):
         for name in small_net().state_dict():
             self.assertRegex(name, r"^(mean|std)$|^(backbone|ppm|fpn|fusion|heads)\.")
@@ -393,29 +362,28 @@ class TestNetwork(unittest.TestCase):
         net = small_net()
         images = torch.rand(1, 3, 64, 96)
         together = net(images)
-        ran = set()
+        ran = []
         for name, module in net.named_modules():
-            module.register_forward_hook(lambda *_, name=name: ran.add(name))
-        material = {"ppm", "fpn", "fpn.convs.0"}
-        fused = {*material, "fpn.convs.1", "fpn.convs.2", "fusion"}
-        needed = {"texture": set(), "scene": {"ppm"}, "material": material}
-        needed.update(object=fused, part=fused)
-        heads = {f"heads.{level}" for level in needed}
-        for levels in (["texture"], ["scene"], ["object"], ["part"], ["scene", "material"]):
+            if re.fullmatch(r"ppm|fusion|fpn\.convs\.\d|heads\.\w+", name):
+                module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        fused = ["ppm", "fpn.convs.2", "fpn.convs.1", "fpn.convs.0", "fusion"]
+        for level, needed in (
+            ("texture", []),
+            ("scene", ["ppm"]),
+            ("material", ["ppm", "fpn.convs.0"]),
+            ("object", fused),
+            ("part", fused),
+        ):
             ran.clear()
-            logits = net(images, levels=levels)
-            self.assertEqual(logits.keys() - {"texture_map"}, set(levels))
-            for level, value in logits.items():
-                torch.testing.assert_close(value, together[level])
-            expected = set()
-            for level in levels:
-                expected.update(needed[level], [f"heads.{level}"])
-            self.assertEqual(ran & (fused | heads), expected)
+            logits = net(images, levels=[level])
+            self.assertEqual(sorted(ran), sorted([*needed, f"heads.{level}"]))
+            self.assertEqual(logits.keys() - {"texture_map"}, {level})
+            for key, value in logits.items():
+                torch.testing.assert_close(value, together[key])
 
     def test_rows_of_table_2_against_the_network_written_out(self):
-        mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-        std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
         images = torch.rand(2, 3, 75, 107)
+        normalised = normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         for ppm, fpn, fusion, stride in (
             (False, 4, False, 32),
             (False, 3, False, 32),
@@ -429,7 +397,7 @@ class TestNetwork(unittest.TestCase):
         ):
             with self.subTest(ppm=ppm, fpn=fpn, fusion=fusion):
                 net = small_net(ppm=ppm, fpn=fpn, fusion=fusion, output_stride=stride)
-                stages = net.backbone((images - mean) / std)
+                stages = net.backbone(normalised)
                 expected = plain_logits(stages, net.state_dict(), fpn=fpn, fusion=fusion)
                 logits = net(images)
                 self.assertEqual(logits.keys(), expected.keys())
@@ -445,126 +413,58 @@ class TestNetwork(unittest.TestCase):
         images = torch.rand(1, 3, 64, 64)
         net = UPerNet(CLASSES, Strided(4, 8, 16, 32), channels=8).eval()
         self.assertEqual(net(images)["object"].shape, (1, 7, 16, 16))
-        for p in net.backbone.parameters():  # its memory layout is left alone
-            self.assertTrue(p.is_contiguous())
-        for strides in ([4, 8, 16, 32, 64], [4, 8, 16], [2, 4, 8, 16]):
+        for strides in ([4, 8, 16], [2, 4, 8, 16]):
             net = UPerNet(CLASSES, Strided(*strides), channels=8).eval()
             with self.subTest(strides=strides), self.assertRaisesRegex(ValueError, "backbone"):
                 net(images)
 
-    def test_the_two_files_work_alone(self):
-        """Without torchvision and the other files; a module as the backbone needs no resnet.py."""
-        place = new_folder("copied")
-        for name in ("upernet.py", "resnet.py"):
-            shutil.copy(join(HERE, name), place)
-        code = """
-import sys
-sys.modules["torchvision"] = sys.modules["resnet"] = None
-import torch, upernet
-
-class Backbone(torch.nn.Module):
-    channels = [3, 3, 3, 3]
-    def forward(self, x):
-        return [x[:, :, ::s, ::s] for s in (4, 8, 16, 32)]
-
-for backbone in (Backbone(), "resnet18"):
-    net = upernet.UPerNet({"object": 5}, backbone, channels=8).eval()
-    print(tuple(net(torch.rand(1, 3, 64, 64))["object"].shape))
-    del sys.modules["resnet"]
-"""
-        python = [sys.executable, "-c", code]
-        run = subprocess.run(python, cwd=place, capture_output=True, text=True)
-        self.assertEqual(run.stdout.split("\n"), 2 * ["(1, 5, 16, 16)"] + [""], run.stderr)
-
-    def test_images_that_it_takes_and_refuses(self):
+    def test_images_and_levels_that_it_takes_and_refuses(self):
         net = small_net()
-        image = torch.rand(1, 3, 64, 64)
-        for wrong in (image[0], 255 * image, -image, image[:, :1], image[:, :, :31]):
+        image = torch.rand(1, 3, 32, 32)
+        self.assertTrue(net(image)["object"].isfinite().all())
+        large = 255 * image
+        for wrong in (image[0], large, large.byte(), -image, image[:, :1], image[:, :, :31]):
             with self.subTest(shape=wrong.shape), self.assertRaises(ValueError):
                 net(wrong)
-        self.assertRaises(ValueError, net, (255 * image).byte())
         self.assertRaisesRegex(ValueError, "scenery", net, image, ["scenery"])
-        smallest = image[:, :, :32, :32]
-        self.assertTrue(net(smallest)["object"].isfinite().all())
-        net.train()(image[:, :, :33, :32])
-        self.assertRaises(ValueError, net, smallest)  # batch norm: one value a channel
-        pspnet = small_net(pool="pspnet").train()
-        self.assertRaises(ValueError, pspnet, image)
-        pspnet(torch.cat([smallest, smallest]))
 
-    def test_texture_sends_no_gradient_into_the_backbone(self):
+    def test_texture_has_four_convolutions_and_sends_no_gradient_into_the_backbone(self):
         net = small_net().train()
+        self.assertEqual(len(net.heads["texture"].conv), 4)
         logits = net(torch.rand(2, 3, 40, 70), levels=["texture"])
         logits["texture_map"].square().sum().backward()
         for name, p in net.named_parameters():
             self.assertEqual(p.grad is not None, name.startswith("heads.texture."), name)
 
-    def test_convolutions_before_the_classifiers(self):
-        for head_conv, others in ((True, 1), (False, 0)):
-            for level, head in small_net(head_conv=head_conv).heads.items():
-                convs = 4 if level == "texture" else others
-                kernels = [m.kernel_size for m in head.modules() if isinstance(m, nn.Conv2d)]
-                self.assertEqual(kernels, convs * [(3, 3)] + [(1, 1)])
-
     def test_arguments_that_it_refuses(self):
         for wrong in (
             {"classes": {}},
             {"classes": {"colour": 3}},
-            {"classes": {"object": 0}},
-            {"classes": {"part": {0: 2}}},
-            {"classes": {"object": 3, "part": {3: 2}}},
-            {"classes": {"object": 3, "part": 4}},
             {"backbone": "vgg16"},
-            {"channels": 0},
             {"pool": "max"},
             {"fpn": 1},
-            {"test_size": (600, 450, None)},
+            {"stem": "3x3"},
+            {"output_stride": 4},
         ):
-            arguments = {"classes": {"object": 3}, "backbone": "resnet18", "channels": 8, **wrong}
+            arguments = {"classes": {"object": 3}, "backbone": "resnet18", **wrong}
             with self.subTest(**wrong), self.assertRaises(ValueError):
                 UPerNet(**arguments)
 
-    def test_is_rebuilt_from_its_arguments_and_state_dict(self):
-        options = {"head_conv": False, "pool": "adaptive", "fpn": 3, "stem": "v1c"}
-        images = torch.rand(1, 3, 64, 96)
-        for wanted in (options, {"ppm": False, "output_stride": 16}, {"fusion": False}):
-            net = small_net(**wanted)
-            net.test_size = (300, 700, 8)
-            twin = UPerNet(**net.network).eval()
-            twin.load_state_dict(net.state_dict())
-            for level, value in net(images).items():
-                self.assertTrue(torch.equal(twin(images)[level], value), level)
-            self.assertEqual(twin.test_size, (300, 700, 8))
-            self.assertEqual(twin.network, net.network)
-        self.assertEqual(small_net().test_size, (450, 1200, None))
-
     def test_initialisation(self):
+        """Kaiming normal and biases of 1e-4, as released."""
         torch.manual_seed(0)
         net = UPerNet({"object": 50, "scene": 40, "texture": 30}, "resnet18", channels=64)
-        for name, module in net.named_modules():
-            own = not name.startswith("backbone.")
+        del net.backbone
+        for module in net.modules():
             if isinstance(module, nn.Conv2d):
-                weight = module.weight
-                fan = weight[0].numel() if own else weight[:, 0].numel()  # in; out
-                expected = math.sqrt(2 / fan)  # Kaiming's
-                self.assertAlmostEqual(weight.std().item() / expected, 1, delta=0.08, msg=name)
-            if isinstance(module, nn.BatchNorm2d) and own:
-                self.assertTrue((module.weight == 1).all(), name)
-                self.assertTrue(torch.allclose(module.bias, torch.tensor(1e-4)), name)
+                kaiming = math.sqrt(2 / module.weight[0].numel())
+                self.assertAlmostEqual(module.weight.std().item() / kaiming, 1, delta=0.08)
+            if isinstance(module, nn.BatchNorm2d):
+                self.assertTrue((module.weight == 1).all())
+                self.assertTrue((module.bias == 1e-4).all())
 
 
 # ---------------------------------------------------------------- in somebody else's hands
-class Adapter(nn.Module):
-    """What a user puts around a layer."""
-
-    def __init__(self, base: nn.Module):
-        super().__init__()
-        self.base = base
-
-    def forward(self, x):
-        return self.base(x) + 1
-
-
 class TestElsewhere(unittest.TestCase):
     def setUp(self):
         self.net = small_net()
@@ -608,36 +508,18 @@ class TestElsewhere(unittest.TestCase):
                         module[0] = fuse_conv_bn_eval(module[0], module[1])
                         module[1] = nn.Identity()
             self.assertIsNotNone(folded.fusion.conv[0].bias)
-            self.assertIsNotNone(folded.ppm.branches[3][0].bias)
             with torch.inference_mode():
                 self.assert_same(folded(self.images), net(self.images))
 
-    def test_pruned_weights_stay_pruned_in_training(self):
-        net = self.net.to(memory_format=torch.contiguous_format).train()
-        convs = (net.fusion.conv[0], net.ppm.branches[3][0])
-        before = []
-        for conv in convs:
-            prune.l1_unstructured(conv, "weight", amount=0.5)
-            before.append(conv.weight.detach().clone())
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-        for _ in range(2):
-            optimizer.zero_grad()
-            net(self.images)["object"].square().mean().backward()
-            optimizer.step()
-        net(self.images)
-        for conv, weight in zip(convs, before):
-            pruned = weight == 0
-            self.assertAlmostEqual(pruned.float().mean().item(), 0.5, places=2)
-            self.assertTrue((conv.weight[pruned] == 0).all())
-            self.assertTrue((conv.weight != weight)[~pruned].any())
-
-    def test_an_adapter_around_the_convolution_of_the_fusion(self):
-        fusion = self.net.fusion
+    def test_pruned_weights_stay_pruned(self):
+        fusion = self.net.fusion.to(memory_format=torch.contiguous_format)
         maps = [torch.rand(2, 8, n, n) for n in (16, 8, 4, 2)]
-        conv, norm, relu = fusion.conv
-        expected = relu(norm(conv(maps) + 1))
-        fusion.conv[0] = Adapter(conv)
-        torch.testing.assert_close(fusion(maps), expected)
+        conv = fusion.conv[0]
+        prune.l1_unstructured(conv, "weight", amount=0.5)
+        nn.init.normal_(conv.weight_orig)  # as training changes it
+        fused = fusion(maps)
+        conv.weight = conv.weight_orig * conv.weight_mask
+        torch.testing.assert_close(fused, fusion.plain(maps))
 
     def test_export_with_free_batch_height_and_width(self):
         free = getattr(torch.export.Dim, "AUTO", None)
@@ -666,24 +548,11 @@ class TestElsewhere(unittest.TestCase):
             logits = []
             gradients = []
             for network in (net, compiled):
-                net.zero_grad()
                 logits.append(network(images))
-                logits[-1]["object"].sum().backward()
-                gradients.append({name: p.grad.clone() for name, p in net.named_parameters()})
+                loss = logits[-1]["object"].sum()
+                gradients.append(dict(enumerate(torch.autograd.grad(loss, [*net.parameters()]))))
             self.assert_same(logits[1], logits[0], 1e-5)
             self.assert_same(gradients[1], gradients[0], 1e-3)
-
-    def test_copied_in_another_memory_layout_and_in_bfloat16(self):
-        twin = copy.deepcopy(self.net)
-        twin.to(memory_format=torch.contiguous_format)
-        state = self.net.state_dict()
-        twin.load_state_dict({key: value.contiguous() for key, value in state.items()})
-        with torch.inference_mode():
-            exact = self.net(self.images)
-            self.assert_same(twin(self.images), exact)
-            rounded = self.net.bfloat16()(self.images.bfloat16())
-        self.assertEqual({value.dtype for value in rounded.values()}, {torch.bfloat16})
-        self.assert_same(rounded, exact, 0.1)
 
     @unittest.skipUnless(torch.cuda.is_available(), "no CUDA device")
     def test_on_cuda_as_on_the_cpu(self):
@@ -701,16 +570,15 @@ class TestElsewhere(unittest.TestCase):
 class TestPooling(unittest.TestCase):
     def test_weights(self):
         for bins in (1, 2, 3, 6):
-            for h, w in ((1, 2), (4, 7), (5, 38), (19, 7)):
-                x = torch.rand(2, 3, h, w)
-                for pool, weights in (
-                    ("prroi", upernet.prroi_weights),
-                    ("adaptive", upernet.average_weights),
+            for n in (1, 2, 4, 5, 7, 19, 38):
+                means = nn.AdaptiveAvgPool1d(bins)(torch.eye(n)[None])[0].T
+                for weights, expected in (
+                    (upernet.prroi_weights, prroi_means(bins, n)),
+                    (upernet.average_weights, means),
                 ):
-                    pooled = weights(bins, h, x.device) @ x @ weights(bins, w, x.device).T
-                    expected = plain_pool(pool, x, bins)
-                    with self.subTest(pool=pool, bins=bins, size=(h, w)):
-                        torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-5)
+                    found = weights(bins, n, torch.device("cpu"))
+                    with self.subTest(weights=weights, bins=bins, n=n):
+                        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
     def test_branches_train_as_the_plain_line(self):
         """In training mode batch norm and the resize do not commute."""
@@ -738,37 +606,27 @@ class TestFusion(unittest.TestCase):
         maps = []
         for k in range(4):
             size = (math.ceil(height / 2**k), math.ceil(width / 2**k))
-            maps.append(torch.randn(n, channels, *size, dtype=dtype))
+            maps.append(torch.randn(n, channels, *size, dtype=dtype, requires_grad=True))
         return fusion, maps
 
-    def gradients(self, way, fusion: nn.Module, maps: list[Tensor]) -> list[Tensor]:
-        """The fused map, and the gradients of the maps and of the parameters."""
-        maps = [x.clone().requires_grad_() for x in maps]
-        y = way(maps)
-        torch.manual_seed(1)
-        loss = (y * torch.randn_like(y)).sum()
-        return [y, *torch.autograd.grad(loss, [*maps, *fusion.parameters()])]
-
-    def test_both_ways_are_the_papers_line_in_values_and_gradients(self):
+    def test_is_the_plain_line_in_values_and_gradients(self):
         for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
             for n, height, width in ((1, 8, 8), (2, 24, 32), (3, 13, 19), (2, 1, 9), (1, 37, 5)):
                 for training in (True, False):
                     fusion, maps = self.case(n, height, width, dtype)
-                    conv, norm, relu = fusion.train(training).conv
-
-                    def papers_line(maps):
-                        upsampled = [plain_resize(x, (height, width)) for x in maps]
-                        y = F.conv2d(torch.cat(upsampled, dim=1), conv.weight, padding=1)
-                        return relu(norm(y))
-
-                    expected = self.gradients(papers_line, fusion, maps)
+                    fusion.train(training)
+                    results = []
                     for way in (fusion, fusion.plain):
-                        found = self.gradients(way, fusion, maps)
-                        with self.subTest(dtype=dtype, size=(height, width), training=training):
-                            for ours, plain in zip(found, expected, strict=True):
-                                self.assertLessEqual(relative_error(ours, plain), tolerance)
+                        y = way(maps)
+                        torch.manual_seed(1)
+                        loss = (y * torch.randn_like(y)).sum()
+                        variables = [*maps, *fusion.parameters()]
+                        results.append([y, *torch.autograd.grad(loss, variables)])
+                    with self.subTest(dtype=dtype, size=(height, width), training=training):
+                        for fast, plain in zip(*results, strict=True):
+                            self.assertLessEqual(relative_error(fast, plain), tolerance)
 
-    def test_bf16_is_as_near_to_float32_as_the_plain_way(self):
+    def test_bf16_is_as_near_to_float32_as_the_plain_line(self):
         for height, width in ((24, 32), (31, 45)):
             fusion, maps = self.case(2, height, width, channels=64)
             fusion.eval()
@@ -783,13 +641,13 @@ class TestFusion(unittest.TestCase):
 
 # ---------------------------------------------------------------- losses
 class TestLosses(unittest.TestCase):
-    def test_part_loss_is_the_plain_loop(self):
+    def test_of_parts_is_the_plain_loop(self):
         torch.manual_seed(1)
         slices = {1: slice(0, 3), 4: slice(3, 5), 6: slice(5, 9)}
         logits = torch.randn(3, 9, 6, 7, dtype=torch.float16)  # computed in float32
         objects = torch.randint(-1, 8, (3, 6, 7))
-        parts = torch.randint(0, 2, (3, 6, 7))
-        parts[objects == 1] = torch.randint(0, 3, (int((objects == 1).sum()),))
+        parts = torch.randint(0, 3, (3, 6, 7))
+        parts[objects == 4] %= 2
         parts[objects == 6] = 0  # object 6 has no part in any image
         parts[1][objects[1] == 1] = 0  # and object 1 none in image 1: not valid there
 
@@ -798,141 +656,147 @@ class TestLosses(unittest.TestCase):
             values = []
             for n in range(3):
                 inside = objects[n] == index
-                if (parts[n][inside] > 0).any():
-                    for y, x in inside.nonzero().tolist():
-                        part = int(parts[n, y, x])
-                        values.append(plain_cross_entropy(logits[n, channels, y, x], part))
+                labels = parts[n][inside]
+                if (labels > 0).any():
+                    y = logits[n, channels][:, inside].T.double()
+                    values.append(F.cross_entropy(y, labels, reduction="none"))
             if values:
-                total += np.mean(values)
+                total += torch.cat(values).mean().item()
         self.assertGreater(total, 0)
-        found = upernet.part_loss(logits, objects, parts, slices)
+        labels = {"object": objects, "part": parts}
+        found = upernet.losses({"part": logits}, labels, slices)["part"]
         self.assertAlmostEqual(found.item(), total, places=4)
 
-    def plain_mean(self, logits: Tensor, labels: Tensor) -> float:
-        """The mean cross entropy over the labelled pixels; (N, K, pixels) and (N, pixels)."""
-        values = []
-        for n, k in (labels >= 0).nonzero().tolist():
-            values.append(plain_cross_entropy(logits[n, :, k], int(labels[n, k])))
-        return np.mean(values)
-
     def test_others_are_the_mean_over_what_is_labelled(self):
-        """Texture is predicted at every pixel."""
         y = torch.randn(2, 5, 4, 6)
-        labels = torch.randint(-1, 5, (2, 4, 6), dtype=torch.int16)
-        tags = torch.tensor([2, -1], dtype=torch.int16)
-        everywhere = tags[:, None, None].expand(2, 4, 6)
         half = y.half()  # computed in float32
-        for level, key, logits, given, of_pixels in (
-            ("object", "object", y, labels, labels),
-            ("material", "material", half, labels, labels),
-            ("texture", "texture_map", y, tags, everywhere),
-            ("scene", "scene", y[:, :, 0, 0], tags, everywhere[:, :1, :1]),
-        ):
-            found = upernet.losses({key: logits}, {level: given}, {})[level]
-            expected = self.plain_mean(logits.float().view(2, 5, -1), of_pixels.reshape(2, -1))
-            self.assertAlmostEqual(found.item(), expected, places=5)
-
-    def test_labels_that_are_missing_or_of_another_size_are_errors(self):
-        logits = {"object": torch.randn(2, 4, 6, 7), "part": torch.randn(2, 3, 6, 7)}
-        right = torch.zeros(2, 6, 7)
-        large = torch.zeros(2, 24, 28)
-        slices = {1: slice(0, 3)}
-        for labels in (
-            {"object": right},
-            {"part": right},
-            {"object": large, "part": right},
-            {"object": right, "part": large},
-        ):
-            self.assertRaises(ValueError, upernet.losses, logits, labels, slices)
-        logits = {"part": logits["part"]}
-        self.assertRaisesRegex(
-            ValueError, "no labels of object", upernet.losses, logits, {"part": right}, slices
-        )
+        pixels = torch.randint(-1, 5, (2, 4, 6), dtype=torch.int16)
+        tags = torch.tensor([2, -1], dtype=torch.int16)
+        logits = {"object": y, "material": half, "texture_map": y, "scene": y[:, :, 0, 0]}
+        labels = {"object": pixels, "material": pixels, "texture": tags, "scene": tags}
+        everywhere = torch.full((1, 4, 6), 2)
+        expected = {
+            "object": F.cross_entropy(y, pixels.long(), ignore_index=-1),
+            "material": F.cross_entropy(half.float(), pixels.long(), ignore_index=-1),
+            "texture": F.cross_entropy(y[:1], everywhere),
+            "scene": F.cross_entropy(y[:1, :, 0, 0], everywhere[:, 0, 0]),
+        }
+        found = upernet.losses(logits, labels, {})
+        self.assertEqual(found.keys(), expected.keys())
+        for level, value in expected.items():
+            torch.testing.assert_close(found[level], value, rtol=0, atol=5e-6)
 
     def test_levels_without_a_label_cost_nothing_and_stay_in_the_graph(self):
         net = small_net({"scene": 3, "object": 4, "part": {1: 3}}).train()
-        labels = {
-            "scene": -torch.ones(2),
-            "object": -torch.ones(2, 16, 16),
-            "part": torch.zeros(2, 16, 16),
-        }
-        logits = net(torch.rand(2, 3, 64, 64))
-        found = upernet.losses(logits, labels, net.part_slices)
+        nothing = -torch.ones(2, 16, 16)
+        labels = {"scene": nothing[:, 0, 0], "object": nothing, "part": 0 * nothing}
+        found = upernet.losses(net(torch.rand(2, 3, 64, 64)), labels, net.part_slices)
+        self.assertEqual(found, {"scene": 0, "object": 0, "part": 0})
         sum(found.values()).backward()
-        values = {level: value.item() for level, value in found.items()}
-        self.assertEqual(values, {"scene": 0, "object": 0, "part": 0})
         for name, p in net.named_parameters():
-            self.assertIsNotNone(p.grad, name)
             self.assertFalse(p.grad.any(), name)
 
 
+# ---------------------------------------------------------------- photos
+# A pixel of three times 16 bits, which Pillow reads and cannot write.
+DEEP_PNG = (
+    "89504e470d0a1a0a0000000d4948445200000001000000011002000000c0e78f9d"
+    "0000000b4944415478da6360040300001c00072c7d16a40000000049454e44ae426082"
+)
+
+
+class TestPhoto(unittest.TestCase):
+    def test_alpha_is_ignored(self):
+        photo = noise(24, 32)
+        transparent = photo.convert("RGBA")
+        transparent.putalpha(0)
+        assert_array_equal(upernet.rgb_photo(transparent), photo)
+
+    def test_more_than_8_bits_a_channel_are_refused(self):
+        photos = [Image.new(mode, (8, 8)) for mode in ("I;16", "I", "F")]
+        photos.append(Image.open(io.BytesIO(bytes.fromhex(DEEP_PNG))))
+        for photo in photos:
+            with self.subTest(photo.mode), self.assertRaises(ValueError):
+                upernet.rgb_photo(photo)
+
+
 # ---------------------------------------------------------------- our checkpoints
-class Own:
-    """An object that a file may hold; reading it would run code."""
-
-
 class TestCheckpoint(unittest.TestCase):
     def setUp(self):
         self.path = join(new_folder("checkpoint"), "some.pt")
-        self.net = small_net(test_size=(300, 700, 8))
         self.vocabulary = {
-            "scene": ["kitchen", "street", "attic", "beach", "office"],
-            "object": ["wall", "car", "pot", "sky", "person", "tree", "road"],
-            "part": {
-                "car": ["background", "wheel", "door"],
-                "person": ["background", "head"],
-            },
-            "material": ["wood", "brick", "metal", "glass", "stone", "fabric"],
-            "texture": ["dotted", "banded", "grid", "woven"],
+            "scene": ["street", "kitchen"],
+            "object": ["wall", "car", "pot"],
+            "part": {"car": ["background", "wheel"], "pot": ["background", "lid", "handle"]},
         }
-        self.content = {
-            "model": self.net.state_dict(),
-            "network": self.net.network,
-            "vocabulary": self.vocabulary,
-        }
+        self.classes = {"scene": 2, "object": 3, "part": {1: 2, 2: 3}}
+
+    def content(self, net: UPerNet) -> dict:
+        return {"model": net.state_dict(), "network": net.network, "vocabulary": self.vocabulary}
 
     def test_holds_a_network_and_its_vocabulary(self):
-        torch.save(self.content, self.path)
-        net, vocabulary = upernet.load(self.path)
-        self.assertEqual(vocabulary, self.vocabulary)
-        self.assertEqual(net.test_size, (300, 700, 8))
-        self.assertFalse(net.training)
-        images = torch.rand(1, 3, 64, 96)
-        expected = self.net(images)
-        for level, value in net(images).items():
-            torch.testing.assert_close(value, expected[level])
+        options = {"head_conv": False, "pool": "adaptive", "fpn": 3, "stem": "v1c"}
+        for wanted in (options, {"ppm": False, "output_stride": 16}, {"fusion": False}):
+            net = small_net(self.classes, **wanted)
+            self.assertEqual(net.test_size, (450, 1200, None))
+            net.test_size = (300, 700, 8)
+            torch.save(self.content(net), self.path)
+            twin, vocabulary = upernet.load(self.path)
+            self.assertEqual(vocabulary, self.vocabulary)
+            self.assertEqual(twin.network, net.network)
+            self.assertEqual((twin.test_size, twin.training), ((300, 700, 8), False))
+            images = torch.rand(1, 3, 64, 96)
+            torch.testing.assert_close(twin(images), net(images))
 
-    def test_of_an_earlier_edition(self):
-        del self.content["network"]["test_size"]
-        self.content["network"]["classes"] = dict(reversed(CLASSES.items()))
-        self.content["arguments"] = {"sizes": [300, 375, 450, 525, 600], "max_size": 1000}
-        torch.save(self.content, self.path)
-        net, content = upernet.read_checkpoint(self.path)
-        self.assertEqual(net.test_size, (450, 1000, None))
-        self.assertEqual(content["arguments"]["max_size"], 1000)
+    def test_two_files_alone_load_it_and_parse_a_photo(self):
+        """Without torchvision; a module as the backbone needs no resnet.py either."""
+        torch.save(self.content(small_net(self.classes)), self.path)
+        place = new_folder("copied")
+        for name in ("upernet.py", "resnet.py"):
+            shutil.copy(join(HERE, name), place)
+        source = Path(HERE, "upernet.py").read_text(encoding="utf-8")
+        self.assertNotRegex(source, r"(?m)^(import|from) (numpy|PIL)")
+        code = """
+import sys
+sys.modules["torchvision"] = sys.modules["resnet"] = None
+import PIL.Image, torch, upernet
 
-    def refused(self, content: dict) -> str:
-        torch.save(content, self.path)
-        with self.assertRaisesRegex(ValueError, re.escape(self.path)) as caught:
-            upernet.load(self.path)
-        return str(caught.exception)
+class Backbone(torch.nn.Module):
+    channels = [3, 3, 3, 3]
+    def forward(self, x):
+        return [x[:, :, ::s, ::s] for s in (4, 8, 16, 32)]
 
-    def test_an_object_in_the_file_is_named(self):
-        for thing, name in ((np.float64(1), r"numpy\S*\.scalar"), (Own(), r"\.Own\b")):
-            torch.save({"meta": {"best": thing}, "state_dict": {}}, self.path)
-            with self.subTest(name), self.assertRaisesRegex(ValueError, name) as caught:
-                upernet.read_file(self.path)
-            self.assertIn(self.path, str(caught.exception))
+net = upernet.UPerNet({"object": 5}, Backbone(), channels=8).eval()
+print(net(torch.rand(1, 3, 64, 64))["object"].shape)
+del sys.modules["resnet"]
+import resnet
+resnet.BLOCKS[18] = (1, 1, 1, 1)
+net, vocabulary = upernet.load(sys.argv[1])
+parsed = upernet.parse(net, PIL.Image.new("RGB", (60, 50)))
+print(parsed["object"].shape, parsed["part"].shape, parsed["scene"].shape)
+"""
+        python = [sys.executable, "-c", code, self.path]
+        environment = {**os.environ, "PYTHONPATH": place}
+        run = subprocess.run(python, cwd=place, env=environment, capture_output=True, text=True)
+        expected = "torch.Size([1, 5, 16, 16])\n(50, 60) (50, 60) (2,)\n"
+        self.assertEqual(run.stdout, expected, run.stderr)
 
     def test_what_does_not_fit_is_named(self):
+        content = self.content(small_net(self.classes))
+        model = content["model"]
         key = "heads.object.classifier.weight"
-        model = self.content["model"]
-        weight = model.pop(key)
-        for wrong in ({}, {key: weight[:-1]}, {key: 3}, {key: weight * math.nan}):
-            self.assertIn(key, self.refused({**self.content, "model": {**model, **wrong}}))
-        other = {key: weight, "heads.colour.weight": weight}
-        self.content["model"] = {**model, **other}
-        self.assertIn("heads.colour.weight", self.refused(self.content))
+        without = {name: value for name, value in model.items() if name != key}
+        for wrong, named in (
+            ({"best": np.float64(1)}, r"numpy\S*\.scalar"),  # no tensor: could run code
+            ({"model": without}, key),
+            ({"model": {**model, key: model[key][:-1]}}, key),
+            ({"model": {**model, "heads.colour.weight": model[key]}}, "heads.colour.weight"),
+            ({"vocabulary": {"object": ["wall"]}}, "object"),
+        ):
+            torch.save({**content, **wrong}, self.path)
+            with self.subTest(named), self.assertRaisesRegex(ValueError, named) as caught:
+                upernet.load(self.path)
+            self.assertIn(self.path, str(caught.exception))
 
 
 # ---------------------------------------------------------------- released weights
@@ -998,12 +862,6 @@ def stand_in(key: str, shape: tuple, seed: int) -> Tensor:
     return torch.from_numpy(value.astype(np.float32))
 
 
-def their_key(release: str, key: str) -> str:
-    for pattern, replacement in KEYS[release].items():
-        key = re.sub(f"^{pattern}", replacement, key)
-    return key
-
-
 def released_files(
     release: str, seed: int, meta: dict = {}, **network
 ) -> tuple[list[str], dict[str, Tensor]]:
@@ -1016,28 +874,24 @@ def released_files(
     encoder = {}
     decoder = {}
     for key, value in shapes.items():
-        name = their_key(release, key)
+        name = key
+        for pattern, replacement in KEYS[release].items():
+            name = re.sub(f"^{pattern}", replacement, name)
         ours[key] = stand_in(name, tuple(value.shape), seed)
-        of_file = encoder if key.startswith("backbone.") else decoder
-        of_file[name] = ours[key]
+        content = encoder if key.startswith("backbone.") else decoder
+        content[name] = ours[key]
         if name.endswith(".running_mean") and release != "mmseg":
-            prefix = name.removesuffix("running_mean")
             for own in ("_tmp_running_mean", "_tmp_running_var", "_running_iter"):
-                of_file[prefix + own] = ours[key]  # their synchronised batch norm's own sums
+                # Their synchronised batch norm's own sums.
+                content[name.replace("running_mean", own)] = ours[key]
     files = {"encoder.pth": encoder, "decoder.pth": decoder}
     if release == "mmseg":
-        auxiliary = {
-            "auxiliary_head.conv_seg.bias": torch.ones(150),
-            "auxiliary_head.convs.0.bn.weight": torch.ones(9),
-        }
-        state = {**encoder, **decoder, **auxiliary}
+        state = {**encoder, **decoder, "auxiliary_head.convs.0.bn.weight": torch.ones(9)}
         files = {"upernet.pth": {"meta": meta, "state_dict": state}}
     place = new_folder(release)
-    paths = []
     for name, content in files.items():
-        paths.append(join(place, name))
-        torch.save(content, paths[-1])
-    return paths, ours
+        torch.save(content, join(place, name))
+    return [join(place, name) for name in files], ours
 
 
 def class_tables(place: str) -> str:
@@ -1045,15 +899,13 @@ def class_tables(place: str) -> str:
     of our own."""
     for level in ("scene", "object", "material"):
         rows = ["label,name"]
-        for k in range(COUNTS[level]):
-            background = k == 0 and level != "scene"
-            rows.append(f"{k},-" if background else f"{k},{level} {k}")
+        rows.extend(f"{k},{level} {k}" for k in range(COUNTS[level]))
         write(join(place, f"{level}.csv"), "\n".join(rows))
     rows = ["object_label,object_name,part_labels,part_names"]
-    counts = 7 * [4] + 43 * [6] + 27 * [5] + [6]  # 427 channels, backgrounds counted
+    counts = [*(77 * [5]), 42]  # 427 channels, backgrounds counted
     for k, count in enumerate(counts, start=1):
-        names = ["-", *(f"part {p}" for p in range(1, count))]
-        rows.append(f"{k},object {k},,{';'.join(names)}")
+        names = ";".join(f"part {p}" for p in range(count))
+        rows.append(f"{k},object {k},,{names}")
     write(join(place, "object_part_hierarchy.csv"), "\n".join(rows))
     rows = [
         "dataset,category,raw_label,raw_name,broden_label,broden_name",
@@ -1120,9 +972,8 @@ class TestRelease(unittest.TestCase):
         cls.table = write(join(new_folder("table"), "object150.csv"), "\n".join(rows))
         cls.tables = class_tables(new_folder("joint_dataset"))
         cls.files = {}
-        cls.weights = {}
         for release, seed in SEEDS.items():
-            cls.files[release], cls.weights[release] = released_files(release, seed)
+            cls.files[release], _ = released_files(release, seed)
         cls.networks = {
             "paper": upernet.load_release(*cls.files["paper"], cls.tables),
             "ade20k": upernet.load_release(*cls.files["ade20k"], cls.table),
@@ -1146,119 +997,90 @@ class TestRelease(unittest.TestCase):
                     self.assertLessEqual(abs(errors).max() / largest, 1e-4)
                     self.assertLessEqual(abs(abs(found).max() - largest) / largest, 1e-4)
 
-    @unittest.skipUnless(os.path.isdir(join(SHARED, "data")), "no recorded keys here")
+    @unittest.skipUnless(os.path.isdir(SHARED), "no recorded keys here")
     def test_stand_ins_have_the_keys_of_the_released_files(self):
         folders = {"paper": "upp_release", "ade20k": "mit_release", "mmseg": "mmseg_release"}
         for release, name in folders.items():
             keys = read_json(SHARED, name, "keys_resnet50.json")["keys"]
-            if release != "mmseg":
-                keys = {**keys["encoder"], **keys["decoder"]}
+            expected = {*keys.get("encoder", keys), *keys.get("decoder", {})}
             found = set()
             for path in self.files[release]:
                 content = torch.load(path, weights_only=True)
                 found.update(content.get("state_dict", content))
-            different = found.symmetric_difference(keys)
-            self.assertEqual({key for key in different if "auxiliary_head" not in key}, set())
+            different = [key for key in found ^ expected if "auxiliary_head" not in key]
+            self.assertEqual(different, [])
 
-    def test_other_depths_and_widths(self):
-        for release, depth in (("paper", 101), ("mmseg", 18)):
-            network = {"backbone": f"resnet{depth}", "channels": 32}
-            files, weights = released_files(release, 3, **network)
-            load = {"paper": upernet.load_release, "mmseg": upernet.load_mmseg}[release]
-            net, _ = load(*files, *([self.tables] if release == "paper" else []))
-            state = net.state_dict()
-            for key, value in weights.items():
-                if release == "paper" and key == "backbone.conv1.weight":
-                    value = value.flip(1)  # BGR
-                self.assertTrue(torch.equal(state[key], value), key)
+    def test_another_depth_and_width(self):
+        files, _ = released_files("paper", 3, backbone="resnet101", channels=32)
+        net, _ = upernet.load_release(*files, self.tables)
+        self.assertEqual((net.network["backbone"], net.network["channels"]), ("resnet101", 32))
 
     def test_sizes_and_classes(self):
         sizes = {release: net.test_size for release, (net, _) in self.networks.items()}
         expected = {"paper": (450, 1000, 8), "ade20k": (450, 1000, 32), "mmseg": (512, 2048, 1)}
         self.assertEqual(sizes, expected)  # short side, longest side, multiple
-        net, vocabulary = self.networks["paper"]
-        self.assertEqual(net.part_slices[2], slice(4, 8))
-        self.assertEqual(len(vocabulary["part"]), 78)
-        for level, first in (("scene", "scene 0"), ("object", "background")):
-            self.assertEqual(vocabulary[level][:2], [first, f"{level} 1"])
-            self.assertEqual(len(vocabulary[level]), COUNTS[level])
-        parts = ["background", "part 1", "part 2", "part 3"]
-        self.assertEqual(vocabulary["part"]["object 1"], parts)
+        net, names = self.networks["paper"]
+        self.assertEqual(net.part_slices[2], slice(5, 10))
+        counts = {level: len(of_level) for level, of_level in names.items()}
+        self.assertEqual(counts, {**COUNTS, "part": 78})
+        first = [names[level][0] for level in ("scene", "object", "material")]
+        self.assertEqual(first, ["scene 0", "background", "background"])
+        self.assertEqual(names["part"]["object 78"][:3], ["background", "part 1", "part 2"])
         objects = self.networks["ade20k"][1]["object"]
         self.assertEqual(objects[0], "thing 1")
         self.assertEqual(len(set(objects)), 150)  # although two begin with "screen"
 
-    def assert_refused(self, named: str, encoder: str, decoder: str, labels: str):
-        with self.subTest(named), self.assertRaisesRegex(ValueError, re.escape(named)):
-            upernet.load_release(encoder, decoder, labels)
-
     def test_wrong_and_swapped_files_and_tables(self):
         encoder, decoder = self.files["paper"]
+        place = new_folder("wrong")
         state = torch.load(decoder, weights_only=True)
         del state["fpn_in.1.0.weight"]
-        damaged = join(new_folder("wrong"), "damaged.pth")
-        torch.save(state, damaged)
-        self.assert_refused(decoder, decoder, encoder, self.tables)
-        ours = join(new_folder("wrong"), "ours.pt")
-        torch.save({"model": state, "arguments": {}}, ours)
-        self.assert_refused("conv1.weight is missing", ours, decoder, self.tables)
-        self.assert_refused("nothing.pth", "nothing.pth", decoder, self.tables)
-        self.assert_refused("fpn.laterals.1.0.weight", encoder, damaged, self.tables)
-        self.assert_refused("nowhere", encoder, decoder, "nowhere")
-        self.assert_refused(self.table, encoder, decoder, self.table)
-        short = write(join(new_folder("wrong"), "short.csv"), "Idx,Name\n1,wall\n")
-        self.assert_refused(short, *self.files["ade20k"], short)
-        copied = join(new_folder("wrong"), "tables")
-        shutil.copytree(self.tables, copied)
-        rows = "label,object_name,part_labels,part_names\n1,object 3"
-        write(join(copied, "object_part_hierarchy.csv"), rows)
-        self.assert_refused(copied, encoder, decoder, copied)
+        torch.save(state, join(place, "damaged.pth"))
+        short = write(join(place, "short.csv"), "Idx,Name\n1,wall\n")
+        for named, *files in (
+            (decoder, decoder, encoder, self.tables),
+            ("nothing.pth", "nothing.pth", decoder, self.tables),
+            ("fpn.laterals.1.0.weight", encoder, join(place, "damaged.pth"), self.tables),
+            (self.table, encoder, decoder, self.table),
+            (short, *self.files["ade20k"], short),
+        ):
+            with self.subTest(named), self.assertRaisesRegex(ValueError, re.escape(named)):
+                upernet.load_release(*files)
 
 
 class TestMmseg(unittest.TestCase):
     """Files of mmsegmentation's; what its network answers is in TestRelease."""
 
-    def file(self, meta: dict = {}, classes: int = 3) -> str:
-        network = {"backbone": "resnet18", "channels": 8, "classes": {"object": classes}}
-        paths, _ = released_files("mmseg", 1, meta, **network)
-        return paths[0]
+    def file(self, meta: dict = {}, backbone="resnet18") -> str:
+        network = {"backbone": backbone, "channels": 8, "classes": {"object": 3}}
+        return released_files("mmseg", 1, meta, **network)[0][0]
 
     def test_names_of_the_classes(self):
         names = ["wall", "sky, blue", "tree"]  # whole: a comma is part of the name
-        numbered = ["class 1", "class 2", "class 3"]
         for meta, given, expected in (
             ({"CLASSES": tuple(names)}, None, names),
             ({"dataset_meta": {"classes": names}}, None, names),
             ({"CLASSES": names}, ["a", "b", "c"], ["a", "b", "c"]),
             ({"CLASSES": ["wall", "sky", "wall"]}, None, ["wall (1)", "sky", "wall (3)"]),
-            ({"config": "align_corners=False"}, None, numbered),
+            ({"config": "align_corners=False"}, None, ["class 1", "class 2", "class 3"]),
         ):
-            net, vocabulary = upernet.load_mmseg(self.file(meta), given)
+            _, vocabulary = upernet.load_mmseg(self.file(meta), given)
             self.assertEqual(vocabulary, {"object": expected})
-            self.assertEqual(net.classes, {"object": 3})
 
     def test_refused_files(self):
         aligned = "decode_head=dict(type='UPerHead', align_corners = True)"  # its 769x769 networks
-        for path in (self.file({"config": aligned}), self.file({"cfg": aligned})):
-            self.assertRaisesRegex(ValueError, re.escape(path), upernet.load_mmseg, path)
-        self.assertRaisesRegex(ValueError, "upernet.pth", upernet.load_mmseg, self.file(), ["a"])
-        path = self.file()
-        content = torch.load(path, weights_only=True)
-        state = content["state_dict"]
-        for wrong in (
-            {"state_dict": torch.zeros(3)},
-            {"state_dict": {**state, 5: torch.zeros(3)}},
-            {"state_dict": {**state, "decode_head.conv_seg.bias": torch.zeros(3).to_sparse()}},
-            {"state_dict": {**state, "decode_head.fpn_bottleneck.conv.weight": torch.zeros(0)}},
-            {"meta": {"CLASSES": 5}},
-            {"meta": "ab"},
+        for path, names in (
+            (self.file({"config": aligned}), None),
+            (self.file({"cfg": aligned}), None),
+            (self.file(), ["a"]),
+            (self.file(backbone=Strided(4, 8, 16, 32)), None),
         ):
-            torch.save({**content, **wrong}, path)
-            with self.subTest(wrong.keys()):
-                self.assertRaisesRegex(ValueError, re.escape(path), upernet.load_mmseg, path)
+            with self.subTest(path), self.assertRaisesRegex(ValueError, re.escape(path)):
+                upernet.load_mmseg(path, names)
+        path = self.file()
+        self.assertRaisesRegex(ValueError, re.escape(path), upernet.load, path)
 
 
-# ---------------------------------------------------------------- data
 def scanned(root: str, source: str = "ade20k", **options) -> tuple[datasets.Index, str]:
     """(index, stderr) of a scan with its cache below `root`."""
     with contextlib.redirect_stderr(io.StringIO()) as err:
@@ -1270,11 +1092,10 @@ def vocabulary_of(index: datasets.Index, **minima) -> dict:
     return datasets.build_vocabulary({index.source: index}, least(**minima))
 
 
-def source_of(root: str, source: str = "ade20k", **sizes) -> datasets.Source:
+def source_of(root: str, source: str = "ade20k", **options) -> datasets.Source:
     """A source with all of its classes."""
     index, _ = scanned(root, source)
-    cache = join(root, ".cache")
-    return datasets.Source(index, vocabulary_of(index), None, cache, **sizes)
+    return datasets.Source(index, vocabulary_of(index), cache=join(root, ".cache"), **options)
 
 
 def succeeded(test: unittest.TestCase, main, *argv) -> str:
@@ -1290,6 +1111,15 @@ def refusal(test: unittest.TestCase, main, *argv) -> str:
     test.assertEqual(status, 2, err)
     test.assertEqual(err.count("\n"), 1, err)
     return err
+
+
+def scan_refusal(test: unittest.TestCase, root: str, data: str = "ade20k") -> str:
+    return refusal(test, datasets.main, "--data", data, "--root", root)
+
+
+def own_root(*masks: np.ndarray, **tables: str) -> str:
+    """A new folder of one's own data with these masks and tables."""
+    return own_data(new_folder("own"), list(masks), **tables)
 
 
 def columns(*values: int) -> np.ndarray:
@@ -1324,11 +1154,25 @@ def surfaces(root: str, names: list[str], reds: list[np.ndarray]) -> str:
     return root
 
 
+# Substances and what they are merged to; Brick, the last, will be in one image alone.
+MATERIALS = """Concrete: stone
+Stone: stone
+Plastic - clear: plastic
+Plastic - opaque: plastic
+Granite/Marble: polished stone
+Carpet/Rug: carpet
+Fabric/Cloth: fabric
+Paper/Tissue: paper
+Rubber/Latex: rubber/latex
+Sky: -
+Wood-painted: -
+Brick: -"""
+
+
 class TestVocabulary(unittest.TestCase):
     def test_objects_and_scenes_after_merging(self):
         """Objects need images and pixels, scenes images; names in UTF-8 or Latin-1."""
-        names = {7: "voiture à cheval, auto", 8: "voiture à chevals"}
-        names.update({9: "sky", 10: "dot", 300: "wall"})
+        names = {7: "voiture à cheval, auto", 8: "voiture à chevals", 9: "sky", 10: "dot"}
         scenes = [["outdoor", "urban", "Street"], ["street"], ["indoor", "misc"], [], ["attic"]]
         ade = Ade()
         for k, scene in enumerate(scenes):
@@ -1336,7 +1180,7 @@ class TestVocabulary(unittest.TestCase):
             objects[:10] = 9 if k < 2 else 0  # sky in two images
             objects[10:20] = 7 if k % 2 else 8  # together 2000 pixels in five
             objects[39, 39] = 10  # five pixels of dot
-            stem = ade.add(objects, names, scene)
+            stem = ade.add(objects, {**names, 300: "wall"}, scene)
         text = Path(f"{stem}.json").read_text(encoding="utf-8")
         write(f"{stem}.json", text, "latin-1")
         index = ade.index()
@@ -1344,9 +1188,7 @@ class TestVocabulary(unittest.TestCase):
         vocabulary = vocabulary_of(index, images=5, pixels=2000, scenes=2)
         expected = {"scene": ["street"], "object": ["wall", "voiture à cheval"]}
         self.assertEqual(vocabulary, expected)
-        source = datasets.Source(index, vocabulary)
-        scenes = [source.labels(i)["scene"] for i in range(5)]
-        self.assertEqual(scenes, [0, 0, -1, -1, -1])
+        self.assertEqual(datasets.Source(index, vocabulary).tags, [0, 0, -1, -1, -1])
 
     def test_first_synonym_plural_and_sides(self):
         names = "Building, edifice;buildings;bus;box;boxes;berry;berries;glasses".split(";")
@@ -1375,40 +1217,37 @@ class TestVocabulary(unittest.TestCase):
         self.assertEqual(vocabulary_of(index)["part"]["car"], ["background", "wheel", "door"])
 
     def test_opensurfaces_merges(self):
-        merged = {
-            "Concrete": "stone",
-            "Stone": "stone",
-            "Plastic - clear": "plastic",
-            "Plastic - opaque": "plastic",
-            "Granite/Marble": "polished stone",
-            "Carpet/Rug": "carpet",
-            "Fabric/Cloth": "fabric",
-            "Paper/Tissue": "paper",
-            "Rubber/Latex": "rubber/latex",
-            "Sky": None,
-            "Wood-painted": None,
-            "Brick": None,  # in one image alone
-        }
+        merged = {}
+        for row in MATERIALS.splitlines():
+            substance, material = row.split(": ")
+            merged[substance] = material
         red = np.ones((60, 1), int) * (np.arange(65) // 5)  # not of the photo's size
         root = surfaces(new_folder("surfaces"), list(merged), [red, red * (red < 12)])
         index, err = scanned(root, "os")
         self.assertEqual(err, "")
         vocabulary = vocabulary_of(index, images=2)
-        materials = sorted(set(merged.values()) - {None})
+        materials = sorted(set(merged.values()) - {"-"})
         self.assertEqual(vocabulary, {"material": materials})
         labels = datasets.Source(index, vocabulary).labels(0)["material"]
-        expected = [-1]  # red 0
-        for name in merged.values():
-            expected.append(materials.index(name) if name else -1)
-        assert_array_equal(labels, np.array(expected)[red])
+        names = np.array(["-", *merged.values()])[red]
+        assert_array_equal(np.array([*materials, "-"])[labels], names)
+
+
+# Another data set, as a reader might add it. Nothing else has to change.
+CITYSCAPES_NAMES = (
+    "road sidewalk building wall fence pole light sign vegetation terrain sky person rider car "
+    "truck bus train motorcycle bicycle"
+).split()
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)  # of 34
 
 
 def cityscapes_entries(folder, paths):
+    """leftImg8bit/SIDE/CITY/NAME_leftImg8bit.png with gtFine/SIDE/CITY/NAME_gtFine_labelIds.png."""
     entries = []
     for path in paths:
         if path.endswith("_leftImg8bit.png"):
-            labels = path.replace("leftImg8bit", "gtFine", 1)
-            labels = labels.replace("_leftImg8bit", "_gtFine_labelIds")
+            labels = path.replace("_leftImg8bit", "_gtFine_labelIds")
+            labels = labels.replace("leftImg8bit", "gtFine")
             side = datasets.side_of(path.split("/")[1])
             entries.append(datasets.Entry(path, side, labels=labels))
     return entries
@@ -1419,19 +1258,18 @@ def cityscapes_numbers(picture):
 
 
 def cityscapes_table(folder, numbers):
-    return {7: "road", 11: "building", 26: "car"}
+    return dict(zip(CITYSCAPES_IDS, CITYSCAPES_NAMES))
 
 
 def cityscapes_names(index):
     return {"object": index.names}
 
 
-# Another data set, as a reader might add it. Nothing else has to change.
 CITYSCAPES = datasets.DataSet(
     name="cityscapes",
     source="cityscapes",
-    folders=("cityscapes",),
-    mark="leftImg8bit",
+    folders=("cityscapes", "cityscapes/*"),
+    marker="leftImg8bit",
     contents=("leftImg8bit", "gtFine"),
     levels=("object",),
     map_level="object",
@@ -1439,197 +1277,172 @@ CITYSCAPES = datasets.DataSet(
     numbers=cityscapes_numbers,
     table=cityscapes_table,
     names_by_level=cityscapes_names,
-    void=(0, 4),
+    void=tuple(set(range(34)) - set(CITYSCAPES_IDS)),
+    fixed_table=True,
 )
 
 
 class TestAnotherDataSet(unittest.TestCase):
+    SIDES = ("train", "train", "val", "test")
+
     def setUp(self):
         patch = mock.patch("datasets.DATA_SETS", [*datasets.DATA_SETS, CITYSCAPES])
         patch.start()
         self.addCleanup(patch.stop)
-        self.root = new_folder("cityscapes")
-        for k, side in enumerate(("train", "train", "val")):
+
+    def cityscapes(self, *numbers: int, sides: tuple = SIDES) -> str:
+        """A root with an image of each of the sides, its mask of these numbers."""
+        root = new_folder("cityscapes")
+        for k, side in enumerate(sides):
             photo = f"cityscapes/leftImg8bit/{side}/aachen/{k}_leftImg8bit.png"
-            save(np.full((40, 60, 3), 50 * k), self.root, photo)
+            save(np.full((40, 10 * len(numbers), 3), 50 * k), root, photo)
             labels = f"cityscapes/gtFine/{side}/aachen/{k}_gtFine_labelIds.png"
-            save(columns(0, 4, 7, 11, 26, 26), self.root, labels)
+            save(columns(*numbers), root, labels)
+        return root
 
-    def test_is_one_class(self):
-        index, err = scanned(self.root, "cityscapes")
+    def training(self, root: str, out: str, *options) -> tuple:
+        argv = ("--data", "cityscapes", "--root", root, "--out", out, "--weights", "none")
+        argv += ("--backbone", "resnet18", "--split", "official", *SMALL)
+        return command(train.main, *argv, *options)
+
+    def test_trains_with_its_own_table_and_split(self):
+        root = self.cityscapes(0, 4, 7, 11, 26, 33)
+        index, err = scanned(root, "cityscapes")
         self.assertEqual(err, "")
-        source = source_of(self.root, "cityscapes")
-        labels = source.labels(2)["object"]
-        self.assertTrue((labels == columns(-1, -1, 2, 1, 0, 0)).all())
-        self.assertTrue((np.asarray(source.photo(2)) == 100).all())
-
-    def test_trains_with_its_official_split(self):
+        labels = source_of(root, "cityscapes").labels(0)["object"]
+        assert_array_equal(labels, columns(-1, -1, 0, 2, 13, 18))
         out = new_folder("out")
-        options = ("--data", "cityscapes", "--root", self.root, "--out", out, "--weights", "none")
-        options += ("--split", "official", "--iters", 1, "--backbone", "resnet18")
-        status, _, err = command(train.main, *options, *SMALL)
+        status, _, err = self.training(root, out, "--iters", 1)
         self.assertEqual(status, 0, err)
         checkpoint = checkpoint_of(out)
-        self.assertEqual(checkpoint["vocabulary"], {"object": ["car", "building", "road"]})
-        validation = ["leftImg8bit/val/aachen/2_leftImg8bit.png"]
-        self.assertEqual(checkpoint["split"], {"cityscapes": validation})
+        self.assertEqual(checkpoint["vocabulary"], {"object": CITYSCAPES_NAMES})
+        _, *training, validation = sorted(index.images)  # the first is of test/
+        self.assertEqual(checkpoint["trained"], {"cityscapes": training})
+        self.assertEqual(checkpoint["split"], {"cityscapes": [validation]})
+
+    def test_gets_no_advice_that_is_meant_for_ones_own_data(self):
+        roots = [
+            self.cityscapes(0, 4, 7, 11, 99),
+            self.cityscapes(0, 4),  # no class
+            self.cityscapes(0, 7),  # a single one
+            self.cityscapes(0, 7, 8, sides=("train", "test")),
+            new_folder("nothing"),
+        ]
+        for root in roots:
+            scan = command(datasets.main, "--data", "cityscapes", "--root", root)
+            run = self.training(root, new_folder("out"), "--iters", 0)
+            self.assertEqual(run[0], 0 if root == roots[0] else 2, run)
+            advice = r"classes\.txt|images/validation/|start at 0"
+            self.assertNotRegex("".join([*scan[1:], *run[1:]]), advice)
 
     def test_two_sources_of_one_level_are_refused(self):
-        own_data(self.root, [columns(1, 2)])
-        line = refusal(self, datasets.main, "--data", "ade20k,cityscapes", "--root", self.root)
-        self.assertRegex(line, "ade20k.*cityscapes")
-
-
-# Not sooner: a signal while PyTorch starts a thread leaves that thread with a traceback of its own.
-KILLED_READER = """
-import multiprocessing, os, signal, sys
-import datasets
-
-plain = datasets.progress
-
-def kill_a_reader(items, title):
-    for k, item in enumerate(plain(items, title)):
-        if k == 20:
-            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        yield item
-
-datasets.progress = kill_a_reader
-datasets.main(["--data", "ade20k", "--root", sys.argv[1], "--workers", "2"])
-"""
+        root = own_data(self.cityscapes(7, 8), [columns(1, 2)])
+        self.assertRegex(scan_refusal(self, root, "ade20k,cityscapes"), "ade20k.*cityscapes")
 
 
 class TestScan(unittest.TestCase):
     WALL = np.full((40, 40), 5)
 
-    def check_set_aside(self, root: str, source: str, paths: list[str], kept: list[str]):
-        """Asserts that the images of these broken files are set aside, and others are kept."""
-        options = ("--data", source, "--root", root)
-        self.assertIn("--allow-broken", refusal(self, datasets.main, *options))
-        index, _ = scanned(root, source, allow_broken=True)
-        self.assertEqual(index.images, kept)
-        self.assertEqual(len(index.broken), len(paths))
-        _, out, _ = command(datasets.main, *options, "--allow-broken")
-        for path in paths:
-            self.assertIn(f" {path}: ", out)
+    def assert_broken(self, root: str, path: str):
+        """Asserts that the only image is refused, with the name of its broken file."""
+        self.assertIn(f" {path}: ", scan_refusal(self, root))
 
     def test_broken_files_of_ade20k(self):
-        cases = [
-            (".jpg", b"\xff\xd8 no picture"),
-            ("_seg.png", None),  # missing
-            ("_parts_1.png", b"no picture"),
-            (".json", None),
-            (".json", b"{"),
-            (".json", b'{"annotation": {"scene": 3, "object": []}}'),
-            (".json", b'{"annotation": {"scene": [], "object": [{"name": "wall"}]}}'),
+        wrong_object = '{"annotation": {"scene": [], "object": [{"name": "wall"}]}}'
+        for ending, content in (
+            (".jpg", "no picture"),
+            ("_seg.png", "missing"),
             ("_seg.png", "other size"),
+            ("_parts_1.png", "no picture"),
             ("_parts_1.png", "other size"),
-        ]
-        ade = Ade()
-        broken = []
-        for ending, content in [*cases, ("", None)]:
+            (".json", "{"),
+            (".json", wrong_object),
+        ):
+            ade = Ade()
             path = ade.add(self.WALL, {5: "wall"}, ["street"], 0 * self.WALL) + ending
-            broken.append(os.path.relpath(path, ade.folder))
-            if content == "other size":
-                ade.save_numbers(self.WALL[:20], path)
-            elif content is not None:
-                Path(path).write_bytes(content)
-            elif ending:
+            if content == "missing":
                 os.remove(path)
-        stem = broken.pop()
-        self.check_set_aside(ade.root, "ade20k", broken, [f"{stem}.jpg"])
+            elif content == "other size":
+                ade.save_numbers(self.WALL[:20], path)
+            else:
+                write(path, content)
+            with self.subTest(ending=ending, content=content):
+                self.assert_broken(ade.root, os.path.relpath(path, ade.folder))
 
-    def test_broken_files_of_other_layouts(self):
-        root = surfaces(new_folder("others"), ["wood"], [np.ones((64, 64), int)] * 2)
-        os.remove(join(root, "os", "photos-labels", "1.png"))
-        self.check_set_aside(root, "os", ["photos-labels/1.png"], ["photos/0.jpg"])
-        own_data(root, [columns(1, 2)] * 4)
-        masks = join(root, "annotations", "training")
-        save(np.ones((40, 20, 3)) * [1, 200, 0], masks, "1.png")  # in colours
-        save(np.ones((30, 20)), masks, "2.png")
-        os.remove(join(masks, "3.png"))
-        save(Image.fromarray(np.full((40, 20), 1.5, np.float32)), masks, "3.tif")
-        paths = [f"annotations/training/{name}" for name in ("1.png", "2.png", "3.tif")]
-        self.check_set_aside(root, "ade20k", paths, ["images/training/0.jpg"])
+    def test_broken_masks(self):
+        mask = Image.fromarray(columns(0, 1, 2).astype(np.uint8))
+        grey = mask.copy()
+        grey.putpalette([0, 0, 0, 100, 100, 100, 200, 200, 200])  # 0, 1, 2 or 0, 100, 200?
+        coloured = mask.convert("RGB")
+        coloured.putpixel((0, 0), (1, 200, 0))
+        pages = {"save_all": True, "append_images": [mask]}
+        for name, picture, options in (
+            ("0.jpg", mask, {}),
+            ("0.png", coloured, {}),
+            ("0.png", grey, {}),
+            ("0.gif", grey, {}),
+            ("0.png", mask.resize((30, 20)), {}),
+            ("0.tif", mask.convert("F"), {}),
+            ("0.tif", mask, pages),
+        ):
+            root = own_root(columns(0, 1, 2))
+            folder = join(root, "annotations", "training")
+            os.remove(join(folder, "0.png"))
+            picture.save(join(folder, name), **options)
+            with self.subTest(name=name, mode=picture.mode):
+                self.assert_broken(root, f"annotations/training/{name}")
 
-    def test_one_broken_file_in_twenty_is_tolerated(self):
+    def test_two_masks_of_one_name_are_refused(self):
+        root = own_root(columns(1, 2))
+        save(columns(1, 2), root, "annotations", "training", "0.tif")
+        line = scan_refusal(self, root)
+        for name in ("0.png", "0.tif"):
+            self.assertIn(f"annotations/training/{name}", line)
+
+    def test_one_broken_image_in_twenty_is_set_aside(self):
         ade = Ade()
-        stems = [ade.add(self.WALL, {5: "wall"}, ["street"]) for _ in range(20)]
-        for stem, expected in zip(stems, (0, 2)):
-            os.remove(f"{stem}_seg.png")
-            status, _, err = command(datasets.main, "--data", "ade20k", "--root", ade.root)
-            self.assertEqual(status, expected, err)
-            self.assertIn("ADE_train_00000000_seg.png", err)
+        first, second, *_ = [ade.add(self.WALL, {5: "wall"}, ["street"]) for _ in range(20)]
+        os.remove(f"{first}_seg.png")
+        index, err = scanned(ade.root)
+        self.assertEqual(len(index.images), 19)
+        _, said, _ = command(datasets.main, "--data", "ade20k", "--root", ade.root)
+        os.remove(f"{second}_seg.png")
+        for text in (err, said, scan_refusal(self, ade.root)):
+            self.assertIn("ADE_train_00000000_seg.png", text)
 
     def test_parts_count_in_labelled_objects_and_unknown_numbers_are_reported(self):
+        ade = Ade()
         names = {5: "car", 6: "wheel"}
-        for number, part in ((5, 6), (99, 6), (5, 798)):
-            ade = Ade()
-            ade.add(columns(0, number, number), names, ["street"], columns(part, part, 0))
-            index, err = scanned(ade.root)
-            expected = [[0, 0, 0, 400], [0, number, 0, 800], [0, number, part, 400]]
-            self.assertEqual(index.pixels.tolist(), expected)
-            unknown = [str(n) for n in (number, part) if n not in names]
-            self.assertEqual(re.findall(r"\b(?:99|798)\b", err), unknown)
+        ade.add(columns(0, 5, 99, 5), names, ["street"], columns(6, 6, 6, 798))
+        index, err = scanned(ade.root)
+        whole = [[0, 0, 0, 400], [0, 5, 0, 800], [0, 99, 0, 400]]
+        parts = [[0, 5, 6, 400], [0, 5, 798, 400], [0, 99, 6, 400]]
+        self.assertEqual(index.pixels.tolist(), whole + parts)
+        self.assertEqual(re.findall(r"\d+", err.split(":")[-1]), ["99", "798"])
 
     def test_opens_nothing_again_until_something_changes(self):
         ade = Ade()
         stem = ade.add(self.WALL, {5: "wall"}, ["street"])
         self.assertEqual(ade.index().names, {5: "wall"})
         photo = Path(f"{stem}.jpg")
-        content = photo.read_bytes()
-        times = (0, photo.stat().st_mtime_ns)
-        photo.write_bytes(bytes(len(content)))  # no photo, of the same size and time
-        os.utime(photo, ns=times)
-        self.assertEqual(ade.index().broken, [])
-        photo.write_bytes(content)
-        write(f"{stem}.json", Path(f"{stem}.json").read_text().replace("wall", "door"))
-        self.assertEqual(ade.index().names, {5: "door"})
+        stat = photo.stat()
+        photo.write_bytes(bytes(stat.st_size))  # no photo, of the same size and time
+        os.utime(photo, ns=(0, stat.st_mtime_ns))
+        self.assertEqual(ade.index().names, {5: "wall"})
         ade.add(self.WALL + 1, {6: "sky"}, ["street"])
-        self.assertEqual(ade.index().names, {5: "door", 6: "sky"})
         photo.unlink()
         self.assertEqual(ade.index().names, {6: "sky"})
-
-    def test_ade20k_may_be_the_root_itself(self):
-        ade = Ade()
-        ade.add(self.WALL, {5: "wall"}, ["street"])
-        self.assertEqual(scanned(ade.folder)[0].images, ade.index().images)
-
-    def test_a_damaged_index_is_rebuilt(self):
-        ade = Ade()
-        ade.add(self.WALL, {5: "wall"}, ["street"])
-        ade.index()
         (path,) = Path(ade.root, ".cache").glob("ade20k*")
-        for damaged in (b"", path.read_bytes()[:999], b"no index"):
-            path.write_bytes(damaged)
-            self.assertEqual(ade.index().pixels.tolist(), [[0, 5, 0, 1600]])
-
-    def test_processes_change_nothing_and_a_killed_one_ends_it(self):
-        root = new_folder("many")
-        pixels = np.random.default_rng(0).integers(0, 256, (300, 300, 3))  # takes long to read
-        photo = save(pixels, root, "photo.png")
-        os.mkdir(join(root, "images"))
-        for k in range(210):
-            os.symlink(photo, join(root, "images", f"{k}.png"))
-            save(np.full((300, 300), k % 3), root, "annotations", f"{k}.png")
-        argv = [sys.executable, "-c", KILLED_READER, root]
-        environment = {**os.environ, "PYTHONPATH": HERE}
-        killed = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=100)
-        self.assertEqual((killed.returncode, killed.stderr.count("\n")), (2, 1), killed.stderr)
-        self.assertIn("--workers", killed.stderr)
-        index, _ = scanned(root, workers=2)
-        self.assertEqual(len(index.images), 210)
-        for image, number, _, _ in index.pixels.tolist():
-            self.assertEqual(number, int(Path(index.images[image]).stem) % 3)
+        path.write_bytes(path.read_bytes()[:999])  # damaged
+        self.assertEqual(ade.index().names, {6: "sky"})
+        self.assertEqual(scanned(ade.folder)[0].names, {6: "sky"})  # it may be the root itself
 
     def test_other_layouts_are_told_what_to_rename(self):
-        layouts = ["images masks", "leftImg8bit gtFine", "JPEGImages SegmentationClass"]
-        for layout in (*layouts, "train trainannot"):
-            for place in ("", "ade20k"):
-                root = new_folder("layout")
-                for name in layout.split():
-                    save(np.ones((8, 8)), root, place, name, "0.png")
-                line = refusal(self, datasets.main, "--data", "ade20k", "--root", root)
-                self.assertRegex(line, f"{layout.replace(' ', '|')}.*annotations/")
+        for layout in ("masks", "ade20k/labels", "leftImg8bit", "ade20k/JPEGImages"):
+            root = new_folder("layout")
+            os.makedirs(join(root, layout))
+            advice = f"{os.path.basename(layout)}.*annotations/"
+            self.assertRegex(scan_refusal(self, root), advice)
 
 
 class TestPhotos(unittest.TestCase):
@@ -1642,35 +1455,33 @@ class TestPhotos(unittest.TestCase):
         source = source_of(root)
         self.assertEqual(source.index.images, [f"images/{name}" for name in names])
         for i in range(len(names)):
-            self.assertTrue((abs(np.asarray(source.photo(i), int) - 90) < 3).all())
-            self.assertTrue((source.labels(i)["object"] == columns(0, 1)).all())
+            self.assertLess(abs(np.asarray(source.photo(i), int) - 90).max(), 3)
+            assert_array_equal(source.labels(i)["object"], columns(0, 1))
 
-    def test_deep_ones_are_shown_right_or_refused(self):
-        values = np.linspace(0, 65535, 800).reshape(40, 20)
-        root = new_folder("deep")
-        for name, picture in (
-            ("0.png", values.astype(np.uint16)),
-            ("1.png", (values / 16).astype(np.uint16)),  # 12 of 16 bits
-            ("2.tif", (values / 65535).astype(np.float32)),
-        ):
-            save(Image.fromarray(picture), root, "images", name)
-            save(columns(1, 2), root, "annotations", f"{name[0]}.png")
-        index, _ = scanned(root, allow_broken=True)
-        broken = [path for path, _ in index.broken]
-        self.assertEqual(broken, ["images/1.png", "images/2.tif"])
-        shown = np.asarray(datasets.open_photo(join(root, "images", "0.png")), np.float64)
-        self.assertLess(np.abs(shown - values[..., None] / 257).max(), 1.01)
+    def test_of_more_than_8_bits_a_channel_are_broken(self):
+        ramp = np.linspace(0, 65535, 800).reshape(40, 20)
+        for name, number in (("0.png", np.uint16), ("0.tif", np.float32)):
+            root = own_root(columns(1, 2))
+            os.remove(join(root, "images", "training", "0.jpg"))
+            Image.fromarray(ramp.astype(number)).save(join(root, "images", "training", name))
+            self.assertRegex(scan_refusal(self, root), f" images/training/{name}: .*bits")
+
+    def test_transparency_is_ignored(self):
+        photo = noise(40, 20)
+        clear = photo.copy()
+        clear.putalpha(0)
+        path = save(clear, new_folder("clear"), "0.png")
+        assert_array_equal(datasets.open_photo(path), photo)
 
     def test_are_turned_as_their_exif_data_say(self):
-        root = own_data(new_folder("exif"), [columns(1, 2, 2)])
         picture = np.zeros((30, 40, 3), np.uint8)
         picture[:, :20] = 255  # light on the left: once it is turned, on top
         photo = Image.fromarray(picture)
         photo.getexif()[0x0112] = 6  # a quarter to the right
-        folder = join(root, "images", "training")
         for ending in ("jpg", "png", "webp", "tif"):
-            shutil.rmtree(folder)
-            os.mkdir(folder)
+            root = own_root(columns(1, 2, 2))
+            folder = join(root, "images", "training")
+            os.remove(join(folder, "0.jpg"))
             photo.save(join(folder, f"0.{ending}"), exif=photo.getexif())
             source = source_of(root)
             self.assertEqual(source.index.sizes.tolist(), [[40, 30]])
@@ -1679,13 +1490,8 @@ class TestPhotos(unittest.TestCase):
             self.assertGreater(shown[:18].min(), 200)
             self.assertLess(shown[22:].max(), 50)
 
-    def test_damaged_exif_data_turn_nothing(self):
-        for ending in ("jpg", "png", "webp"):
-            root = own_data(new_folder("exif"), [columns(1, 2, 2)])
-            folder = join(root, "images", "training")
-            os.remove(join(folder, "0.jpg"))
-            noise(40, 30).save(join(folder, f"0.{ending}"), exif=b"Exif\0\0" + b"\xff" * 9)
-            self.assertEqual(scanned(root)[0].sizes.tolist(), [[40, 30]])
+
+VOC_PALETTE = bytes.fromhex("000000800000008000808000000080800080008080808080")
 
 
 class TestOwnData(unittest.TestCase):
@@ -1701,174 +1507,141 @@ class TestOwnData(unittest.TestCase):
             self.assertTrue(os.path.samefile(scanned(root)[0].folder, top))
             self.assert_labels(root, self.MASK - 1)
         other = own_data(join(root, "ade20k", "yours"), [self.MASK])
-        line = refusal(self, datasets.main, "--data", "ade20k", "--root", root)
-        self.assertRegex(line, f"{top}.*{other}")
+        self.assertRegex(scan_refusal(self, root), f"{top}.*{other}")
 
     def test_sides_and_scenes(self):
-        root = own_data(new_folder("own"), [self.MASK] * 2, sceneCategories="0 misc\n1 Street\n")
+        root = own_root(self.MASK, self.MASK, sceneCategories="0 misc\n1 Street\n")
         for name in ("images", "annotations"):
-            shutil.copytree(join(root, name, "training"), join(root, name, "val"))
+            shutil.copytree(join(root, name, "training"), join(root, name, "val2017"))
         index, _ = scanned(root)
         self.assertEqual(index.tags, ["", "street", "", "street"])
         self.assertEqual(index.official, ["train", "train", "val", "val"])
         vocabulary = vocabulary_of(index, images=50, pixels=10**6, scenes=2)
         self.assertEqual(vocabulary, {"scene": ["street"], "object": ["class 1", "class 2"]})
+        sides = [datasets.side_of(name) for name in ("train2017", "valid", "dev", "test", "more")]
+        self.assertEqual(sides, ["train", "val", "val", "test", ""])
+
+    def test_images_without_a_label_neither_train_nor_validate(self):
+        masks = [self.MASK, 0 * self.MASK, columns(9, 255), self.MASK, 0 * self.MASK]
+        tables = {"classes": "sea\nland\n", "sceneCategories": "4 street\n"}
+        index, _ = scanned(own_root(*masks, **tables))
+        with contextlib.redirect_stdout(io.StringIO()):
+            source = datasets.Source(index, vocabulary_of(index), validation=index.images[:2])
+        self.assertEqual((source.training, source.validation), ([3, 4], [0]))
 
     def test_names_of_the_tables(self):
         """All classes of a table whatever they have, those of one name apart; synonyms are cut in
         objectInfo150.txt alone."""
-        classes = "crop, healthy\ncrop, ill\n 2 wheels \n"
         info = "Idx\tRatio\tName\n1\t.5\twall   \n2\t.5\tbuilding, edifice  \n"
         info += "3\t.5\tscreen, door screen\n4\t.5\tscreen, silver screen\n"
-        screens = ["wall", "building", "screen (3)", "screen (4)"]
-        cases = [
-            ({}, ["class 1", "class 2"]),
-            ({"classes": classes}, ["crop, healthy", "crop, ill", "2 wheels"]),
-            ({"classes": classes, "objectInfo150": info}, screens),
-        ]
-        for tables, names in cases:
-            root = own_data(new_folder("own"), [self.MASK] * 2, **tables)
+        root = own_root(self.MASK, classes="crop, healthy\ncrop, ill\n weed \n")
+        names = ["crop, healthy", "crop, ill", "weed"]
+        for unused in ("weed", "screen"):
             index, err = scanned(root)
-            self.assertEqual(names[-1].split()[0] in err, len(names) > 2)  # has no pixel
+            self.assertIn(unused, err)
             vocabulary = vocabulary_of(index, images=50, pixels=10**6)
             self.assertEqual(vocabulary, {"object": names})
             self.assert_labels(root, self.MASK - 1)
-
-    def test_a_class_named_void_and_masks_as_jpeg_are_pointed_out(self):
-        root = own_data(new_folder("own"), [columns(0, 1, 2)], classes="0 sky\n1 Void\n2 car\n")
-        _, err = scanned(root)
-        self.assertRegex(err, r"Void.*classes\.txt")
-        mask = join(root, "annotations", "training", "0.png")
-        with Image.open(mask) as picture:
-            picture.save(mask.replace(".png", ".jpg"))
-        os.remove(mask)
-        self.assertRegex(refusal(self, datasets.main, "--data", "ade20k", "--root", root), "JPEG")
+            write(join(root, "objectInfo150.txt"), info)
+            names = ["wall", "building", "screen (3)", "screen (4)"]
 
     def test_exactly_the_numbers_of_a_table_are_classes(self):
-        table = "0 sky\n1: building, tall\n255, void thing\n\n12 car\n"
-        root = own_data(new_folder("own"), [columns(0, 1, 7, 12, 255)], classes=table)
+        table = "0 sky\n1: building, tall\n255, Void\n\n12 car\n"
+        root = own_root(columns(0, 1, 7, 12, 255), classes=table)
         index, err = scanned(root)
-        names = ["sky", "building, tall", "car", "void thing"]
+        names = ["sky", "building, tall", "car", "Void"]
         self.assertEqual(vocabulary_of(index), {"object": names})
         self.assert_labels(root, columns(0, 1, -1, 2, 3))
         self.assertRegex(err, r"\b7\b")
-        for table in ("7; sky\n12;car\n", "7 = sky\n12=car\n", "7. sky\n12. car\n"):
-            write(join(root, "classes.txt"), table)
-            self.assertEqual(vocabulary_of(scanned(root)[0]), {"object": ["sky", "car"]})
-        for wrong in ("0 sky\n0 sea\n", "1 sky\n70000 sea\n", "number name\n1 a\n2 b\n"):
-            write(join(root, "classes.txt"), wrong)
-            self.assertIn(root, refusal(self, datasets.main, "--data", "ade20k", "--root", root))
+        self.assertRegex(err, r"Void.*classes\.txt")  # is a class all the same
 
-    def test_255_and_0_are_unlabelled_unless_the_table_names_them(self):
-        names = [f"name {k}" for k in range(1, 256)]
-        for count in (2, 3, 255):
-            classes = "\n".join(names[:count])
-            root = own_data(new_folder("own"), [columns(255, 1, 2, 0)], classes=classes)
-            self.assert_labels(root, columns(254 if count == 255 else -1, 0, 1, -1))
+    def test_lines_of_classes_txt(self):
+        root = own_root(columns(1, 2, 7, 12))
+        for table, expected in (
+            ("7; sky\n12;car\n", {7: "sky", 12: "car"}),
+            ("7 = sky\n12=car\n", {7: "sky", 12: "car"}),
+            ("# my classes\n7) sky\n# and\n12. car\n", {7: "sky", 12: "car"}),
+            ("# my classes\nsky\n# and\nt\xf4le\n", {1: "sky", 2: "t\xf4le"}),
+        ):
+            write(join(root, "classes.txt"), table, "latin-1")
+            self.assertEqual(scanned(root)[0].names, expected)
+        for table in (
+            "7 sky\n7 car\n",
+            "7 sky\ncar\n",
+            "number name\n1 sky\n2 car\n",
+            "sky,2\ncar,7\n",
+            "sky;2\ncar;7\n",
+            "sky 2\ncar 7\n",
+        ):
+            write(join(root, "classes.txt"), table)
+            with self.subTest(table=table):
+                self.assertIn(join(root, "classes.txt"), scan_refusal(self, root))
 
     def test_numbers_that_seem_to_start_at_0_are_pointed_out(self):
         """Names of 1.. for masks of 0..; not where the masks have no 0."""
-        for count in (3, 41, 171):
-            classes = "\n".join(f"name {k}" for k in range(1, count + 1))
-            mask = np.arange(count + 1)[None].repeat(40, axis=0)
-            mask[:, -1] = 255
-            for first in (0, 1):
-                mask[:, 0] = first
-                _, err = scanned(own_data(new_folder("own"), [mask], classes=classes))
-                self.assertIn(f"name {count}", err)
-                self.assertEqual("classes.txt" in err, first == 0)
+        for mask in (columns(0, 1, 2, 255), columns(1, 1, 2, 255)):
+            root = own_root(mask, classes="one\ntwo\nthree\n")
+            _, err = scanned(root)
+            self.assertIn("three", err)
+            self.assertEqual("classes.txt" in err, 0 in mask)
 
-    def test_masks_without_two_classes_are_refused(self):
-        training = ("--weights", "none", "--iters", 0, "--out", new_folder("out"), *SMALL)
-        names = {"classes": "one\ntwo\n"}
-        for values, tables in (
-            ([0, 255], {}),
-            ([0, 1, 255], {}),
-            ([0, 1], names),
-            ([51, 52], names),
-            ([0, 51], {"classes": "0 background\n2 thing\n"}),
+    def test_numbers_that_cannot_be_meant_as_classes_are_refused(self):
+        """Fewer than two classes, or without a table fewer than half of 1..highest."""
+        for numbers, tables, expected in (
+            ((0, 255), {}, 2),
+            ((0, 1, 255), {}, 2),
+            ((51, 52), {"classes": "one\ntwo\n"}, 2),
+            ((0, 85, 170, 255), {}, 2),  # gray levels
+            ((1001, 1002, 2001), {}, 2),  # class * 1000 + instance
+            ((3, 5, 255, 0), {}, 2),
+            ((2, 4, 255, 0), {}, 0),
         ):
-            root = own_data(new_folder("own"), [columns(*values)] * 2, **tables)
-            for main, options in ((datasets.main, ()), (train.main, training)):
-                status, _, err = command(main, "--data", "ade20k", "--root", root, *options)
-                with self.subTest(values=values, tables=tables, main=main.__module__):
-                    self.assertEqual(status, 2, err)
-                    self.assertIn(root, err.splitlines()[-1])
-
-    def test_numbers_that_are_no_classes_are_refused_without_a_table(self):
-        """Where fewer than half of 1..highest occur."""
-        for mask, expected in (
-            (columns(0, 85, 170, 255), 2),  # gray levels
-            (columns(1001, 1002, 2001), 2),  # class * 1000 + instance
-            (columns(3, 5, 255, 0), 2),
-            (columns(2, 4, 255, 0), 0),
-        ):
-            root = own_data(new_folder("own"), [mask])
-            picture = Image.fromarray(mask.astype(np.uint16))
+            root = own_root(columns(*numbers), **tables)
+            picture = Image.fromarray(columns(*numbers).astype(np.uint16))
             save(picture, root, "annotations", "training", "0.png")
             status, _, err = command(datasets.main, "--data", "ade20k", "--root", root)
-            self.assertEqual(status, expected, err)
-            self.assertEqual(root in err, status == 2)
+            with self.subTest(numbers=numbers, tables=tables):
+                self.assertEqual((status, root in err), (expected, expected == 2), err)
 
     def test_numbers_beyond_the_table_are_reported_and_unlabelled(self):
-        beyond = columns(1, 1, 7, 0)
-        root = own_data(new_folder("own"), [self.MASK, beyond], classes="sea\nland\nglacier\n")
+        beyond = columns(1, 1, 7, 255)
+        root = own_root(self.MASK, beyond, classes="sea\nland\nglacier\n")
         for _ in range(2):  # a scan, and its index
-            _, err = scanned(root)
+            _, out, err = command(datasets.main, "--data", "ade20k", "--root", root)
             self.assertRegex(err, r"\b7\b")
             self.assertIn("glacier", err)  # no pixel
             self.assertNotIn("land", err)
-        self.assert_labels(root, columns(0, 0, -1, -1), 1)
-        _, out, _ = command(datasets.main, "--data", "ade20k", "--root", root)
         self.assertRegex(out, r"sea +1,600 pixels[^|]*land +400 pixels[^|]*glacier +0 pixels")
-        self.assertRegex(out, r"(?m)^ +scene +no labels$")
-
-    def test_the_unlabelled_share_is_that_of_a_plain_count(self):
-        """Classes that a threshold leaves out are unlabelled."""
-        masks = [columns(0, 1, 2, 7), columns(255, 2, 1, 1, 1)]
-        root = own_data(new_folder("own"), masks, classes="1 sea\n2 land\n")
-        ade = Ade()
-        names = {5: "car", 6: "wheel", 8: "dot"}
-        ade.add(columns(0, 5, 5, 8), names, ["street"], columns(6, 6, 6, 0))
-        for index, expected in ((scanned(root)[0], 3 / 9), (ade.index(), 2 / 4)):
-            objects = vocabulary_of(index, pixels=500)["object"]
-            share = re.search(r"([\d.]+)%", datasets.unlabelled_share(index, objects))
-            self.assertAlmostEqual(float(share[1]), 100 * expected, delta=0.051)
+        self.assertIn("37.5%", out)  # 1,200 of the 3,200 pixels are unlabelled
+        self.assert_labels(root, columns(0, 0, -1, -1), 1)
 
     def test_masks_of_any_mode_with_one_number_a_pixel(self):
         grey = Image.fromarray(self.MASK.astype(np.uint8))
-        palette = grey.copy()
-        palette.putpalette(np.random.default_rng(0).bytes(768))
+        sevens = 7 * (self.MASK == 1)
+        voc = Image.fromarray(sevens.astype(np.uint8))
+        voc.putpalette(VOC_PALETTE)  # 7 is grey in it, 1 to 6 are not
         wide = 150 * self.MASK  # numbers beyond 255
         classes = "\n".join(f"name {n}" for n in range(1, 301))
         for picture, numbers in (
             (grey.convert("RGB"), self.MASK),
             (grey.convert("RGBA"), self.MASK),
-            (palette, self.MASK),
+            (voc, sevens),
             (Image.fromarray(self.MASK == 1), 1 * (self.MASK == 1)),
             (Image.fromarray(wide.astype(np.uint16)), wide),
         ):
-            root = own_data(new_folder("own"), [self.MASK] * 2, classes=classes)
+            root = own_root(self.MASK, self.MASK, classes=classes)
             save(picture, root, "annotations", "training", "0.png")
             with self.subTest(mode=picture.mode):
                 self.assert_labels(root, numbers - 1)
 
-    def test_hidden_files_and_files_elsewhere_are_not_data(self):
-        root = own_data(new_folder("own"), [self.MASK])
-        before, _ = scanned(root)
-        for name in ("images/training/._0.jpg", "images/.x/0.jpg", "notes.txt", "more/0.jpg"):
-            write(join(root, name), "no picture")
-        after, err = scanned(root)
-        self.assertEqual((err, after.fingerprint), ("", before.fingerprint))
-
-    def test_text_in_utf16_and_masks_without_a_photo(self):
-        root = own_data(new_folder("own"), [self.MASK] * 2)
-        write(join(root, "classes.txt"), "sea\nland\n", "utf-16")
+    def test_hidden_files_and_masks_without_a_photo_are_not_data(self):
+        root = own_root(self.MASK, self.MASK)
         os.remove(join(root, "images", "training", "1.jpg"))
-        for _ in range(2):  # a scan, and its index
-            index, err = scanned(root)
-            self.assertEqual(index.names, {1: "sea", 2: "land"})
-            self.assertIn("annotations/training/1.png", err)
+        for name in ("images/training/._0.jpg", "images/.x/0.jpg", "more/0.jpg"):
+            write(join(root, name), "no picture")
+        index, err = scanned(root)
+        self.assertEqual(index.images, ["images/training/0.jpg"])
+        self.assertIn("annotations/training/1.png", err)
 
 
 class TestToy(unittest.TestCase):
@@ -1877,261 +1650,211 @@ class TestToy(unittest.TestCase):
         root = join(new_folder("toy"), "toy")
         with contextlib.redirect_stdout(io.StringIO()):
             datasets.make_toy(root, scenes=120, photos=90, textures=24)
-        cls.indexes = {name: scanned(root, name)[0] for name in datasets.TOY_SOURCES}
+        cls.indexes = {name: scanned(root, name, workers=2)[0] for name in datasets.TOY_SOURCES}
         minima = least(images=20, pixels=5000, parts=20, scenes=10)
         cls.vocabulary = datasets.build_vocabulary(cls.indexes, minima)
 
-    def colours_and_labels(self, source: datasets.Source, i: int, level: str) -> tuple:
-        """Those of an image's labelled pixels, or of its mean."""
-        labels = source.labels(i)[level]
-        if level in ("scene", "texture"):
-            return np.asarray(source.photo(i)).mean(axis=(0, 1))[None], np.array([labels])
-        colours = np.asarray(source.photo(i).resize(labels.shape[::-1]), np.float64)
-        return colours[labels >= 0], labels[labels >= 0].astype(int)
+    def colours_and_labels(self, source: datasets.Source, level: str) -> tuple:
+        """Those of every fifth labelled pixel, or of each image's mean."""
+        colours = []
+        labels = []
+        for i in range(len(source.index.images)):
+            y = source.labels(i)[level]
+            if level in ("scene", "texture"):
+                colours.append(np.asarray(source.photo(i)).mean(axis=(0, 1))[None])
+                labels.append([y])
+            else:
+                photo = np.asarray(source.photo(i).resize(y.shape[::-1]), float)
+                colours.append(photo[y >= 0][::5])
+                labels.append(y[y >= 0][::5])
+        return np.concatenate(colours), np.concatenate(labels)
 
     def test_colour_alone_does_not_solve_it(self):
-        """Nearest mean colour, of pixels for objects and materials, of images for the rest; every
-        third image is for testing."""
-        cases = [
+        """The share of each class, of its pixels or images, that the nearest mean colour finds."""
+        for level, name, bound in (
             ("object", "ade20k", 0.3),
             ("material", "os", 0.3),
             ("scene", "ade20k", 0.5),
             ("texture", "dtd", 0.4),
-        ]
-        for level, name, bound in cases:
+        ):
             source = datasets.Source(self.indexes[name], self.vocabulary)
-            n = len(self.vocabulary[level])
-            pixels = np.zeros(n)
-            total = np.zeros((n, 3))
-            testing = []
-            for i in range(len(source.index.images)):
-                colours, labels = self.colours_and_labels(source, i, level)
-                if i % 3 == 2:
-                    testing.append((colours, labels))
-                else:
-                    np.add.at(pixels, labels, 1)
-                    np.add.at(total, labels, colours)
-            confusion = np.zeros((n, n))
-            for colours, labels in testing:
-                distances = ((colours[:, None] - total / pixels[:, None]) ** 2).sum(axis=2)
-                np.add.at(confusion, (labels, distances.argmin(axis=1)), 1)
-            right = confusion.diagonal()
-            score = right.sum() / confusion.sum()
-            if level in ("object", "material"):
-                iou = right / (confusion.sum(axis=0) + confusion.sum(axis=1) - right)
-                score = iou.mean()
+            colours, labels = self.colours_and_labels(source, level)
+            classes = range(len(self.vocabulary[level]))
+            means = [colours[labels == k].mean(axis=0) for k in classes]
+            distances = [((colours - mean) ** 2).sum(axis=1) for mean in means]
+            nearest = np.argmin(distances, axis=0)
+            recall = np.mean([(nearest[labels == k] == k).mean() for k in classes])
             with self.subTest(level=level):
-                self.assertGreater(score, 0)
-                self.assertLess(score, bound)
+                self.assertGreater(recall, 0)
+                self.assertLess(recall, bound)
 
     def test_has_classes_of_every_level(self):
         for level, n in {"scene": 4, "object": 10, "part": 4, "material": 6, "texture": 8}.items():
             self.assertGreaterEqual(len(self.vocabulary[level]), n)
-        for index in self.indexes.values():
-            self.assertEqual(index.broken, [])
-        self.assertEqual(set(self.indexes["ade20k"].official), {"train", "val"})
 
     def test_is_always_the_same_and_complete_or_not_there_at_all(self):
-        place = new_folder("toy")
+        place = Path(new_folder("toy"))
         with contextlib.redirect_stdout(io.StringIO()):
             for name in ("one", "other"):
-                datasets.make_toy(join(place, name), 2, 1, 1)
+                datasets.make_toy(str(place / name), 2, 1, 1)
             with mock.patch("PIL.Image.Image.save", side_effect=OSError("full")):
                 with self.assertRaises(OSError):
-                    datasets.make_toy(join(place, "cut"), 2, 1, 1)
+                    datasets.make_toy(str(place / "cut"), 2, 1, 1)
         self.assertEqual(set(os.listdir(place)), {"one", "other"})
-        for path in Path(place, "one").rglob("*.*"):
-            other = Path(place, "other", path.relative_to(Path(place, "one")))
+        for path in (place / "one").rglob("*.*"):
+            other = place / "other" / path.relative_to(place / "one")
             self.assertEqual(path.read_bytes(), other.read_bytes(), path)
 
 
 class TestBatches(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.root = join(toy_root(), "toy")
-        cls.sources = []
-        cls.plan = []  # of each source an upright image and three others
-        for k, name in enumerate(datasets.TOY_SOURCES):
-            source = source_of(cls.root, name, short=96, longest=200)
-            cls.sources.append(source)
-            upright = source.index.sizes[:, 0] > source.index.sizes[:, 1]
-            cls.plan.append([k, upright.nonzero()[0, 0], *(~upright).nonzero()[:3, 0]])
+        """Photos whose red is the pixel's column and green its row; masks of columns, of rows, and
+        of columns of an upright photo."""
+        root = new_folder("ramps")
+        for k, size in enumerate([(96, 160), (96, 160), (160, 96)]):
+            rows, across = np.indices(size)
+            save(np.stack([across, rows, 0 * rows], axis=-1), root, "images", f"{k}.png")
+            numbers = rows if k == 1 else across
+            save(numbers + 1, root, "annotations", f"{k}.png")
+        cls.source = source_of(root)
 
-    def batches(self, plan=None, sources=None, sizes=(64, 80), seed=3, **options):
-        plan = np.array(plan or self.plan, np.int32)
-        sources = sources or self.sources
-        return datasets.TrainingBatches(sources, plan, list(sizes), 200, seed, **options)
+    def batches(self, images, sources=None, sizes=(64, 96), step=(1, 1), seed=3, **options):
+        """images: numbers in the last of the sources, a row for each iteration."""
+        sources = sources or [self.source]
+        images = np.array(images).reshape(len(images), *step, -1)
+        plan = datasets.Plan(np.full(len(images), len(sources) - 1), images)
+        return datasets.TrainingBatches(sources, plan, sizes, 200, seed, **options)
 
-    def assert_same(self, one: dict, other: dict):
-        self.assertEqual(one.keys(), other.keys())
-        for key, value in one.items():
-            self.assertTrue(np.array_equal(value, other[key]), key)
+    def reds(self, images, sources=None, **options) -> np.ndarray:
+        """Row 5 of the red of each batch's first image, as floats."""
+        batches = self.batches(images, sources, **options)
+        rows = [batches[k].images[0, 0, 5] for k in range(len(batches))]
+        return np.stack(rows).astype(float)
 
     def test_plan(self):
-        """Sources and groups by their numbers of images; once each before any twice."""
-        groups = [(0, np.arange(300)), (1, np.arange(500, 567)), (1, np.arange(600, 633))]
-        plan = datasets.plan_batches(groups, 4000, 2, seed=0)
-        self.assertEqual(plan.shape, (4000, 3))
+        """Sources by their numbers of images, the two groups of one together; once each before any
+        twice; the same images however they are shared out."""
+        groups = [(0, np.arange(300)), (1, np.arange(67)), (1, np.arange(100, 133))]
+        plan = train.draw_batches(groups, 4000, (1, 1, 2), seed=0)
         for position, group in groups:
-            rows = plan[(plan[:, 0] == position) & np.isin(plan[:, 1], group), 1:]
-            self.assertAlmostEqual(len(rows) / 4000, len(group) / 400, delta=0.03)
-            order = rows.ravel().tolist()
-            for first in range(0, len(order), len(group)):
-                one_pass = order[first : first + len(group)]
-                self.assertEqual(len(set(one_pass)), len(one_pass))
-            self.assertEqual(set(order), set(group.tolist()))
-        self.assertTrue((plan == datasets.plan_batches(groups, 4000, 2, seed=0)).all())
-        self.assertFalse((plan == datasets.plan_batches(groups, 4000, 2, seed=1)).all())
+            is_of_group = (plan.sources == position) & np.isin(plan.images[:, 0, 0, 0], group)
+            images = plan.images[is_of_group].ravel()
+            self.assertAlmostEqual(len(images) / 8000, len(group) / 400, delta=0.03)
+            passes = len(images) // len(group)
+            whole = images[: passes * len(group)].reshape(passes, -1)
+            assert_array_equal(np.sort(whole), np.tile(group, (passes, 1)))
+        again = train.draw_batches(groups, 4000, (2, 1, 1), seed=0)
+        assert_array_equal(again.images.ravel(), plan.images.ravel())
 
     def test_item_k_depends_on_plan_seed_and_k_alone(self):
-        others = [self.plan[0], self.plan[0], self.plan[2]]
+        """With processes that read ahead, and after a pause."""
         for crop in (0, 64):
-            batches = self.batches(crop=crop)
-            last = batches[2]
-            self.assert_same(batches[0], self.batches(crop=crop)[0])
-            self.assert_same(last, self.batches(others, crop=crop)[2])
-            first = batches[0]["images"]
-            for other in (self.batches(others, crop=crop)[1], self.batches(crop=crop, seed=4)[0]):
-                self.assertFalse(torch.equal(first, other["images"]))
-
-    def test_a_short_side_is_drawn_for_each_iteration(self):
-        heights = []
-        for seed in (3, 4):
-            batches = self.batches([self.plan[1]] * 12, sizes=(64, 96), seed=seed)
-            heights.append([batches[k]["images"].shape[2] for k in range(12)])
-        self.assertEqual(set(heights[0]), {96, 160})  # of the upright image: 96 or 144, padded
-        self.assertNotEqual(heights[0], heights[1])
-
-    def test_workers_change_nothing(self):
-        batches = self.batches()
-        for k, batch in enumerate(datasets.loader(batches, workers=2)):
-            self.assert_same(batch, batches[k])
-        (last,) = datasets.loader(batches, first=2, workers=0)
-        self.assert_same(last, batches[2])
+            batches = self.batches([[0, 1], [1, 2], [2, 0]], crop=crop)
+            first, _, last = datasets.loader(batches, workers=2)
+            np.testing.assert_equal(first, batches[0])
+            others = self.batches([[0, 1], [0, 1], [2, 0]], crop=crop)
+            (again,) = datasets.loader(others, first=2, workers=0)
+            np.testing.assert_equal(again, last)
+            reseeded = self.batches([[0, 1]], crop=crop, seed=4)
+            self.assertFalse(np.array_equal(first.images, others[1].images))
+            self.assertFalse(np.array_equal(first.images, reseeded[0].images))
 
     def test_processes_and_accumulation_change_nothing(self):
-        """Shares hold the images of the whole batch, but for their padding."""
+        images = [[0, 1, 1, 0]]
         for crop in (0, 64):
-            whole = self.batches(crop=crop)[0]
-            for accumulate, processes in ((1, 2), (2, 1), (2, 2)):
-                n = 4 // (accumulate * processes)
-                for share in range(accumulate * processes):
-                    k, rank = divmod(share, processes)
-                    options = {"accumulate": accumulate, "rank": rank, "processes": processes}
-                    batch = self.batches(crop=crop, **options)[k]
-                    mine = slice(share * n, (share + 1) * n)
-                    self.assertEqual(batch["files"], whole["files"][mine])
-                    self.assertTrue(torch.equal(batch["scene"], whole["scene"][mine]))
-                    for key in ("images", "object", "part"):
-                        height, width = batch[key].shape[-2:]
-                        expected = whole[key][mine, ..., :height, :width]
-                        self.assertTrue(torch.equal(batch[key], expected), key)
-        self.assertEqual(len(self.batches(accumulate=2)), 6)
+            whole = self.batches(images, crop=crop)[0]
+            for share in range(4):
+                k, rank = divmod(share, 2)
+                batch = self.batches(images, step=(2, 2), rank=rank, crop=crop)[k]
+                assert_array_equal(batch.images[0], whole.images[share])
+                assert_array_equal(batch.labels["object"][0], whole.labels["object"][share])
 
-    def test_half_of_the_images_are_mirrored_with_their_labels(self):
-        source = self.sources[0]
-        i = int(self.plan[0][2])
-        height, width = source.index.sizes[i].tolist()
-        photo = np.asarray(source.photo(i)).transpose(2, 0, 1)
-        labels = source.labels(i)
-        self.assertGreater(labels["part"].max(), 0)
-        batches = self.batches([[0, i]] * 20, sizes=[min(height, width)])
-        flips = 0
-        for k in range(20):
-            batch = batches[k]
-            shown = batch["images"][0, :, :height, :width].numpy()
-            step = 1
-            if not np.array_equal(shown, photo):
-                step = -1
-                flips += 1
-            assert_array_equal(shown, photo[..., ::step])
-            for level in ("object", "part"):
-                quarter = batch[level][0, : height // 4, : width // 4]
-                assert_array_equal(quarter, labels[level][:, ::step][2::4, 2::4])
-        self.assertGreater(flips, 4)
-        self.assertLess(flips, 16)
+    def test_a_short_side_is_drawn_for_each_iteration(self):
+        batches = self.batches([[0, 1]] * 12, sizes=[64, 96])
+        heights = {batches[k].images.shape[2] for k in range(12)}
+        self.assertEqual(heights, {64, 96})
 
-    def test_shapes_types_and_padding(self):
-        batches = self.batches(sizes=[72])
-        scenes, photos, squares = [batches[k] for k in range(3)]
-        self.assertEqual(photos.keys(), {"source", "files", "images", "material"})
-        self.assertEqual(squares["images"].shape, (4, 3, 64, 64))
-        self.assertEqual(squares["texture"].shape, (4,))
-        self.assertEqual(scenes["scene"].shape, (4,))
-        mean = torch.tensor(datasets.MEAN_COLOUR).view(3, 1, 1)
-        inside = torch.zeros(4, 128, 128, dtype=bool)
-        inside[0, :108, :72] = True
-        inside[1:, :72, :108] = True
-        cells = inside[:, 2::4, 2::4]
-        for batch, level in ((scenes, "object"), (photos, "material")):
-            images = batch["images"]
-            self.assertEqual((images.shape, images.dtype), ((4, 3, 128, 128), torch.uint8))
-            is_mean = (images == mean).all(dim=1)
-            self.assertTrue(is_mean[~inside].all())
-            self.assertLess(is_mean[inside].double().mean(), 0.1)
-            labels = batch[level]
-            self.assertEqual(labels.dtype, torch.int16)
-            self.assertTrue((labels[~cells] == -1).all())
-            for n in range(4):
-                self.assertTrue((labels[n][cells[n]] >= 0).any())
-
-    def ramps(self) -> datasets.Source:
-        """Photos whose red is the pixel's column and green its row; masks of columns, of rows."""
-        root = new_folder("ramps")
-        rows, across = np.indices((96, 160))
-        for k, numbers in enumerate((across, rows)):
-            save(np.stack([across, rows, 0 * rows], axis=-1), root, "images", f"{k}.png")
-            save(numbers + 1, root, "annotations", f"{k}.png")
-        return source_of(root, short=96)
+    def test_half_of_the_images_are_mirrored(self):
+        red = self.reds([[0]] * 20, sizes=[96])
+        flips = (red[:, 0] > red[:, 60]).sum()
+        self.assertTrue(4 < flips < 16)
 
     def test_labels_lie_on_what_they_label(self):
-        """Resized, cut to crops smaller and larger than the image, mirrored."""
-        source = self.ramps()
+        """Resized, cut to crops smaller and larger than the image, mirrored; unlabelled and of the
+        mean colour where it ends."""
         for crop in (0, 64):
-            batches = self.batches([[0, 0, 1]] * 30, [source], sizes=[61, 96, 110], crop=crop)
+            batches = self.batches([[0, 1]] * 30, sizes=[61, 96, 110], crop=crop)
             for k in range(30):
-                images = batches[k]["images"].double()
-                labels = batches[k]["object"]
+                images = batches[k].images.astype(float)
+                labels = batches[k].labels["object"]
                 inside = images[:, 2] < 1  # the padding is bluer
-                self.assertTrue(torch.equal(labels >= 0, inside[:, 2::4, 2::4]))
-                numbers = torch.stack([images[0, 0], images[1, 1]])  # columns; rows
+                padding = images.transpose(0, 2, 3, 1)[~inside]
+                self.assertTrue((padding == upernet.MEAN_COLOUR).all())
+                assert_array_equal(labels >= 0, inside[:, 2::4, 2::4])
+                numbers = np.stack([images[0, 0], images[1, 1]])  # columns; rows
                 middle = (numbers[:, 1:, 1:] + numbers[:, :-1, :-1]) / 2
                 whole = inside[:, 1::4, 1::4] & inside[:, 2::4, 2::4]
-                error = (labels - middle[:, 1::4, 1::4]).abs()
-                self.assertLess(error[whole].max(), 3)
-                for n in range(2):
-                    self.assertLess(error[n][whole[n]].mean(), 1)
+                error = abs(labels - middle[:, 1::4, 1::4]) * whole
+                self.assertLess(error.max(), 3)
+                means = error.sum(axis=(1, 2)) / whole.sum(axis=(1, 2))
+                self.assertLess(means.max(), 1)
 
-    def test_crops_have_short_sides_from_half_their_own_to_twice_that(self):
-        """And come from all over the photo."""
-        batches = self.batches([[0, 0]] * 30, [self.ramps()], crop=64, flip=False)
-        scales = []
-        lefts = []
+    def test_short_sides_of_crops(self):
+        """From half of their own to twice that, or one of the sizes; from all over the photo; none
+        mirrored."""
+        for sizes in ([], [48, 96]):
+            red = self.reds([[0]] * 30, sizes=sizes, crop=64, flip=False)
+            self.assertEqual(red.shape, (30, 64))
+            self.assertTrue(red[:, 0].min() < 5 and red[:, 0].max() > 60)
+            scales = (red[:, 25] - red[:, 5]) / 20  # columns of the photo for one
+            if sizes:
+                self.assertEqual(set(scales.round(1)), {1, 2})
+            else:
+                self.assertTrue(0.7 < scales.min() < 0.9)
+                self.assertTrue(2.4 < scales.max() < 3.1)
+
+    def test_windows_of_several_classes_are_preferred(self):
+        """Against a plain loop."""
+        labels = np.zeros((60, 100), np.int16)
+        labels[:30, :30] = -1  # does not count
+        labels[45:, :40] = 1
+        sample = datasets.Sample(None, {"object": labels}, (60, 100))
+        shares = []
+        for seed in range(20):
+            window = datasets.varied_window(sample, "object", 32, np.random.default_rng(seed))
+            rng = np.random.default_rng(seed)
+            tried = []
+            while len(tried) < 10 and not (tried and tried[-1][0] < 0.75):
+                top = rng.integers(60 - 31)
+                left = rng.integers(100 - 31)
+                cells = labels[top : top + 32, left : left + 32][2::4, 2::4]
+                counts = np.bincount(cells[cells >= 0])
+                tried.append((counts.max() / counts.sum(), len(tried), top, left))
+            share, _, top, left = min(tried)
+            self.assertEqual((window.top, window.left), (top, left))
+            shares.append(share)
+        self.assertTrue(min(shares) < 0.75 < max(shares))
+
+    def test_the_preferred_windows_are_trained_on(self):
+        """Mirrored or not: nearly all of ten have one with much of the left half."""
+        mask = np.full((96, 160), 3)
+        mask[:, :80] = np.arange(80) // 8 % 2 + 1
+        source = source_of(own_data(new_folder("halves"), [mask] * 2))
+        batches = self.batches([[0]] * 30, [source], sizes=[96], crop=64)
         for k in range(30):
-            self.assertEqual(batches[k]["images"].shape, (1, 3, 64, 64))
-            red = batches[k]["images"][0, 0, 5].double()
-            scales.append((red[25] - red[5]).item() / 20)  # columns of the photo for one
-            lefts.append(red[0].item())
-        self.assertTrue(0.7 < min(scales) < 0.9)
-        self.assertTrue(2.4 < max(scales) < 3.1)
-        self.assertTrue(min(lefts) < 5 and max(lefts) > 60)
+            counts = np.bincount(batches[k].labels["object"].ravel())
+            self.assertLess(counts.max(), 0.75 * 16 * 16)
 
     def test_textures_are_cut_to_squares_at_random_and_mirrored(self):
-        name = "gepünktelt 点/ein bild.png"
-        source = source_of(textures(new_folder("odd names"), train1=[name]), "dtd")
-        self.assertEqual(source.index.images, [f"images/{name}"])
-        self.assertEqual(source.index.tags, ["gepünktelt 点"])
-        batches = self.batches([[0, 0]] * 10, [source])
-        means = []
-        slopes = []
-        for k in range(10):
-            images = batches[k]["images"].double()
-            self.assertEqual(images.shape, (1, 3, 64, 64))
-            means.append(images.mean().item())
-            slopes.append((images[..., -1] - images[..., 0]).mean().item())
-        self.assertGreater(max(means) - min(means), 50)
-        self.assertLess(min(slopes), -50)
-        self.assertGreater(max(slopes), 50)
+        texture = source_of(textures(new_folder("squares"), train1=["a/ein 点.png"]), "dtd")
+        self.assertEqual(texture.labels(0), {"texture": 0})
+        red = self.reds([[0]] * 10, [self.source, texture], crop=96)
+        self.assertEqual(red.shape, (10, 64))
+        self.assertGreater(np.ptp(red.mean(axis=1)), 50)
+        slopes = red[:, -1] - red[:, 0]
+        self.assertLess(slopes.min(), -50)
+        self.assertGreater(slopes.max(), 50)
 
 
 class TestPrepared(unittest.TestCase):
@@ -2142,7 +1865,8 @@ class TestPrepared(unittest.TestCase):
         self.wheels = (pixels % 6 > 2) & (pixels > 5)
         self.ade = Ade()
         names = {n: f"thing {n}" for n in range(1, 321)}
-        self.stem = self.ade.add(self.objects, {**names, 400: "wheel"}, [], 400 * self.wheels)
+        names[400] = "wheel"
+        self.stem = self.ade.add(self.objects, names, ["street"], 400 * self.wheels)
         self.source = source_of(self.ade.root)
         self.first = self.source.prepared(0)
         (self.folder,) = self.folders()
@@ -2151,18 +1875,28 @@ class TestPrepared(unittest.TestCase):
         return list(Path(self.ade.root, ".cache").glob("ade20k-*"))
 
     def test_are_pictures_of_class_plus_1_and_of_parts(self):
-        names = vocabulary_of(self.source.index)["object"]
-        position = {name: k for k, name in enumerate(names)}
-        classes = np.vectorize(lambda n: position[f"thing {n}"])(self.objects)
-        assert_array_equal(self.first["object"], classes)
+        labels = self.source.labels(0)
+        self.assertEqual(len(np.unique(labels["object"])), 320)
+        assert_array_equal(self.first["object"], labels["object"])
         assert_array_equal(self.first["part"], self.wheels)
         with Image.open(self.folder / "0.png") as picture:
             self.assertIn(picture.mode, ("I;16", "I"))  # I: Pillow before version 11
-            assert_array_equal(picture, classes + 1)
+            assert_array_equal(picture, labels["object"] + 1)
         with Image.open(self.folder / "0_parts.png") as picture:
             self.assertEqual(picture.mode, "L")
             assert_array_equal(picture, self.wheels)
-        self.assertEqual(len(os.listdir(self.folder)), 2)
+
+    def test_batches_have_every_fourth_of_their_labels(self):
+        """Arrays of the smallest types, not tensors, which would take shared memory."""
+        plan = datasets.Plan([0], np.zeros((1, 1, 1, 1), int))
+        batch = datasets.TrainingBatches([self.source], plan, [40], 99, 0, flip=False)[0]
+        self.assertEqual(batch.images.dtype, np.uint8)
+        assert_array_equal(batch.labels["scene"], [0])
+        for level, labels in self.first.items():
+            quarters = batch.labels[level]
+            self.assertEqual((quarters.shape, quarters.dtype), ((1, 16, 16), labels.dtype))
+            assert_array_equal(quarters[0, :10, :12], labels[2::4, 2::4])
+        self.assertEqual(quarters[0, 10:].max(), 0)  # parts in the padding
 
     def test_are_written_again_when_deleted_and_else_only_read(self):
         for name in ("0.png", "0_parts.png"):
@@ -2174,15 +1908,12 @@ class TestPrepared(unittest.TestCase):
         np.testing.assert_equal(self.source.prepared(0), self.first)
 
     def test_a_damaged_one_is_named(self):
-        for name in ("0.png", "0_parts.png"):
-            path = self.folder / name
-            whole = path.read_bytes()
-            cut = whole[: len(whole) // 2]
-            for damaged in (b"", cut, whole[:-40] + bytes(40), b"no picture"):
-                path.write_bytes(damaged)
-                with self.assertRaisesRegex(datasets.UserError, str(path)):
-                    self.source.prepared(0)
-            path.write_bytes(whole)
+        path = self.folder / "0.png"
+        whole = path.read_bytes()
+        for damaged in (b"", whole[: len(whole) // 2], whole[:-40] + bytes(40)):
+            path.write_bytes(damaged)
+            with self.assertRaisesRegex(datasets.UserError, str(path)):
+                self.source.prepared(0)
 
     def test_each_vocabulary_and_size_has_its_own(self):
         vocabulary = vocabulary_of(self.source.index)
@@ -2190,50 +1921,20 @@ class TestPrepared(unittest.TestCase):
         cache = join(self.ade.root, ".cache")
         turned = datasets.Source(self.source.index, vocabulary, cache=cache).prepared(0)
         self.assertTrue((self.first["object"] + turned["object"] == 319).all())
-        for size in ({"short": 20}, {"longest": 24}):
-            smaller = source_of(self.ade.root, **size).prepared(0)
-            self.assertEqual(smaller["object"].shape, (20, 24))
-        self.assertEqual(len(self.folders()), 4)
+        smaller = source_of(self.ade.root, largest=(17, 1200)).prepared(0)
+        rows = ((np.arange(17) + 0.5) * 40 / 17).astype(int)  # where cells have their centres
+        across = ((np.arange(20) + 0.5) * 48 / 20).astype(int)
+        for level, labels in smaller.items():
+            assert_array_equal(labels, self.first[level][rows[:, None], across])
+        self.assertEqual(len(self.folders()), 3)
 
     def test_a_changed_data_set_removes_those_of_its_earlier_state(self):
-        source_of(self.ade.root, short=20).prepared(0)
         other = write(join(self.ade.root, ".cache", "os-01", "0.png"), "of another source")
         self.ade.add(self.objects, {1: "thing 1"}, ["attic"])
         source_of(self.ade.root).prepared(0)
         (folder,) = self.folders()
         self.assertNotEqual(folder, self.folder)
         self.assertTrue(os.path.exists(other))
-
-    def test_smaller_ones_are_sampled_at_the_centres_of_their_cells(self):
-        source = source_of(join(toy_root(), "toy"), short=70, longest=90)
-        for i in range(6):
-            height, width = (60, 90)  # the long side's limit
-            if source.index.sizes[i, 0] > source.index.sizes[i, 1]:
-                height, width = (90, 60)
-            full = source.labels(i)
-            for level, labels in source.prepared(i).items():
-                rows = (np.arange(height) + 0.5) * full[level].shape[0] / height
-                across = (np.arange(width) + 0.5) * full[level].shape[1] / width
-                expected = full[level][rows.astype(int)[:, None], across.astype(int)]
-                assert_array_equal(labels, expected)
-
-
-class TestWriting(unittest.TestCase):
-    def test_links_stay_links_and_pipes_pipes(self):
-        place = new_folder("written")
-        target = write(join(place, "there", "a.json"), "old")
-        link = join(place, "link.json")
-        os.symlink(target, link)
-        datasets.write_json({"a": 1}, link)
-        self.assertTrue(os.path.islink(link))
-        self.assertEqual(read_json(target), {"a": 1})
-        pipe = join(place, "pipe.json")
-        os.mkfifo(pipe)
-        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-        self.addCleanup(os.close, reader)
-        datasets.write_json({"a": 2}, pipe)
-        self.assertEqual(json.loads(os.read(reader, 999)), {"a": 2})
-        self.assertEqual(sorted(os.listdir(place)), ["link.json", "pipe.json", "there"])
 
 
 class TestSplit(unittest.TestCase):
@@ -2270,14 +1971,12 @@ class TestSplit(unittest.TestCase):
         for counts in (odd[:1], odd[:2], odd, np.zeros((20, 3)), self.counts(33)):
             for fraction in (0.01, 0.1, 0.5):
                 side = balance_split.balance(counts, fraction, swaps=500, seed=3)
-                self.assertEqual(len(side), len(counts))
                 fewest = min(1, len(counts) - 1)
                 self.assertEqual(side.sum(), max(fewest, round(fraction * len(counts))))
-                tensor = torch.from_numpy(counts)
-                again = balance_split.balance(tensor, fraction, swaps=500, seed=3)
-                self.assertTrue((side == again).all())
-        one, other = [balance_split.balance(self.counts(), seed=s, swaps=500) for s in (1, 2)]
-        self.assertFalse((one == other).all())
+                again = balance_split.balance(torch.tensor(counts), fraction, swaps=500, seed=3)
+                assert_array_equal(side, again)
+        other = balance_split.balance(counts, fraction, swaps=500, seed=4)
+        self.assertFalse((side == other).all())
 
     def test_is_balanced_in_the_pixels_of_objects_and_parts_and_the_images_of_scenes(self):
         ade = Ade()
@@ -2290,70 +1989,59 @@ class TestSplit(unittest.TestCase):
         self.assertEqual(sorted(table.T.tolist()), [[1, 1], [400, 0], [400, 400], [800, 0]])
 
     def test_the_command_writes_split_json_and_keeps_other_sources(self):
-        root = join(new_folder("split"), "toy")
-        shutil.copytree(join(toy_root(), "toy"), root)
+        root = new_folder("split")
+        shutil.copytree(join(toy_root(), "toy", "os"), join(root, "os"))
         path = join(root, "split.json")
-        Path(path).unlink(missing_ok=True)
-        options = ("--root", root, "--min-images", 5, "--min-pixels", 50)
+        dtd = {"validation": []}
+        write(path, json.dumps({"fraction": 0.1, "sources": {"dtd": dtd}}))
         plot = join(root, "plot.png")
-        command(balance_split.main, "--data", "dtd", *options, "--plot", plot)
+        options = ("--data", "os", "--root", root, "--min-images", 5, "--plot", plot)
+        succeeded(self, balance_split.main, *options)
         Image.open(plot).close()
-        first = read_json(path)
-        self.assertEqual(first.keys(), {"seed", "fraction", "sources"})
-        command(balance_split.main, "--data", "os", *options)
-        split = read_json(path)
-        self.assertEqual(split["sources"]["dtd"], first["sources"]["dtd"])
-        entry = split["sources"]["os"]
+        entries = read_json(path)["sources"]
+        self.assertEqual(entries["dtd"], dtd)
+        entry = entries["os"]
         keys = "images fingerprint validation deviation_before deviation_after"
         self.assertEqual(entry.keys(), set(keys.split()))
         self.assertEqual((entry["images"], len(entry["validation"])), (30, 3))
-        self.assertTrue(Path(root, "os", entry["validation"][0]).is_file())
         self.assertLess(entry["deviation_after"], entry["deviation_before"])
-        wrong = ("--data", "os", *options, "--fraction", 0.9)  # dtd has 0.1
-        self.assertIn(path, refusal(self, balance_split.main, *wrong))
+        line = refusal(self, balance_split.main, *options, "--fraction", 0.9)  # dtd has 0.1
+        self.assertIn(path, line)
 
-    def test_a_split_is_added_and_one_of_other_images_or_damaged_is_refused(self):
+    def test_a_split_is_added_and_kept_and_refused_for_other_images(self):
         root = textures(new_folder("split"), train1=[f"a/{k}.png" for k in range(4)])
         path = join(root, "split.json")
-        argv = ("--data", "dtd", "--root", root, "--weights", "none", "--iters", 0, *SMALL)
-        argv = (*argv, "--texture-iters", 0, "--out")
-        other = {"validation": [], "fingerprint": ""}
-        write(path, json.dumps({"sources": {"os": other}}))
-        self.assertEqual(command(train.main, *argv, join(root, "out"))[0], 0)
-        sources = read_json(path)["sources"]  # train.py adds what is missing
-        self.assertEqual(len(sources["dtd"]["validation"]), 1)
-        self.assertEqual(sources["os"], other)
-        os.remove(join(root, "dtd", "images", "a", "0.png"))
-        self.assertIn(path, refusal(self, train.main, *argv, new_folder("out")))
-        number = '{"sources": {"dtd": {"fingerprint": "", "validation": 5}}}'
-        wrong = ("{", '{"sources": {"dtd": 3}}', '{"sources": {"dtd": {}}}', number)
-        for content in (*wrong, '{"fraction": "x"}', '{"fraction": 5}'):
-            write(path, content)
-            self.assertIn(path, refusal(self, train.main, *argv, new_folder("out")))
-
-    def test_of_images_that_trained_the_weights_none_validates_if_another_can(self):
-        root = textures(new_folder("kept"), train1=[f"a/{k}.png" for k in range(10)])
+        other = {"validation": []}
+        write(path, json.dumps({"fraction": 0.5, "sources": {"os": other}}))
         index, _ = scanned(root, "dtd")
-        for new in (index.images[:1], index.images[:4], []):
-            keep = frozenset(index.images) - set(new)
-            entry = balance_split.split_source(index, vocabulary_of(index), 0.1, keep=keep)
-            self.assertEqual(len(entry["validation"]), 1)
-            self.assertEqual(set(entry["validation"]) <= set(new), len(new) > 0)
+        vocabulary = vocabulary_of(index)
+        find = balance_split.validation_images
+        with self.assertRaisesRegex(datasets.UserError, path):
+            find(index, "balanced", path)  # as evaluate.py does
+        validation = find(index, "balanced", path, vocabulary)
+        self.assertEqual(len(validation), 2)
+        content = read_json(path)
+        self.assertEqual(content["sources"]["os"], other)
+        content["sources"]["dtd"]["validation"] = index.images[:1]
+        write(path, json.dumps(content))
+        self.assertEqual(find(index, "balanced", path, vocabulary), index.images[:1])
+        os.remove(join(root, "dtd", "images", "a", "0.png"))
+        fewer, _ = scanned(root, "dtd")
+        for text in (json.dumps(content), "{"):
+            write(path, text)
+            with self.assertRaisesRegex(datasets.UserError, path):
+                find(fewer, "balanced", path, vocabulary)
 
     def test_official_validation(self):
-        listed = {
-            "train1": ["a/0.png", "b/1.png"],
-            "val1": ["a/2.png"],
-            "test1": ["b/4.png", "a/3.png"],
-        }
-        index, _ = scanned(textures(new_folder("sides"), **listed), "dtd")
-        validation = balance_split.validation_images(index, "official", "", "")
+        find = balance_split.validation_images
+        lists = {"train1": ["a/0.png"], "val1": ["a/2.png"], "test1": ["b/4.png", "a/3.png"]}
+        root = textures(new_folder("sides"), **lists)
+        validation = find(scanned(root, "dtd")[0], "official", "")
         self.assertEqual(validation, ["images/a/3.png", "images/b/4.png"])
         index, _ = scanned(join(toy_root(), "toy"))
         expected = sorted(name for name in index.images if "/validation/" in name)
         self.assertEqual(len(expected), 4)
-        validation = balance_split.validation_images(index, "official", "", "")
-        self.assertEqual(validation, expected)
+        self.assertEqual(find(index, "official", ""), expected)
 
 
 # ---------------------------------------------------------------- evaluation: what tests share
@@ -2375,43 +2063,27 @@ def varied_net() -> UPerNet:
     net.eval()
     image = torch.from_numpy(np.array(noise(64, 96))).permute(2, 0, 1)[None]
     with torch.no_grad():
-        net.heads["scene"].classifier.weight *= 0.1
         logits = net(image / 255)
         for level in ("object", "part", "material", "texture_map"):
             classifier = net.heads[level.removesuffix("_map")].classifier
-            of_level = logits[level].transpose(0, 1).flatten(1)  # (K, pixels)
-            scale = 3 / of_level.std(dim=1)
-            classifier.bias.copy_(scale * (classifier.bias - of_level.mean(dim=1)))
-            classifier.weight *= scale.view(-1, 1, 1, 1)
+            classifier.bias -= logits[level].mean(dim=(0, 2, 3))
     return net
 
 
-def save_checkpoint(net: UPerNet, vocabulary: dict, split: dict = {}, **arguments: str) -> str:
+def save_checkpoint(net: UPerNet, **arguments: str) -> str:
     """A checkpoint with what evaluate.py reads."""
     path = join(new_folder("checkpoint"), "ckpt.pt")
-    content = {
-        "model": net.state_dict(),
-        "network": net.network,
-        "vocabulary": vocabulary,
-        "split": split,
-        "trained": {},
-        "arguments": arguments,
-    }
-    torch.save(content, path)
+    content = {"model": net.state_dict(), "network": net.network, "vocabulary": CONCEPTS}
+    torch.save({**content, "arguments": arguments}, path)
     return path
 
 
 def bilinear_weights(cells: int, filled: int, full: int) -> Tensor:
     """(full, cells): what each pixel of a picture takes of each cell. A cell is four pixels of the
     network's input wide, of which the picture fills `filled`."""
-    weights = torch.zeros(full, cells)
-    for y in range(full):
-        at = (y + 0.5) * filled / full / 4 - 0.5
-        at = min(max(at, 0), cells - 1)
-        low = int(at)
-        weights[y, low] += 1 - (at - low)
-        weights[y, min(low + 1, cells - 1)] += at - low
-    return weights
+    at = (torch.arange(full, dtype=torch.float64) + 0.5) * filled / full / 4 - 0.5
+    distances = at.clamp(0, cells - 1)[:, None] - torch.arange(cells)
+    return (1 - distances.abs()).clamp(min=0)
 
 
 def plain_upsample(maps: Tensor, filled: tuple, size: tuple) -> Tensor:
@@ -2433,12 +2105,29 @@ def plain_view(
     return {level: value[0] for level, value in logits.items()}
 
 
-def plain_scores(net: UPerNet, photo: Image.Image, sizes: list, flip: bool) -> dict[str, Tensor]:
-    """Mean probabilities over the sizes and mirror images; of maps, on a grid of a quarter of the
-    largest view that spans the photo."""
+def plain_maps(net: UPerNet, scores: dict, filled: tuple, size: tuple) -> dict[str, Tensor]:
+    """Scene and texture as they are; the best classes in maps of `size`; parts are channels within
+    the best object, or -1."""
+    seen = {level: scores[level] for level in ("scene", "texture")}
+    for level in ("object", "material", "texture_map"):
+        seen[level] = plain_upsample(scores[level], filled, size).argmax(dim=0)
+    seen["part"] = torch.full(size, -1)
+    for index, channels in net.part_slices.items():
+        best = plain_upsample(scores["part"][channels], filled, size).argmax(dim=0)
+        here = (seen["object"] == index) & (best > 0)
+        seen["part"][here] = channels.start + best[here]
+    return seen
+
+
+def plain_parse(
+    net: UPerNet, photo: Image.Image, sizes: list, flip: bool, size: tuple = ()
+) -> dict[str, Tensor]:
+    """What `parse` should see at several sizes, in maps of the photo's size or another: mean
+    probabilities over the sizes and mirror images; of maps, on a grid of a quarter of the largest
+    view that spans the photo."""
     shapes = []
-    for size in sizes:
-        scale = size / min(photo.size)
+    for short in sizes:
+        scale = short / min(photo.size)
         shapes.append((round(photo.height * scale), round(photo.width * scale)))
     grid = tuple(math.ceil(n / 4) for n in max(shapes))
     views = []
@@ -2456,115 +2145,51 @@ def plain_scores(net: UPerNet, photo: Image.Image, sizes: list, flip: bool) -> d
                     if mirrored:
                         view[level] = view[level].flip(2)
             views.append(view)
-    scores = {}
-    for level in views[0]:
-        scores[level] = sum(view[level] for view in views) / len(views)
-    return scores
-
-
-def plain_maps(net: UPerNet, scores: dict, filled: tuple, size: tuple) -> dict[str, Tensor]:
-    """The best classes in maps of `size`; parts are channels within the best object, or -1."""
-    maps = {}
-    for level in ("object", "material", "texture_map"):
-        maps[level] = plain_upsample(scores[level], filled, size).argmax(dim=0)
-    maps["part"] = torch.full(size, -1)
-    for index, channels in net.part_slices.items():
-        best = plain_upsample(scores["part"][channels], filled, size).argmax(dim=0)
-        here = (maps["object"] == index) & (best > 0)
-        maps["part"][here] = channels.start + best[here]
-    return maps
-
-
-def plain_parse(
-    net: UPerNet, photo: Image.Image, sizes: list, flip: bool, size: tuple = ()
-) -> dict[str, Tensor]:
-    """What `parse` should see at several sizes, in maps of the photo's size or another."""
-    scores = plain_scores(net, photo, sizes, flip)
-    grid = scores["object"].shape[1:]
-    maps = plain_maps(net, scores, (4 * grid[0], 4 * grid[1]), size or photo.size[::-1])
-    return {"scene": scores["scene"], "texture": scores["texture"], **maps}
+    scores = {level: sum(view[level] for view in views) / len(views) for level in views[0]}
+    return plain_maps(net, scores, (4 * grid[0], 4 * grid[1]), size or photo.size[::-1])
 
 
 # ---------------------------------------------------------------- metrics
-def plain_iou(pairs: list[tuple[int, int]], k: int) -> float | None:
-    """Of class k over (truth, prediction)s; None if it is nowhere the truth."""
-    both = sum(truth == k and predicted == k for truth, predicted in pairs)
-    either = sum(truth == k or predicted == k for truth, predicted in pairs)
-    if all(truth != k for truth, _ in pairs):
-        return None
-    return both / either
-
-
-def plain_accuracy(pairs: list[tuple[int, int]]) -> float:
-    return sum(truth == predicted for truth, predicted in pairs) / len(pairs)
-
-
 class TestMetrics(unittest.TestCase):
-    def assert_iou(self, found: dict, expected: list):
-        for value, plain in zip(found.values(), expected, strict=True):
-            self.assertEqual(value is None, plain is None)
-            self.assertAlmostEqual(value or 0, plain or 0)
+    def test_maps(self):
+        metrics = evaluate.Metrics(CONCEPTS, ["object"])
+        for predicted, truth in (([[0, 1], [1, 3]], [[0, 0], [1, -1]]), ([0, 3], [2, -1])):
+            metrics.add("object", torch.tensor(predicted), torch.tensor(truth))
+        expected = {
+            "pixel_accuracy": 2 / 4,
+            "mean_iou": (1 / 3 + 1 / 2 + 0) / 3,
+            "iou": {"wall": 1 / 3, "car": 1 / 2, "pot": 0, "person": None},
+        }
+        self.assertEqual(metrics.results(), {"object": expected})
 
-    def test_maps_against_a_loop_over_pixels(self):
-        rng = np.random.default_rng(0)
-        metrics = evaluate.Metrics(CONCEPTS, list(CONCEPTS))
-        pairs = []
-        for n in range(3):
-            truth = rng.integers(-1, 3, (9, 11))  # nowhere a person
-            if n == 2:
-                truth[:] = -1
-            predicted = rng.integers(0, 4, truth.shape)
-            metrics.add("object", torch.from_numpy(predicted), torch.from_numpy(truth))
-            pairs += [(t, p) for t, p in zip(truth.ravel(), predicted.ravel()) if t >= 0]
-        results = metrics.results()["object"]
-        self.assertAlmostEqual(results["pixel_accuracy"], plain_accuracy(pairs))
-        iou = [plain_iou(pairs, k) for k in range(4)]
-        self.assertEqual(list(results["iou"]), CONCEPTS["object"])
-        self.assert_iou(results["iou"], iou)
-        self.assertIsNone(iou[3])
-        self.assertAlmostEqual(results["mean_iou"], np.mean(iou[:3]))
-
-    def test_parts_against_a_loop_over_pixels(self):
-        rng = np.random.default_rng(1)
-        metrics = evaluate.Metrics(CONCEPTS, list(CONCEPTS))
-        slices = {1: slice(0, 3), 3: slice(3, 5)}
-        pairs = {1: [], 3: []}
-        for n in range(4):
-            logits = torch.from_numpy(rng.standard_normal((5, 4, 5)))
-            full = F.interpolate(logits[None], (16, 20), mode="bilinear")[0]
-            objects = torch.from_numpy(rng.integers(-1, 4, (16, 20)))
-            parts = torch.zeros_like(objects)
-            for index, channels in slices.items():
-                if n == 1 and index == 3:  # without an annotated part: not counted in this image
-                    continue
-                for y, x in (objects == index).nonzero():
-                    parts[y, x] = int(rng.integers(0, channels.stop - channels.start))
-                    predicted = full[channels, y, x].argmax()
-                    pairs[index].append((int(parts[y, x]), int(predicted)))
-            metrics.add_parts(logits, objects, parts, slices, (16, 20))
+    def test_parts(self):
+        metrics = evaluate.Metrics(CONCEPTS, ["part"])
+        for best, objects, parts in (
+            ([1, 4], [1, 1, 1, 1, 3, 3], [1, 1, 0, 2, 1, 0]),
+            ([2, 4], [0, 1, 1, 3, 3, 3], [0, 1, 2, 0, 0, 0]),  # its person is not annotated
+        ):
+            scores = torch.zeros(5, 2, 2)
+            scores[best] = 1
+            slices = {1: slice(0, 3), 3: slice(3, 5)}
+            metrics.add_parts(
+                scores, torch.tensor([objects]), torch.tensor([parts]), slices, (8, 8)
+            )
         results = metrics.results()["part"]
-        self.assertAlmostEqual(results["pixel_accuracy"], plain_accuracy(pairs[1] + pairs[3]))
-        car = [plain_iou(pairs[1], k) for k in range(3)]
-        person = [plain_iou(pairs[3], k) for k in range(2)]
-        self.assert_iou(results["iou"]["car"], car)
-        self.assert_iou(results["iou"]["person"], person)
+        car = {"background": 0, "wheel": 2 / 5, "door": 1 / 3}
+        self.assertEqual(results["iou"], {"car": car, "person": {"background": 0, "head": 1 / 2}})
+        self.assertEqual(results["pixel_accuracy"], 4 / 8)
         # Over the parts of an object first, then over objects.
-        self.assertAlmostEqual(results["mean_iou_bg"], (np.mean(car) + np.mean(person)) / 2)
+        self.assertAlmostEqual(results["mean_iou_bg"], (sum(car.values()) / 3 + 1 / 4) / 2)
 
     def test_nothing_labelled_is_null_in_json(self):
-        metrics = evaluate.Metrics(CONCEPTS, list(CONCEPTS))
-        zeros = torch.zeros(4, 4, dtype=torch.long)
-        metrics.add("material", zeros, zeros - 1)
+        metrics = evaluate.Metrics(CONCEPTS, ["part", "material", "texture"])
         metrics.add("texture", torch.tensor(0), torch.tensor(-1))
-        metrics.add_parts(torch.zeros(5, 2, 2), zeros + 1, zeros, {1: slice(0, 3)}, (4, 4))
-        metrics.add("scene", torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, -1, 1]))
         results = json.loads(json.dumps(metrics.results(), allow_nan=False))
         iou = dict.fromkeys(CONCEPTS["material"])
         expected = {"pixel_accuracy": None, "mean_iou": None, "iou": iou}
         self.assertEqual(results["material"], expected)
         self.assertIsNone(results["part"]["mean_iou_bg"])
         self.assertEqual(results["texture"], {"top1": None, "n": 0})
-        self.assertEqual(results["scene"], {"top1": 2 / 3, "n": 3})
 
     def test_the_table_has_the_best_and_worst_ten_classes(self):
         iou = {f"class {k:02d}": 1 - k / 100 for k in range(25)}
@@ -2585,36 +2210,18 @@ class LargestTensor(TorchDispatchMode):
 
 
 class TestClassMap(unittest.TestCase):
-    def assert_argmax(self, scores: Tensor, size: tuple):
-        """Of scores that no padding surrounds."""
-        plain = F.interpolate(scores[None], size, mode="bilinear")[0].argmax(dim=0)
-        filled = (4 * scores.shape[1], 4 * scores.shape[2])
-        with self.subTest(shape=tuple(scores.shape), size=size):
-            found = evaluate.class_map(scores, filled, size)
-            self.assertEqual(found.dtype, torch.int64)
-            self.assertTrue(torch.equal(found, plain))
-
     def test_is_the_argmax_of_the_upsampled_scores(self):
+        """Ties go to the lowest index."""
         torch.manual_seed(0)
         rough = torch.randn(40, 24, 32)
         coarse = 4 * torch.randn(1, 40, 4, 5)
         smooth = F.interpolate(coarse, (24, 32), mode="bicubic")[0]  # most are nowhere the best
-        for scores in (rough, rough[:, :1], rough[:, :, :1], rough[:1], smooth, smooth - 1e4):
-            for size in ((97, 131), (7, 300), (24, 32)):
-                self.assert_argmax(scores, size)
-        self.assert_argmax(torch.randn(150, 30, 40), (450, 600))
-        corners = torch.zeros(5, 4, 6)  # each of four classes is the best in one corner alone
-        corners[0] = 0.3
-        for k, (y, x) in enumerate([(0, 0), (0, -1), (-1, 0), (-1, -1)], start=1):
-            corners[k, y, x] = 1
-        self.assert_argmax(corners, (97, 131))
-
-    def test_ties_go_to_the_lowest_index(self):
-        scores = torch.randn(10, 24, 32)
-        self.assert_argmax(scores.repeat_interleave(2, dim=0), (96, 128))  # every class twice
-        self.assert_argmax((3 * scores).round(), (240, 320))
-        constant = torch.full((17, 16, 16), 0.1)
-        self.assertTrue((evaluate.class_map(constant, (64, 64), (64, 64)) == 0).all())
+        ties = (rough.repeat_interleave(2, dim=0), (3 * rough).round())
+        for scores in (rough, rough[:, :1], rough[:1], smooth, smooth - 1e4, *ties):
+            for size in ((97, 131), (7, 300), scores.shape[1:]):
+                plain = F.interpolate(scores[None], size, mode="bilinear")[0].argmax(dim=0)
+                filled = (4 * scores.shape[1], 4 * scores.shape[2])
+                self.assertTrue(torch.equal(upernet.class_map(scores, filled, size), plain))
 
     def test_cuts_the_padding_off(self):
         torch.manual_seed(0)
@@ -2622,65 +2229,41 @@ class TestClassMap(unittest.TestCase):
         for filled in ((64, 96), (50, 70), (45, 90)):
             for size in ((100, 150), (333, 421), (20, 31), (16, 24)):
                 plain = plain_upsample(scores, filled, size).argmax(dim=0)
-                self.assertTrue(torch.equal(evaluate.class_map(scores, filled, size), plain))
+                self.assertTrue(torch.equal(upernet.class_map(scores, filled, size), plain))
 
     def test_takes_the_memory_of_a_few_maps_however_many_classes(self):
         scores = torch.randn(300, 10, 10)
         with LargestTensor() as largest:
-            evaluate.class_map(scores, (40, 40), (200, 250))
+            upernet.class_map(scores, (40, 40), (200, 250))
         self.assertLessEqual(largest.elements, 200 * 250)
 
 
 class TestRelations(unittest.TestCase):
-    def test_scenes_have_the_objects_of_three_in_ten_of_their_photos(self):
-        relations = evaluate.Relations(CONCEPTS, ["scene", "object"])
+    def test_are_shares_in_the_words_of_table_4(self):
+        """Objects of three in ten of a scene's photos; the three largest shares of at least a tenth
+        of a material's or texture's pixels over all photos."""
+        relations = evaluate.Relations(CONCEPTS, list(CONCEPTS))
+        kitchen = np.array([0.9, 0.1])
+        material = np.repeat([0, 1, 2, 3, 4], [20, 12, 8, 6, 4])
+        seen = {"part": np.full(50, -1), "material": material, "texture_map": 0 * material}
         for k in range(10):  # a car in four kitchens, a pot in two; the street has a person
-            objects = np.array([[0, 1 if k < 4 else 0, 2 if k > 7 else 0]])
-            relations.add({"scene": np.array([0.9, 0.1]), "object": objects})
-        relations.add({"scene": np.array([0.1, 0.9]), "object": np.array([[3]])})
-        expected = {"kitchen": {"wall": 1.0, "car": 0.4}, "street": {"person": 1.0}}
-        self.assertEqual(relations.results(), {"scene-object": expected})
-
-    def test_materials_are_the_three_largest_shares_above_a_tenth(self):
-        """Of the pixels of an object or part over all photos; a material's textures likewise."""
-        rng = np.random.default_rng(0)
-        photos = []
-        for _ in range(7):
-            seen = {"scene": np.array([0.9, 0.1]), "object": rng.integers(0, 2, (6, 8))}
-            seen["part"] = rng.choice([-1, 1, 2], (6, 8))
-            seen["material"] = rng.choice(5, (6, 8), p=[0.02, 0.55, 0.25, 0.05, 0.13])
-            seen["texture_map"] = rng.choice(3, (6, 8), p=[0.3, 0.65, 0.05])
-            photos.append(seen)
-        relations = evaluate.Relations(CONCEPTS, upernet.LEVELS)
-        for seen in photos:
-            relations.add(seen)
-        found = relations.results()
-        for first, second, index, name in (
-            ("object", "material", 1, "car"),
-            ("part", "material", 2, "car: door"),
-            ("material", "texture_map", 4, "stone"),
-        ):
-            values = np.concatenate([seen[second][seen[first] == index] for seen in photos])
-            level = second.removesuffix("_map")
-            shares = np.bincount(values) / len(values)
-            best = [k for k in np.argsort(-shares)[:3] if shares[k] >= 0.1]
-            expected = {CONCEPTS[level][k]: shares[k] / shares[best].sum() for k in best}
-            shares = found[f"{first}-{level}"][name]
-            self.assertEqual(list(shares), list(expected))
-            np.testing.assert_allclose(list(shares.values()), list(expected.values()))
-
-    def test_are_told_in_the_words_of_table_4(self):
-        material = np.repeat([0, 1, 2], [60, 31, 9])[None]
-        seen = {"scene": np.array([1.0, 0.0]), "object": material * 0 + 2, "material": material}
-        relations = evaluate.Relations(CONCEPTS, list(seen))
-        relations.add(seen)
+            objects = np.repeat([0, 1 if k < 4 else 0, 2 if k > 7 else 0, 0, 0], 10)
+            relations.add({**seen, "scene": kitchen, "object": objects})
+        seen["part"] = np.where(material == 1, 4, -1)
+        seen["texture_map"] = np.repeat([1, 2], [15, 35])
+        relations.add({**seen, "scene": kitchen[::-1], "object": np.full(50, 3)})
         path = join(new_folder("relations"), "r.json")
-        with contextlib.redirect_stdout(io.StringIO()) as out:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
             relations.report(path)
-        said = out.getvalue().splitlines()
-        self.assertIn("kitchen is composed of pot", said)
-        self.assertIn("pot is made of wood (66%) and brick (34%)", said)
-        self.assertEqual(read_json(path)["scene-object"], {"kitchen": {"pot": 1.0}})
+        found = read_json(path)
+        expected = {"kitchen": {"wall": 1.0, "car": 0.4}, "street": {"person": 1.0}}
+        self.assertEqual(found["scene-object"], expected)
+        self.assertEqual(found["part-material"], {"person: head": {"brick": 1.0}})
+        # 15 and 5 of its 220 pixels are banded and grid.
+        self.assertEqual(found["material-texture"]["wood"], {"dotted": 1.0})
+        said = said.getvalue().splitlines()
+        self.assertIn("kitchen is composed of wall and car", said)
+        self.assertIn("person is made of wood (50%), brick (30%) and metal (20%)", said)
 
 
 # ---------------------------------------------------------------- photos and validation images
@@ -2688,11 +2271,10 @@ class TestParse(unittest.TestCase):
     def assert_seen(self, seen: dict, expected: dict):
         self.assertEqual(seen.keys(), expected.keys())
         for level, value in expected.items():
-            with self.subTest(level):
-                if level in ("scene", "texture"):
-                    np.testing.assert_allclose(seen[level], value, rtol=1e-4)
-                else:
-                    self.assertGreaterEqual((seen[level] == value.numpy()).mean(), 0.999)
+            if level in ("scene", "texture"):
+                np.testing.assert_allclose(seen[level], value, rtol=1e-4)
+            else:
+                self.assertGreaterEqual((seen[level] == value.numpy()).mean(), 0.999, level)
 
     def test_of_one_size_against_the_padded_network(self):
         net = varied_net()
@@ -2704,58 +2286,60 @@ class TestParse(unittest.TestCase):
             photo = noise(*full)
             net.test_size = (short, longest, None)
             logits = plain_view(net, photo, *resized)
-            tags = {level: logits[level].softmax(dim=0) for level in ("scene", "texture")}
-            maps = plain_maps(net, logits, resized, full)
-            self.assert_seen(evaluate.parse(net, photo), {**tags, **maps})
+            for level in ("scene", "texture"):
+                logits[level] = logits[level].softmax(dim=0)
+            self.assert_seen(upernet.parse(net, photo), plain_maps(net, logits, resized, full))
 
     def test_of_several_sizes_and_mirror_images_against_the_loop(self):
+        """Sizes that are asked for have no longest side."""
         net = varied_net()
+        net.test_size = (64, 70, None)
         for height, width in ((48, 75), (90, 60)):
             photo = noise(height, width)
             for sizes, flip in (([64, 96], True), ([50], True), ([70, 50, 61], False)):
-                seen = evaluate.parse(net, photo, sizes=sizes, flip=flip)
+                seen = upernet.parse(net, photo, sizes=sizes, flip=flip)
                 self.assert_seen(seen, plain_parse(net, photo, sizes, flip))
 
-    def test_a_picture_is_turned_as_its_exif_data_say_and_an_array_is_not(self):
+    def test_sizes_are_cut_and_rounded_as_in_mmsegmentations_code(self):
+        """Whose networks keep their longest side, whatever is asked for; ours are padded."""
+        for full, test_size, sizes, expected in (
+            ((1025, 1024), (512, 2048, 1), None, (512, 513)),
+            ((300, 200), (100, 200, 1), [160], (133, 200)),
+            ((300, 200), (100, 200, None), [160], (160, 256)),
+        ):
+            [view] = upernet.views_of(Image.new("RGB", full), test_size, sizes)
+            self.assertEqual(view.pixels.shape[2:], expected)
+
+    def test_pictures_of_any_mode_are_turned_as_their_exif_data_say(self):
         net = varied_net()
         photo = noise(48, 80)
-        upright = evaluate.parse(net, photo.rotate(-90, expand=True))["object"]
+        upright = upernet.parse(net, photo.rotate(-90, expand=True))["object"]
         photo.getexif()[0x0112] = 6  # to be turned by a quarter, clockwise
-        assert_array_equal(evaluate.parse(net, photo)["object"], upright)
-        self.assertEqual(evaluate.parse(net, np.asarray(photo))["object"].shape, (48, 80))
+        assert_array_equal(upernet.parse(net, photo)["object"], upright)
+        for mode in ("1", "L", "LA", "P", "RGBA", "CMYK"):
+            seen = upernet.parse(net, noise(48, 80).convert(mode))
+            self.assertEqual(seen["part"].shape, (48, 80))
 
-    def test_levels_and_arrays_that_it_takes(self):
-        net = varied_net()
-        photo = np.asarray(noise(48, 64))
-        self.assertEqual(set(evaluate.parse(net, photo, ["part", "scene"])), {"part", "scene"})
-        self.assertRaises(ValueError, evaluate.parse, net, photo, ["colour"])
-        for wrong in (photo / 255, photo[..., 0], photo[:0], [1, 2]):
-            self.assertRaises(ValueError, evaluate.parse, net, wrong)
-
-    def test_an_answer_that_is_not_finite_is_an_error(self):
+    def test_answers_for_the_levels_that_are_asked_or_raises(self):
         net = varied_net()
         net.heads["material"].classifier.bias.data[2] = math.nan
-        photo = noise(48, 64)
-        evaluate.parse(net, photo, ["object"])
-        self.assertRaisesRegex(ValueError, "material", evaluate.parse, net, photo)
+        photo = np.asarray(noise(48, 64))
+        self.assertEqual(set(upernet.parse(net, photo, ["part", "scene"])), {"part", "scene"})
+        self.assertRaises(ValueError, upernet.parse, net, photo, ["colour"])
+        self.assertRaisesRegex(FloatingPointError, "material", upernet.parse, net, photo)
+        for wrong in (photo / 255, photo[..., 0]):
+            self.assertRaises(ValueError, upernet.parse, net, wrong, ["object"])
 
 
 class TestEvaluation(unittest.TestCase):
-    def test_photos_are_seen_in_full(self):
-        """JPEGs not as libjpeg reduces them, however small the network's input."""
-        root = own_data(new_folder("full"), [np.tile([1, 2], (450, 300))])
-        path = join(root, "images", "training", "0.jpg")
-        size = (64, 100, 8)
-        item = evaluate.EvaluationImages({"ade20k": source_of(root)}, [("ade20k", 0)], [size])[0]
-        view = evaluate.network_input(datasets.open_photo(path), size)
-        self.assertTrue(torch.equal(item["views"][0].pixels, view.pixels))
-
     def test_labels_that_the_loop_over_the_views_predicts_are_all_right(self):
-        """Of all levels; OpenSurfaces' labels are larger than their photo."""
+        """Of all levels; JPEGs not as libjpeg reduces them; OpenSurfaces' labels are larger than
+        their photo."""
         net = varied_net()
+        net.test_size = (30, 40, None)
         place = new_folder("photos")
         photo = Image.open(save(noise(96, 128), place, "a.jpg"))
-        seen = plain_parse(net, photo, [36, 80], True)
+        seen = plain_parse(net, photo, [36, 44], True)
         names = {10 + k: name for k, name in enumerate(CONCEPTS["object"])}
         names.update({21: "wheel", 22: "door", 24: "head"})
         parts = np.where(seen["part"] >= 0, 20 + seen["part"], 0)
@@ -2764,7 +2348,7 @@ class TestEvaluation(unittest.TestCase):
         ade.add(10 + seen["object"].numpy(), names, [scene], parts)
 
         photo = Image.open(save(noise(48, 64), place, "b.jpg"))
-        seen = plain_parse(net, photo, [36, 80], True, size=(96, 128))
+        seen = plain_parse(net, photo, [36, 44], True, size=(96, 128))
         surfaces(ade.root, CONCEPTS["material"], [1 + seen["material"].numpy()])
 
         squares = {}
@@ -2776,139 +2360,89 @@ class TestEvaluation(unittest.TestCase):
         for name, square in squares.items():
             save(square, ade.root, "dtd", "images", name)
 
-        split = {}
-        for source in ("ade20k", "os", "dtd"):
-            split[source] = scanned(ade.root, source)[0].images
-        checkpoint = save_checkpoint(net, CONCEPTS, split, data="ade20k,os,dtd", root=ade.root)
+        checkpoint = save_checkpoint(net, data="ade20k,os,dtd", root=ade.root)
         path = join(ade.root, "m.json")
-        argv = ("--size", "36,80", "--flip", "--json", path)
+        argv = ("--split", "all", "--size", "36,44", "--flip", "--json", path)
         succeeded(self, evaluate.main, checkpoint, *argv)
         found = read_json(path)
         for level in ("object", "part", "material"):
             self.assertGreaterEqual(found[level]["pixel_accuracy"], 0.999)
         self.assertEqual(found["scene"], {"top1": 1, "n": 1})
         self.assertEqual(found["texture"], {"top1": 1, "n": 8})
-        command(evaluate.main, checkpoint, "--size", 80, "--json", path)
-        self.assertLess(read_json(path)["object"]["pixel_accuracy"], 0.95)
 
 
-def labelled(metrics: dict) -> list[str]:
+def labelled(iou: dict) -> list[str]:
     """The classes that have an IoU."""
-    return [name for name, iou in metrics.get("iou", metrics).items() if iou is not None]
+    return [name for name, value in iou.items() if value is not None]
 
 
 class TestReleasedNetworks(unittest.TestCase):
     """Others' networks, of few channels, on data and photos."""
 
+    NAMES = [f"thing {k}" for k in range(1, 151)]
+
     @classmethod
     def setUpClass(cls):
-        cls.small = {"backbone": "resnet18", "channels": 8}
+        small = {"backbone": "resnet18", "channels": 8}
         cls.tables = class_tables(new_folder("joint_dataset"))
-        cls.paper, _ = released_files("paper", 1, **cls.small)
-        cls.of_paper = ("--release", *cls.paper, "--labels", cls.tables)
+        cls.paper, _ = released_files("paper", 1, **small)
+        cls.papers = ("--release", *cls.paper, "--labels", cls.tables)
+        (cls.mmseg,), _ = released_files("mmseg", 1, {"CLASSES": cls.NAMES}, **small)
 
     def metrics(self, root: str, *argv) -> dict:
-        argv = (*argv, "--root", root, "--json", join(root, "m.json"))
-        status, _, err = command(evaluate.main, *argv)
+        path = join(root, "m.json")
+        status, _, err = command(evaluate.main, *argv, "--root", root, "--json", path)
         self.assertEqual(status, 0, err)
-        return read_json(root, "m.json")
-
-    def predicted(self, net: UPerNet, photo: str, size: tuple, multiple: int) -> np.ndarray:
-        """The objects in a photo that the network sees at `size`, without padding."""
-        picture = datasets.open_photo(photo)
-        logits = plain_view(net, picture, *size, multiple)["object"]
-        return plain_upsample(logits, size, picture.size[::-1]).argmax(dim=0).numpy()
+        return read_json(path)
 
     def test_the_papers_on_ade20k_and_opensurfaces(self):
         """The authors' table says which of their classes a number or scene of the data is."""
-        objects = columns(300, 7, 7, 9)
-        parts = columns(0, 20, 21, 0)
         names = {7: "car", 300: "wall", 9: "dust", 20: "wheel", 21: "dent"}
         ade = Ade()
-        ade.add(objects, names, ["outdoor", "bus stop"], parts)
-        ade.add(objects, names, ["outdoor", "attic"], parts)
-        folder = Path(ade.folder, "images", "ADE")
-        (folder / "training").rename(folder / "validation")
+        for scene in ("bus stop", "attic"):
+            ade.add(columns(300, 7, 7, 9), names, ["outdoor", scene], columns(0, 20, 21, 0))
+        photos = Path(ade.folder, "images", "ADE")
+        (photos / "training").rename(photos / "validation")
         surfaces(ade.root, ["Mud", "Brick", "Mud"], [columns(1, 2, 3)])
-
-        _, vocabulary = upernet.load_release(*self.paper, self.tables)
-        index = ade.index()
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            of_release = evaluate.released_names(self.tables, index, vocabulary)
-        self.assertIn("attic", said.getvalue())
-        source = datasets.Source(index, vocabulary, of_release)
-        labels = source.labels(0)
-        assert_array_equal(labels["object"], columns(1, 3, 3, -1))
-        assert_array_equal(labels["part"], columns(0, 1, 0, 0))
-        self.assertEqual(source.tags, [17, -1])
-
-        metrics = self.metrics(ade.root, *self.of_paper, "--data", "ade20k,os", "--size", 32)
+        metrics = self.metrics(ade.root, *self.papers, "--data", "ade20k,os", "--size", 32)
         self.assertEqual(metrics["scene"]["n"], 1)
-        self.assertEqual(labelled(metrics["object"]), ["object 1", "object 3"])
+        self.assertEqual(labelled(metrics["object"]["iou"]), ["object 1", "object 3"])
         self.assertEqual(labelled(metrics["part"]["iou"]["object 3"]), ["background", "part 1"])
-        self.assertEqual(labelled(metrics["material"]), ["material 25"])
+        self.assertEqual(labelled(metrics["material"]["iou"]), ["material 25"])
         self.assertFalse(os.path.exists(join(ade.root, "split.json")))
 
     def test_masks_of_the_papers_have_the_authors_numbers_from_0(self):
         """At a size cut off to whole pixels, then up to a multiple of 8, as in their code."""
         place = new_folder("photo")
-        photo = save(noise(48, 80), place, "x.png")
-        succeeded(
-            self, evaluate.main, *self.of_paper, "--size", 34, "--photo", photo, "--pictures", place
-        )
+        path = save(noise(48, 80), place, "x.png")
+        argv = ("--size", 34, "--photo", path, "--pictures", join(place, "out"))
+        succeeded(self, evaluate.main, *self.papers, *argv)
         net, _ = upernet.load_release(*self.paper, self.tables)
-        expected = self.predicted(net, photo, (40, 56), 8)  # of 34 x 56.67, cut off
-        with Image.open(join(place, "x_object.png")) as mask:
+        logits = plain_view(net, noise(48, 80), 40, 56, 8)["object"]  # of 34 x 56.67, cut off
+        expected = plain_upsample(logits, (40, 56), (48, 80)).argmax(dim=0).numpy()
+        with Image.open(join(place, "out", "x_object.png")) as mask:
             self.assertGreaterEqual((np.asarray(mask) == expected).mean(), 0.995)
 
-    def test_mmsegmentations_on_photos_and_sceneparsing(self):
-        names = [f"thing {k}" for k in range(1, 151)]
-        (path,), _ = released_files("mmseg", 1, {"CLASSES": names}, **self.small)
+    def test_mmsegmentations_on_sceneparsing(self):
         root = new_folder("sceneparsing")
-        rows = [f"{k}\t0\t0\t0\t{name}, other" for k, name in enumerate(names, start=1)]
-        table = "\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows])
-        write(join(root, "objectInfo150.txt"), table)
+        rows = [f"{k}\t0\t0\t0\t{name}, other" for k, name in enumerate(self.NAMES, start=1)]
+        write(join(root, "objectInfo150.txt"), "\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows]))
         photo = save(noise(48, 64), root, "images", "validation", "a.jpg")
-        net, _ = upernet.load_mmseg(path)
+        net, _ = upernet.load_mmseg(self.mmseg)
         # 171 cells for 683 pixels, stretched over the photo as in their code.
         logits = plain_view(net, datasets.open_photo(photo), 512, 683, 1)["object"]
         predicted = plain_resize(logits[None], (48, 64))[0].argmax(dim=0).numpy() + 1
-        truth = np.random.default_rng(0).choice([0, 1, 2, 77, 150], (48, 64))
-        truth[:24] = predicted[:24]  # something to get right
-        save(truth, root, "annotations", "validation", "a.png")
-
-        succeeded(self, evaluate.main, "--release", path, "--photo", photo, "--pictures", root)
-        with Image.open(join(root, "a_object.png")) as mask:
-            self.assertGreater((np.asarray(mask) == predicted).mean(), 0.99)
-        found = self.metrics(root, "--release", path, "--data", "ade20k")["object"]
-        pairs = [(t, p) for t, p in zip(truth.ravel(), predicted.ravel()) if t > 0]
-        self.assertAlmostEqual(found["pixel_accuracy"], plain_accuracy(pairs), delta=0.01)
-        for k, name in enumerate(names, start=1):
-            iou = plain_iou(pairs, k)
-            self.assertEqual(found["iou"][name] is None, iou is None)
-            self.assertAlmostEqual(found["iou"][name] or 0, iou or 0, delta=0.01)
-
-    def test_larger_sizes_than_trained(self):
-        """Our networks take them as asked, the released ones with their own longest side."""
-        photo = Image.new("RGB", (300, 200))
-        for multiple, expected in ((None, (160, 240)), (1, (133, 200))):
-            [size] = evaluate.test_sizes((100, 200, multiple), [160])
-            view = evaluate.network_input(photo, size)
-            self.assertEqual(view.filled, tuple(4 * math.ceil(n / 4) for n in expected))
-
-    def test_sizes_are_rounded_as_in_each_projects_code(self):
-        photo = Image.new("RGB", (1025, 1024))
-        for size, expected in (((512, 2048, 1), (512, 513)), ((512, 2048, 8), (512, 512))):
-            view = evaluate.network_input(photo, size)
-            self.assertEqual(view.pixels.shape[2:], expected)
+        save(predicted, root, "annotations", "validation", "a.png")
+        found = self.metrics(root, "--release", self.mmseg, "--data", "ade20k")["object"]
+        self.assertGreater(found["pixel_accuracy"], 0.99)
+        self.assertEqual(list(found["iou"]), self.NAMES)
 
     def test_data_of_other_classes_are_refused(self):
         own = own_data(new_folder("own"), [columns(1, 2)], classes="a\nb")
         ade = Ade()
         ade.add(columns(1), {1: "wall"}, ["street"])
-        (mmseg,), _ = released_files("mmseg", 1, **self.small)
-        of_mmseg = ("--release", mmseg)
-        for root, release in ((own, self.of_paper), (own, of_mmseg), (ade.root, of_mmseg)):
+        mmseg = ("--release", self.mmseg)
+        for root, release in ((own, self.papers), (own, mmseg), (ade.root, mmseg)):
             argv = (*release, "--data", "ade20k", "--root", root)
             self.assertIn(root, refusal(self, evaluate.main, *argv))
 
@@ -2917,7 +2451,7 @@ class TestParsedPhotos(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.net = varied_net()
-        cls.checkpoint = save_checkpoint(cls.net, CONCEPTS)
+        cls.checkpoint = save_checkpoint(cls.net)
 
     def parsed(self, *argv) -> str:
         """What the command printed."""
@@ -2926,120 +2460,85 @@ class TestParsedPhotos(unittest.TestCase):
     def test_files_have_what_parse_sees(self):
         place = new_folder("photos")
         photo = noise(48, 70)
-        path = save(photo, place, "a.PNG")
-        self.parsed(path, "--pictures", place)
+        path = join(place, "r.json")
+        argv = ("--pictures", place, "--relations", path)
+        self.assertIn("is made of", self.parsed(save(photo, place, "a.PNG"), *argv))
+        self.assertIn("part-material", read_json(path))
         names = ["a.PNG", "a_material.png", "a_object.png", "a_upernet.npz", "a_upernet.png"]
-        self.assertEqual(sorted(os.listdir(place)), names)
-        seen = evaluate.parse(self.net, photo)
+        self.assertEqual(sorted(os.listdir(place)), [*names, "r.json"])
+        seen = upernet.parse(self.net, photo)
         with np.load(join(place, "a_upernet.npz")) as maps:
             for level, value in seen.items():
                 assert_array_equal(maps[level], value.astype(maps[level].dtype))
-            self.assertEqual(maps["scene_names"].tolist(), CONCEPTS["scene"])
-            parts = ["car: background", "car: wheel", "car: door"]
-            self.assertEqual(maps["part_names"].tolist()[:3], parts)
+            self.assertEqual(maps["part_names"].tolist()[:2], ["car: background", "car: wheel"])
         for level in ("object", "material"):
             with Image.open(join(place, f"a_{level}.png")) as mask:
                 assert_array_equal(np.asarray(mask), seen[level] + 1)
 
-    def test_a_mask_of_ones_own_is_not_replaced(self):
-        place = new_folder("masks")
-        path = save(noise(48, 70), place, "a.png")
-        mask = Path(save(np.zeros((48, 70)), place, "a_object.png"))
-        before = mask.read_bytes()
-        for _ in range(2):
-            self.parsed(path, "--pictures", place)
-            self.assertEqual(mask.read_bytes(), before)
-        self.assertEqual(len(os.listdir(place)), 6)
-
-    def test_any_mode(self):
-        place = new_folder("modes")
-        photo = noise(48, 80)
-        modes = {"grey.png": "L", "cmyk.jpg": "CMYK", "alpha.png": "RGBA", "palette.gif": "P"}
-        for name, mode in modes.items():
-            photo.convert(mode).save(join(place, name))
-        photo.save(join(place, "really-a-png.jpg"), "PNG")
-        photo.save(join(place, "marred.jpg"), exif=b"Exif\0\0" + b"\xff" * 9)
-        photo.resize((2000, 2)).save(join(place, "flat.png"))
-        photo.resize((1, 1)).save(join(place, "dot.png"))
-        paths = list(Path(place).iterdir())
-        self.parsed(*paths, "--pictures", place)
-        for path in paths:
-            with Image.open(path) as picture:
-                size = picture.size
-            with np.load(path.with_name(f"{path.stem}_upernet.npz")) as maps:
-                for level in ("object", "part", "material", "texture_map"):
-                    self.assertEqual(maps[level].shape, size[::-1], path)
-
-    def test_folders_and_what_is_passed_over_in_them(self):
+    def test_folders_with_their_subfolders(self):
         place = new_folder("folder")
-        for name in ("a.webp", "b.tif", "c.bmp", "d.JPEG", "e_object.png", "below/f.png"):
-            save(noise(48, 64), place, name)
-        write(join(place, "notes.txt"), "no photo")
-        os.mkfifo(join(place, "pipe.jpg"))
-        said = self.parsed(place, "--pictures", place)
-        self.assertRegex(said, f"{re.escape(place)}.* 3 ")  # notes.txt, the pipe, the folder
-        names = sorted(os.listdir(place))
-        self.assertEqual([name[0] for name in names if name.endswith(".npz")], list("abcde"))
-        # Its own results are passed over, in the folder and as files.
-        pictures = [join(place, name) for name in names if name.endswith(".png")]
-        self.parsed(place, *pictures, "--pictures", place)
-        self.assertEqual(sorted(os.listdir(place)), names)
-        for nothing in (new_folder("empty"), join(place, "a_upernet.png")):
-            refusal(self, evaluate.main, self.checkpoint, "--photo", nothing)
+        photos = join(place, "photos")
+        for name in ("a.webp", "b.tif", "c.bmp", "d.JPEG", "below/a.png"):
+            save(noise(48, 64), photos, name)
+        for name in ("notes.txt", ".a.png", ".hidden/e.png"):
+            write(join(photos, name), "no photo")
+        said = self.parsed(photos, "--pictures", place)  # beside the folder
+        self.assertRegex(said, r"(?m)^1 .*notes\.txt$")
+        expected = [f"{name}_object.png" for name in ("a", "b", "below/a", "c", "d")]
+        for name in expected:
+            self.assertTrue(os.path.exists(join(place, name)))
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(photos)
+        for _ in range(2):  # in parsed/, which is passed over
+            self.parsed(".")
+            found = [str(path.relative_to("parsed")) for path in Path().rglob("*_object.png")]
+            self.assertEqual(sorted(found), expected)
 
-    def test_photos_of_one_name_are_all_parsed(self):
+    def test_two_photos_of_one_name_are_refused(self):
         place = new_folder("names")
-        out = new_folder("out")
-        paths = []
-        for k, name in enumerate(("same.jpg", "same.png", "b/same.jpg", "c/same.jpg")):
-            paths.append(save(noise(40 + k, 64), place, *name.split("/")))
-        self.parsed(*paths, "--pictures", out)
-        heights = []
-        for mask in Path(out).glob("*_object.png"):
-            with Image.open(mask) as picture:
-                heights.append(picture.height)
-        self.assertEqual(sorted(heights), [40, 41, 42, 43])
-        self.assertLessEqual({"same_object.png", "same.png_object.png"}, set(os.listdir(out)))
+        paths = [save(noise(40, 64), place, *name.split("/")) for name in ("a.jpg", "b/a.png")]
+        out = join(place, "out")
+        argv = (self.checkpoint, "--photo", *paths, "--pictures", out)
+        self.assertRegex(refusal(self, evaluate.main, *argv), ".*".join(map(re.escape, paths)))
+        self.assertFalse(os.path.exists(out))
+        refusal(self, evaluate.main, self.checkpoint, "--photo", new_folder("empty"))
 
-    def test_relations_of_photos(self):
-        place = new_folder("relations")
-        photo = save(noise(48, 64), place, "a.png")
-        path = join(place, "r.json")
-        argv = (photo, "--pictures", place, "--relations", path)
-        self.assertIn("is made of", self.parsed(*argv))
-        found = read_json(path)
-        self.parsed(*argv, "--levels", "object,material")
-        self.assertEqual(read_json(path), {"object-material": found["object-material"]})
+    def test_tell_once_at_which_size_the_network_sees_them(self):
+        place = new_folder("sizes")
+        out = new_folder("out")
+        for k, full in enumerate(((70, 130), (70, 130), (200, 300))):
+            save(noise(*full), place, f"{k}.png")
+        said = self.parsed(place, "--pictures", out)
+        self.assertEqual(len(re.findall(r"\b130x70\b.*\b119x64\b", said)), 1)
+        # Eight pixels of 96 were 25 of 300.
+        self.assertRegex(said, r"\b300x200\b.*\b96x64\b.*\b25\b.*lost")
+        self.assertEqual(said.count("lost"), 1)
+        said = self.parsed(place, "--pictures", out, "--size", "100,150")
+        self.assertRegex(said, r"\b300x200\b.*\b150x100\b.*\b225x150\b")
+        self.assertNotIn("lost", said)
 
 
 class TestPictures(unittest.TestCase):
     def test_panels_have_the_photos_size_up_to_1600_pixels_a_side(self):
         path = join(new_folder("large"), "x")
-        for width, height, panel in (
-            (2000, 900, (1600, 720)),
-            (700, 2000, (560, 1600)),
-            (500, 410, (500, 410)),
-        ):
-            stripes = np.arange(width) // 100 % 2 * np.ones((height, 1), int)
-            seen = {"object": stripes, "part": stripes + 3, "material": 1 - stripes}
-            evaluate.write_photo(Image.new("RGB", (width, height)), seen, CONCEPTS, path)
-            with Image.open(f"{path}_upernet.png") as sheet:  # photo, objects, parts; materials
-                self.assertLess(abs(sheet.width - 3 * panel[0]), 50)
-                self.assertLess(2 * panel[1], sheet.height)
-                self.assertLess(sheet.height, 3 * panel[1] + 300)
-            with Image.open(f"{path}_material.png") as mask:
-                np.testing.assert_array_equal(np.asarray(mask), 2 - stripes)
-            with np.load(f"{path}_upernet.npz") as maps:
-                np.testing.assert_array_equal(maps["part"], stripes + 3)
+        classes = np.zeros((2000, 700), int)
+        seen = {"object": classes, "part": classes, "material": classes}
+        evaluate.write_photo(Image.new("RGB", (700, 2000)), seen, CONCEPTS, path, {})
+        with Image.open(f"{path}_upernet.png") as sheet:  # photo, objects, parts; materials
+            self.assertLess(abs(sheet.width - 3 * 560), 50)
+            self.assertLess(2 * 1600, sheet.height)
+            self.assertLess(sheet.height, 3 * 1600 + 300)
 
     def test_classes_lie_in_their_colours_on_the_photo(self):
-        classes = np.repeat([[0, 7, -1]], 10, axis=1) * np.ones((20, 1), int)
+        """Not one named background."""
         below = np.array([50, 60, 70])
-        picture = np.asarray(evaluate.overlay(Image.new("RGB", (30, 20), (50, 60, 70)), classes))
-        for x, k in ((5, 0), (15, 7)):
-            mixed = 0.6 * np.array(evaluate.class_colour(k)) + 0.4 * below
-            np.testing.assert_allclose(picture[10, x], mixed, atol=1)
-        assert_array_equal(picture[10, 25], below)
+        photo = Image.new("RGB", (20, 20), tuple(below))
+        classes = np.repeat([[0, 1]], 10, axis=1) * np.ones((20, 1), int)  # 1 is outlined
+        car = 0.6 * np.array(evaluate.class_colour(1)) + 0.4 * below
+        for name, clear in (("Background", 200), ("sky", 0)):
+            panel = np.asarray(evaluate.map_panel("objects", photo, classes, [name, "car"]), int)
+            self.assertEqual((panel == below).all(axis=2).sum(), clear)
+            self.assertEqual((abs(panel - car) <= 1).all(axis=2).sum(), 180)
 
     def test_of_ten_neighbouring_classes_no_two_are_alike(self):
         colours = np.array([evaluate.class_colour(k) for k in range(336)])
@@ -3047,90 +2546,104 @@ class TestPictures(unittest.TestCase):
             distances = np.linalg.norm(colours[k + 1 : k + 10] - colours[k], axis=1)
             self.assertGreater(distances.min(initial=1000), 60, k)
 
-    def test_curves_show_mean_losses_and_rates_that_were(self):
-        lines = []
-        for k in range(500):
-            level, rate = ("object", 0.04) if k < 321 else ("texture", 0.5)
-            lines.append(json.dumps({"loss": {level: k % 7 / 6}, "lr": rate}))
-        folder = new_folder("curves")
-        log = write(join(folder, "log.jsonl"), "\n".join(lines))
-        shown = {}
-
-        def plot(title, unit, right, top, curves):
-            self.assertEqual((unit, right), ("iteration", 500))
-            [(_, values, _)] = curves
-            self.assertEqual(top, values.max())
-            shown[title] = values
-            return Image.new("RGB", (9, 9))
-
-        with mock.patch("datasets.plot", plot):
-            train.draw_curves(log, join(folder, "curves.png"))
-        self.assertEqual(list(shown), ["object, loss", "texture, loss", "learning rate"])
-        self.assertEqual([len(values) for values in shown.values()], [160, 160, 160])
-        # 321 iterations as 160 stretches: the first has three, of losses 0, 1/6, 2/6.
-        np.testing.assert_allclose(shown["object, loss"][:2], [1 / 6, 3.5 / 6])
-        self.assertEqual(set(shown["learning rate"]), {0.04, 0.5})  # none between two stages
+    def test_curves_show_means_and_an_iterations_last_line(self):
+        out = new_folder("curves")
+        line = {"stage": "main", "iteration": 0, "lr": 0.04, "loss": {"object": 9}}
+        lines = [line]  # trained again by a resumed run
+        for k in range(320):
+            lines.append({**line, "iteration": k, "loss": {"object": k / 4}})
+        write(join(out, "log.jsonl"), "\n".join(map(json.dumps, lines)))
+        with mock.patch("datasets.plot", return_value=Image.new("RGB", (9, 9))) as plot:
+            train.draw_curves(out)
+        self.assertTrue(os.path.exists(join(out, "curves.png")))
+        _, _, _, [(losses, _)] = plot.call_args_list[0].args
+        self.assertEqual(losses, [[2 * k + 0.5, k / 2 + 0.125] for k in range(160)])
 
 
 class TestOwnNetwork(unittest.TestCase):
     """From one's own photos and masks to masks of new photos."""
 
+    NUMBERS = (0, 40, 255, 300)
+
     @classmethod
     def setUpClass(cls):
-        names = ("sky", "road", "sign", "tree")
-        cls.root = coloured(*names, numbers=(0, 40, 255, 300))
+        cls.root = coloured("sky", "road", "sign", "tree", numbers=cls.NUMBERS)
         scenes = "\n".join(f"{k} street" for k in range(20))
         write(join(cls.root, "sceneCategories.txt"), scenes)
         argv = (*OWN, "--root", cls.root, "--channels", 16, "--min-scene-images", 3)
         cls.out, _ = trained(*argv, "--split", "official", "--iters", 40, validates=True)
         cls.checkpoint = join(cls.out, "ckpt.pt")
 
+    def evaluated(self, *argv) -> tuple[dict, str]:
+        """(the metrics, what the command printed)."""
+        path = join(new_folder("metrics"), "m.json")
+        said = succeeded(self, evaluate.main, self.checkpoint, *argv, "--json", path)
+        return read_json(path), said
+
     def test_classes_with_gaps_are_learned_and_written_with_their_numbers(self):
         metrics = read_json(self.out, "metrics.json")
         self.assertEqual(list(metrics["object"]["iou"]), ["sky", "road", "sign", "tree"])
         self.assertGreater(metrics["object"]["mean_iou"], 0.5)
         photo = join(self.root, "images", "validation", "4.png")
-        argv = ("--photo", photo, "--pictures", self.out)
-        succeeded(self, evaluate.main, self.checkpoint, *argv)
-        with Image.open(join(self.out, "4_object.png")) as mask:
-            numbers = np.asarray(mask)
-        with np.load(join(self.out, "4_upernet.npz")) as maps:
-            assert_array_equal(maps["object_numbers"], [0, 40, 255, 300])
-            assert_array_equal(numbers, maps["object_numbers"][maps["object"]])
-        with Image.open(photo.replace("images", "annotations")) as mask:
-            self.assertGreater((numbers == np.asarray(mask)).mean(), 0.5)
+        argv = (self.checkpoint, "--photo", photo, "--pictures", self.out)
+        succeeded(self, evaluate.main, *argv)
+        numbers = np.asarray(Image.open(join(self.out, "4_object.png")))
+        self.assertTrue(np.isin(numbers, self.NUMBERS).all())
+        truth = np.asarray(Image.open(photo.replace("images", "annotations")))
+        self.assertGreater((numbers == truth).mean(), 0.5)
 
     def test_split_all_evaluates_every_image_and_counts_those_that_trained(self):
-        path = join(new_folder("out"), "m.json")
-        for split, n, trained in ((), 4, False), (("--split", "all"), 20, True):
-            status, said, _ = command(evaluate.main, self.checkpoint, *split, "--json", path)
-            self.assertEqual((status, read_json(path)["scene"]["n"]), (0, n))
-            self.assertIn(f"ade20k: {n} of 20 images in {self.root} ", said)
-            self.assertEqual(bool(re.search("16 of 20 images have trained", said)), trained)
         link = join(new_folder("elsewhere"), "link")
         os.symlink(self.root, link)
-        _, said, _ = command(evaluate.main, self.checkpoint, "--split", "all", "--root", link)
-        self.assertIn("16 of 20 images have trained", said)
+        for n, argv in (
+            (4, ()),
+            (20, ("--split", "all")),
+            (20, ("--split", "all", "--root", link)),
+        ):
+            metrics, said = self.evaluated(*argv)
+            self.assertEqual(metrics["scene"]["n"], n)
+            self.assertIn(f"{n} of 20 images", said)
+            self.assertEqual(bool(re.search(r"\b16 .*trained", said)), n == 20)
+            self.assertEqual(len(re.findall(r"\b72x48\b.*\b96x64\b", said)), 1)
 
-    def test_split_all_of_a_test_set(self):
-        """Of other images, with a class that the network lacks, one that it writes otherwise."""
+    def test_a_test_set_without_a_table_has_the_networks_numbers_and_names(self):
+        """Also one whose folder begins as that of training does, with files of the same names."""
+        root = f"{self.root}-test"
+        shutil.copytree(self.root, root, ignore=shutil.ignore_patterns("classes.txt", ".cache"))
+        metrics, said = self.evaluated("--split", "all", "--root", root)
+        self.assertEqual(metrics, self.evaluated("--split", "all")[0])
+        self.assertNotRegex(said, r"\b16 .*trained")
+
+    def test_a_test_set_of_other_classes(self):
+        """One that the network lacks, one that it writes otherwise. No split is made of it."""
         table = "0 Sky\n3 road\n7 dog\n255 sign"
         root = own_data(new_folder("test-set"), [columns(0, 3, 7, 255)] * 3, classes=table)
-        argv = ("--split", "all", "--root", root, "--json", join(root, "m.json"))
         pictures = join(root, "pictures")
-        status, said, err = command(evaluate.main, self.checkpoint, *argv, "--pictures", pictures)
-        self.assertEqual(status, 0, err)
-        self.assertNotIn("trained", said)
-        self.assertRegex(err, r"Sky \(.*sky\), dog")
-        self.assertNotIn("road", err)
-        self.assertEqual(labelled(read_json(root, "m.json")["object"]), ["road", "sign"])
+        argv = ("--root", root, "--pictures", pictures)
+        metrics, said = self.evaluated(*argv, "--split", "all")
+        self.assertIn("Sky, dog", said)
+        self.assertEqual(labelled(metrics["object"]["iou"]), ["road", "sign"])
         self.assertEqual(len(os.listdir(pictures)), 3)
-        # It makes no split.
-        argv = ("--split", "balanced", "--root", root)
-        status, _, err = command(evaluate.main, self.checkpoint, *argv)
-        self.assertEqual(status, 2)
-        self.assertIn("split.json", err)
+        argv = (self.checkpoint, *argv, "--split", "balanced")
+        self.assertIn("split.json", refusal(self, evaluate.main, *argv))
         self.assertFalse(os.path.exists(join(root, "split.json")))
+
+    def test_metrics_are_written_before_pictures(self):
+        path = join(new_folder("metrics"), "m.json")
+        argv = ("--json", path, "--pictures", self.checkpoint)  # a file, no folder
+        self.assertIn(self.checkpoint, refusal(self, evaluate.main, self.checkpoint, *argv))
+        self.assertIn("object", read_json(path))
+
+    def test_evaluation_leaves_each_modules_mode_as_it_was(self):
+        net, vocabulary = upernet.load(self.checkpoint)
+        validation = ["images/validation/4.png"]
+        source = datasets.Source(scanned(self.root)[0], vocabulary, validation=validation)
+        expected = evaluate.evaluate(net, vocabulary, {"ade20k": source})
+        net.train()
+        net.ppm.eval()
+        modes = [module.training for module in net.modules()]
+        self.assertEqual(evaluate.evaluate(net, vocabulary, {"ade20k": source}), expected)
+        self.assertEqual([module.training for module in net.modules()], modes)
 
 
 # ---------------------------------------------------------------- runs of train.py
@@ -3145,7 +2658,8 @@ def trained(*argv, out: str = "", validates: bool = False) -> tuple[str, str]:
     out = out or new_folder("out")
     context = contextlib.nullcontext()
     if not validates:
-        context = mock.patch("train.evaluate.evaluate", return_value={})
+        nothing = {"evaluate": mock.Mock(return_value={}), "draw_pictures": mock.Mock()}
+        context = mock.patch.multiple("evaluate", **nothing)
     with context:
         status, said, err = command(train.main, *argv, "--out", out)
     if (status, err) != (0, ""):
@@ -3172,12 +2686,12 @@ def killed(steps: int, *argv, out: str = "") -> str:
     return out
 
 
-def batches_of(*argv) -> list[dict]:
+def batches_of(*argv) -> list[datasets.Batch]:
     """The batches of a run that does not train."""
     batches = []
 
-    def recorded(model, part_slices, of_step, *rest):
-        batches.extend(of_step)
+    def recorded(model, part_slices, step, *rest):
+        batches.extend(step)
         return {"object": 0.0}
 
     with mock.patch("train.update", recorded):
@@ -3185,14 +2699,12 @@ def batches_of(*argv) -> list[dict]:
     return batches
 
 
-def scaled_losses(factor: float):
-    """A patch that multiplies all losses."""
-    plain = upernet.losses
-
-    def losses(*arguments):
-        return {level: factor * value for level, value in plain(*arguments).items()}
-
-    return mock.patch("upernet.losses", losses)
+def steps_of(out: str) -> dict:
+    """(stage, iteration) -> its last line in the log, without the time that it took."""
+    steps = {}
+    for line in read_log(out):
+        steps[line["stage"], line["iteration"]] = {**line, "seconds": 0}
+    return steps
 
 
 def coloured(*names: str, numbers: tuple = (), images: int = 20) -> str:
@@ -3206,8 +2718,8 @@ def coloured(*names: str, numbers: tuple = (), images: int = 20) -> str:
     for k in range(images):
         side = "validation" if k % 5 == 4 else "training"
         classes = rng.integers(0, len(names), (2, 3)).repeat(24, axis=0).repeat(24, axis=1)
-        grain = rng.integers(-20, 20, (48, 72, 3))
         save(Image.fromarray(numbers[classes]), root, "annotations", side, f"{k}.png")
+        grain = rng.integers(-20, 20, (48, 72, 3))
         save(colours[classes] + grain, root, "images", side, f"{k}.png")
     return root
 
@@ -3220,16 +2732,12 @@ class Runs(unittest.TestCase):
         cls.toy = ("--root", toy_root(), *SMALL)
 
     def assert_same_run(self, one: str, other: str):
-        """Two runs that ended with the same weights, optimizer, data and log, bit for bit."""
-        logs = []
-        for out in (one, other):
-            logs.append([{**line, "seconds": 0} for line in read_log(out)])
-        self.assertEqual(*logs)
+        """Two runs that ended with the same weights, data and log, bit for bit."""
+        self.assertEqual(steps_of(one), steps_of(other))
         ours = checkpoint_of(one)
         theirs = checkpoint_of(other)
-        for key in ("model", "optimizer"):
-            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
-        for key in ("vocabulary", "stage", "iteration", "split", "trained", "network"):
+        torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=0)
+        for key in ("vocabulary", "stage", "iteration", "best", "split", "trained", "network"):
             self.assertEqual(ours[key], theirs[key])
 
 
@@ -3237,20 +2745,19 @@ class Runs(unittest.TestCase):
 class TestUpdate(unittest.TestCase):
     """Steps of a network in eval mode, so that images do not depend on each other."""
 
-    def batch(self, seed: int) -> dict:
-        torch.manual_seed(seed)
-        return {
-            "source": "ade20k",
-            "files": [f"file {seed}"],
-            "images": torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8),
-            "scene": torch.randint(0, 5, (2,)),
-            "object": torch.randint(0, 7, (2, 16, 16)),
-            "part": torch.randint(0, 2, (2, 16, 16)),
+    def batch(self, seed: int) -> datasets.Batch:
+        rng = np.random.default_rng(seed)
+        labels = {
+            "scene": rng.integers(0, 5, 2, np.int16),
+            "object": rng.integers(0, 7, (2, 16, 16), np.int16),
+            "part": rng.integers(0, 2, (2, 16, 16), np.uint8),
         }
+        images = rng.integers(0, 255, (2, 3, 64, 64), np.uint8)
+        return datasets.Batch("ade20k", ["a.jpg", "b.jpg"], images, labels)
 
-    def step(self, *batches: dict, scaler=None) -> tuple[dict, dict]:
+    def step(self, *batches: datasets.Batch, scaler=None) -> tuple[dict, dict]:
         """(losses, parameter -> its step) at a rate of 1, without decay."""
-        net = self.net = small_net()
+        net = small_net()
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
         optimizer = torch.optim.SGD(net.parameters(), lr=1)
         scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
@@ -3258,53 +2765,49 @@ class TestUpdate(unittest.TestCase):
         loss = train.update(net, net.part_slices, list(batches), optimizer, scaler, cpu, None)
         return loss, {name: before[name] - p.detach() for name, p in net.named_parameters()}
 
-    def test_losses_are_weighted_as_released_and_batches_averaged(self):
-        one = self.batch(1)
-        loss_1, step_1 = self.step(one)
-        loss_2, step_2 = self.step(self.batch(2))
-        loss, step = self.step(one, self.batch(2))
+    def plain_step(self, batch: datasets.Batch) -> tuple[dict, dict]:
+        """(losses, parameter -> its gradient) of one batch, with the released code's weights."""
         net = small_net()
-        logits = net(one["images"] / 255, ["scene", "object", "part"])
-        each = upernet.losses(logits, one, net.part_slices)
-        for level, value in loss.items():
-            self.assertEqual(loss_1[level], each[level].item())
-            self.assertAlmostEqual(value, (loss_1[level] + loss_2[level]) / 2, places=5)
-        (0.25 * each["scene"] + 1.0 * each["object"] + 0.5 * each["part"]).backward()
+        logits = net(torch.from_numpy(batch.images) / 255, ["scene", "object", "part"])
+        labels = {level: torch.from_numpy(y).long() for level, y in batch.labels.items()}
+        loss = upernet.losses(logits, labels, net.part_slices)
+        (0.25 * loss["scene"] + 1.0 * loss["object"] + 0.5 * loss["part"]).backward()
+        gradient = {}
         for name, p in net.named_parameters():
-            expected = torch.zeros_like(p) if p.grad is None else p.grad
-            torch.testing.assert_close(step_1[name], expected, rtol=1e-3, atol=1e-6)
+            gradient[name] = torch.zeros_like(p) if p.grad is None else p.grad
+        return loss, gradient
+
+    def test_losses_are_weighted_as_released_and_batches_averaged(self):
+        loss, step = self.step(self.batch(1), self.batch(2))
+        loss_1, step_1 = self.plain_step(self.batch(1))
+        loss_2, step_2 = self.plain_step(self.batch(2))
+        for level, value in loss.items():
+            self.assertAlmostEqual(value, (loss_1[level] + loss_2[level]).item() / 2, places=5)
+        for name, value in step.items():
             mean = (step_1[name] + step_2[name]) / 2
-            torch.testing.assert_close(step[name], mean, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(value, mean, rtol=1e-3, atol=1e-6)
 
     def test_a_scaler_leaves_the_step_alone_and_skips_one_that_overflows(self):
         scaler = torch.amp.GradScaler("cpu", init_scale=1024)
         _, step = self.step(self.batch(1), scaler=scaler)
-        _, expected = self.step(self.batch(1))
+        _, expected = self.plain_step(self.batch(1))
         for name, value in step.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-6)
-        with scaled_losses(math.inf):
+        plain = upernet.part_loss
+        with mock.patch("upernet.part_loss", lambda *inputs: math.inf * plain(*inputs)):
             _, step = self.step(self.batch(1), scaler=scaler)
         self.assertFalse(any(value.any() for value in step.values()))
         self.assertEqual(scaler.get_scale(), 512)
 
     def test_no_decay_on_biases_and_norms(self):
         net = small_net()
-        spared = set()
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                spared.update(module.parameters())
-            elif getattr(module, "bias", None) is not None:
-                spared.add(module.bias)
+        decays = {module.weight for module in net.modules() if isinstance(module, nn.Conv2d)}
         decayed, others = train.parameter_groups(net)
         self.assertEqual((decayed["weight_decay"], others["weight_decay"]), (1e-4, 0))
-        self.assertEqual(set(others["params"]), spared)
-        self.assertEqual(set(decayed["params"]), set(net.parameters()) - spared)
+        self.assertEqual(set(decayed["params"]), decays)
+        self.assertEqual(set(others["params"]), set(net.parameters()) - decays)
 
-    def test_defaults_that_depend_on_the_machine(self):
-        for cores, processes, workers in ((16, "4", 4), (64, "2", 8), (2, "4", 1)):
-            with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=processes):
-                with mock.patch("os.cpu_count", return_value=cores):
-                    self.assertEqual(datasets.default_workers(), workers)
+    def test_mixed_precision_depends_on_the_gpu(self):
         for capability, expected in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
             with mock.patch("torch.cuda.get_device_capability", return_value=capability):
                 self.assertEqual(datasets.pick_amp("auto", torch.device("cuda")), expected)
@@ -3317,46 +2820,36 @@ class TestTraining(Runs):
     def setUpClass(cls):
         super().setUpClass()
         cls.out = new_folder("run")
-        write(join(cls.out, "log.jsonl"), "a line that an older run left\n")
         argv = (*cls.toy, "--iters", 6, "--texture-iters", 2, "--accumulate", 2)
         _, cls.said = trained(*argv, "--eval-every", 2, out=cls.out, validates=True)
         cls.checkpoint = join(cls.out, "ckpt.pt")
 
     def test_files_and_the_log(self):
-        files = [
-            ".lock",
-            "best.pt",
-            "ckpt.pt",
-            "curves.png",
-            "log.jsonl",
-            "metrics.json",
-            "pictures",
-        ]
+        files = ["best.pt", "ckpt.pt", "curves.png", "log.jsonl", "metrics.json", "pictures"]
         self.assertEqual(sorted(os.listdir(self.out)), files)
         levels = {"ade20k": {"scene", "object", "part"}, "os": {"material"}, "dtd": {"texture"}}
-        steps = [("main", k) for k in range(6)] + [("texture", 0), ("texture", 1)]
         keys = {"stage", "iteration", "source", "lr", "loss", "seconds"}
         log = read_log(self.out)
+        steps = [("main", k) for k in range(6)] + [("texture", 0), ("texture", 1)]
+        self.assertEqual([(line["stage"], line["iteration"]) for line in log], steps)
         for k, line in enumerate(log):
-            self.assertEqual((line["stage"], line["iteration"]), steps[k])
             validated = {"metrics"} if k in (1, 3, 5) else set()  # the last is metrics.json
             self.assertEqual(set(line), keys | validated)
             self.assertEqual(set(line["loss"]), levels[line["source"]])
         # The texture stage has a policy of its own.
         np.testing.assert_allclose(log[3]["lr"], 0.04 * (3 / 6) ** 0.9)
         np.testing.assert_allclose(log[7]["lr"], 0.04 * (1 / 2) ** 0.9)
+        objects = checkpoint_of(self.out)["vocabulary"]["object"]
+        self.assertEqual(list(log[1]["metrics"]["object"]["iou"]), objects)
 
     def test_the_checkpoint(self):
         content = checkpoint_of(self.out)
-        keys = "model network vocabulary optimizer scaler stage iteration random split trained"
+        keys = "model network vocabulary optimizer scaler stage iteration best split trained"
         self.assertEqual(set(content), {*keys.split(), "arguments"})
         self.assertEqual(content["stage"], "done")
         for source, images in content["split"].items():
             self.assertFalse(set(images) & set(content["trained"][source]))
         self.assertEqual(len(content["trained"]["dtd"]), 22)
-        net, vocabulary = upernet.load(self.checkpoint)
-        self.assertFalse(net.training)
-        self.assertEqual(vocabulary, content["vocabulary"])
 
     def test_evaluate_finds_the_metrics_of_the_last_and_of_the_best(self):
         metrics = read_json(self.out, "metrics.json")
@@ -3364,33 +2857,24 @@ class TestTraining(Runs):
         self.assertEqual(command(evaluate.main, self.checkpoint, "--json", again)[0], 0)
         self.assertEqual(read_json(again), metrics)
         self.assertEqual(set(metrics), set(upernet.LEVELS))
-        for argv in (("--data", "dtd"), ("--data", "toy", "--levels", "texture")):
-            command(evaluate.main, self.checkpoint, *argv, "--json", again)
-            self.assertEqual(read_json(again), {"texture": metrics["texture"]})
         validated = [line["metrics"] for line in read_log(self.out) if "metrics" in line]
-        best = max(self.mean_of_levels(of_run) for of_run in [*validated, metrics])
-        command(evaluate.main, join(self.out, "best.pt"), "--json", again)
+        best = max(self.mean_of_levels(scores) for scores in [*validated, metrics])
+        path = join(self.out, "best.pt")
+        command(evaluate.main, path, "--json", again)
         self.assertAlmostEqual(self.mean_of_levels(read_json(again)), best)
+        self.assertAlmostEqual(torch.load(path, weights_only=True)["best"], best)
         self.assertRegex(self.said, f"best.pt.*{best:.4f}")
 
     def mean_of_levels(self, metrics: dict) -> float:
-        total = metrics["scene"]["top1"] + metrics["object"]["mean_iou"]
-        total += metrics["part"]["mean_iou_bg"] + metrics["material"]["mean_iou"]
-        return (total + metrics["texture"]["top1"]) / 5
+        scores = [metrics[level]["top1"] for level in ("scene", "texture")]
+        scores += [metrics[level]["mean_iou"] for level in ("object", "material")]
+        return np.mean([*scores, metrics["part"]["mean_iou_bg"]])
 
     def test_the_first_lines_say_what_follows(self):
-        """Sizes; iterations, images a step, passes and rate of each stage; what is unlabelled."""
-        first = self.said.split("it/s")[0]
-        self.assertRegex(first, r"(?m)^images: .*\b32\b.*\b160$")
-        self.assertRegex(first, r"(?m)^main stage: 6 .*\b4 images.*\b0\.4 passes.*\b0\.04$")
-        self.assertRegex(first, r"(?m)^texture stage: 2 .*\b32 images.*\b2\.9 passes.*\b0\.04$")
-        self.assertRegex(first, r"(?m)^ade20k.*%.*unlabelled")
-
-    def test_a_finished_run_is_said_to_be_finished(self):
-        before = Path(self.checkpoint).read_bytes()
-        _, said = trained("--resume", out=self.out)
-        self.assertRegex(said, "(?s)finished.*--weights .*--out")
-        self.assertEqual(Path(self.checkpoint).read_bytes(), before)
+        """Sizes; iterations, images a step, passes and rate of each stage."""
+        self.assertRegex(self.said, r"(?m)^images: .*\b32\b.*\b160\b")
+        self.assertRegex(self.said, r"(?m)^main stage: 6 .*\b4 images.*\b0\.4 passes.*\b0\.04$")
+        self.assertRegex(self.said, r"(?m)^texture stage: 2 .*\b32 images.*\b2\.9 passes")
 
     def test_only_the_path_of_an_iterations_source_moves(self):
         """The whole state is compared from step to step, also where the run ends and resumes."""
@@ -3438,46 +2922,58 @@ class TestTraining(Runs):
             self.assertTrue(any(name.startswith(prefix) for name in moved), f"{k} {prefix}")
 
     def test_levels_build_and_train_only_these_heads(self):
-        for levels, source in (
-            (["object"], "ade20k"),
-            (["object", "part"], "ade20k"),
-            (["material"], "os"),
-            (["texture"], "dtd"),
+        argv = (*self.toy, "--iters", 2, "--texture-iters", 2)
+        for names, source in (
+            ("object", "ade20k"),
+            ("object,part", "ade20k"),
+            ("material", "os"),
+            ("texture", "dtd"),
         ):
-            argv = (*self.toy, "--levels", ",".join(levels), "--iters", 2, "--texture-iters", 2)
-            out, _ = trained(*argv, validates=True)
+            levels = set(names.split(","))
+            out, _ = trained(*argv, "--levels", names, validates=True)
             log = read_log(out)
             content = checkpoint_of(out)
             heads = [key.split(".")[1] for key in content["model"] if key.startswith("heads.")]
             metrics = read_json(out, "metrics.json")
-            for of_run in (heads, log[0]["loss"], content["vocabulary"], metrics):
-                self.assertEqual(set(of_run), set(levels))
+            for found in (heads, log[0]["loss"], content["vocabulary"], metrics):
+                self.assertEqual(set(found), levels)
             self.assertEqual([line["source"] for line in log], [source, source])
 
-    def test_crops_are_squares_of_both_orientations_and_resume_bit_for_bit(self):
-        argv = (*self.toy, "--accumulate", 2, "--save-every", 2, "--iters", 4)
-        argv = (*argv, "--texture-iters", 0)
-        heights = {}
-        for source in ("ade20k", "os"):
-            index, _ = scanned(join(toy_root(), "toy"), source)
-            heights.update(zip(index.images, index.sizes[:, 0].tolist()))
-        for crop, orientations in ((0, 1), (64, 2)):
-            counts = []
-            for batch in batches_of(*argv, "--crop", crop):
-                counts.append(len({heights[name] for name in batch["files"]}))
-                self.assertTrue(crop == 0 or batch["images"].shape == (2, 3, 64, 64))
-            self.assertEqual(max(counts), orientations)
-        whole, said = trained(*argv, "--crop", 64)
-        self.assertRegex(said, "--sizes.* no effect")
-        self.assertEqual(checkpoint_of(whole)["network"]["test_size"], (64, 256, None))
-        stopped = killed(3, *argv, "--crop", 64)
+    def test_crops_are_squares_and_resume_bit_for_bit(self):
+        argv = (*self.toy, "--crop", 64, "--iters", 4, "--texture-iters", 0)
+        for batch in batches_of(*argv):
+            self.assertEqual(batch.images.shape, (2, 3, 64, 64))
+        whole, _ = trained(*argv)
+        stopped = killed(3, *argv, "--save-every", 2)
         trained("--resume", out=stopped)
         self.assert_same_run(whole, stopped)
 
-    def test_the_log_is_strict_json_where_a_loss_overflows(self):
+    def test_the_log_is_strict_json_where_fp16_overflows(self):
         with mock.patch("train.update", return_value={"object": math.inf, "scene": math.nan}):
-            out, _ = trained(*self.toy, "--iters", 1, "--texture-iters", 0)
+            out, _ = trained(*self.toy, "--amp", "fp16", "--iters", 1, "--texture-iters", 0)
         self.assertEqual(read_log(out)[0]["loss"], {"object": None, "scene": None})
+
+    def test_readers_return_no_tensors(self):
+        """These would take shared memory, of which containers have little."""
+        items = []
+        plain = torch.utils.data.DataLoader.__iter__
+
+        def recorded(loader):
+            for item in plain(loader):
+                items.append(item)
+                yield item
+
+        root = coloured("a", "b", images=5)
+        with mock.patch("torch.utils.data.DataLoader.__iter__", recorded):
+            trained(*OWN, "--root", root, "--iters", 3, "--workers", 2, validates=True)
+        self.assertEqual(len(items), 5 + 3 + 1)  # of the scan, of training, of the validation
+        while items:
+            item = items.pop()
+            self.assertNotIsInstance(item, Tensor)
+            if isinstance(item, dict):
+                item = list(item.values())
+            if isinstance(item, (list, tuple)):
+                items += item
 
 
 # ---------------------------------------------------------------- what ends a run, and --resume
@@ -3502,7 +2998,7 @@ train.main()
 """
 
 
-def started(text: str, *argv, processes: int = 0, restarts: int = 0, **variables):
+def started(text: str, *argv, processes: int = 0, restarts: int = 0):
     """A script that runs beside this one, under torchrun if it has several processes."""
     script = write(join(new_folder("script"), "script.py"), PREAMBLE + text)
     launcher = [sys.executable]
@@ -3511,10 +3007,9 @@ def started(text: str, *argv, processes: int = 0, restarts: int = 0, **variables
         launcher += ["-m", "torch.distributed.run", "--standalone"]
         launcher += [f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
         threads = 1
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": HERE, **variables}
     return subprocess.Popen(
         [*launcher, script, *map(str, argv)],
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": HERE},
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -3523,16 +3018,18 @@ def started(text: str, *argv, processes: int = 0, restarts: int = 0, **variables
 
 
 class TestResume(Runs):
-    def test_sigterm_and_ctrl_c_finish_the_iteration_and_save(self):
-        """In the middle of a stage, in its last iteration, in the texture stage."""
+    def test_signals_finish_the_iteration_and_save(self):
+        """In the middle of a stage, in its last iteration, in the texture stage; at first without
+        a checkpoint to resume."""
         argv = (*self.toy, "--iters", 5, "--texture-iters", 3, "--save-every", 100)
         whole, _ = trained(*argv)
         stopped = join(new_folder("a"), "b c")
         plain = upernet.losses
         for number, iteration, stage in (
             (signal.SIGTERM, 2, "main"),
+            (signal.SIGHUP, 3, "main"),
             (signal.SIGINT, 5, "main"),
-            (signal.SIGTERM, 2, "texture"),
+            (signal.SIGUSR1, 2, "texture"),
         ):
 
             def interrupted(*arguments):
@@ -3541,14 +3038,20 @@ class TestResume(Runs):
                 return plain(*arguments)
 
             with mock.patch("upernet.losses", interrupted):
-                status, said, _ = command(train.main, *argv, "--out", stopped)
+                status, said, _ = command(train.main, *argv, "--resume", "--out", stopped)
             content = checkpoint_of(stopped)
             self.assertEqual(status, 128 + number)
             self.assertEqual((content["iteration"], content["stage"]), (iteration, stage))
-            self.assertIn(f"python train.py --resume --out '{stopped}'", said)
-            argv = ("--resume",)
+            self.assertIn(f"--resume --out '{stopped}'", said)
         trained("--resume", out=stopped)
         self.assert_same_run(whole, stopped)
+
+    def test_a_closed_terminal_does_not_end_what_nohup_started(self):
+        handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self.addCleanup(signal.signal, signal.SIGHUP, handler)
+        with train.Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+        self.assertEqual(signals.received, 0)
 
     def test_a_second_signal_after_two_seconds_ends_an_iteration_that_hangs(self):
         run = started(HANGS, *self.toy, "--iters", 9, "--out", new_folder("hanging"))
@@ -3562,129 +3065,96 @@ class TestResume(Runs):
         self.assertEqual((run.returncode, run.communicate()[1]), (-signal.SIGINT, ""))
 
     def test_a_kill_and_a_signal_to_the_group_resume_bit_for_bit(self):
-        """With processes that read images, which both reach too; the log may be ahead."""
-        argv = (*self.toy, "--iters", 12, "--texture-iters", 8, "--workers", 1, "--save-every", 2)
+        """With a process that reads images, which both reach too; without one it is the same."""
+        argv = (*self.toy, "--iters", 12, "--texture-iters", 8, "--save-every", 2)
         whole, _ = trained(*argv)
         stopped = new_folder("stopped")
         for number, expected in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
             lines = log_lines(stopped)
-            run = started("train.main()", *argv, "--out", stopped)
+            argv = (*argv, "--workers", 1, "--resume", "--out", stopped)
+            run = started("train.main()", *argv)
             while run.poll() is None and log_lines(stopped) <= lines + 2:
                 time.sleep(0.01)
-            self.assertIn(stopped, refusal(self, train.main, "--resume", "--out", stopped))
             os.killpg(run.pid, number)
             _, err = run.communicate()
             self.assertEqual((err, run.returncode), ("", expected))
-            argv = ("--resume",)
         content = checkpoint_of(stopped)
         done = content["iteration"] + 12 * (content["stage"] == "texture")
-        self.assertEqual(done, log_lines(stopped))
-        self.assertGreater(done, lines)
+        self.assertEqual(done, len(steps_of(stopped)))
         trained("--resume", out=stopped)
         self.assert_same_run(whole, stopped)
 
-    def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(self):
+    def test_the_best_network_stays_where_the_log_was_lost(self):
+        argv = (*self.toy, "--iters", 4, "--texture-iters", 0)
+        argv = (*argv, "--eval-every", 1, "--save-every", 1)
+        with mock.patch("evaluate.evaluate", return_value={"scene": {"top1": 0.9}}):
+            out = killed(2, *argv)
+        best = Path(out, "best.pt").read_bytes()
+        os.remove(join(out, "log.jsonl"))
+        with mock.patch("evaluate.evaluate", return_value={"scene": {"top1": 0.1}}):
+            trained(*argv, "--resume", out=out, validates=True)
+        self.assertEqual(checkpoint_of(out)["best"], 0.9)
+        self.assertEqual(Path(out, "best.pt").read_bytes(), best)
+
+    def test_a_full_disk_leaves_the_last_good_checkpoint(self):
         out = killed(2, *self.toy, "--iters", 4, "--texture-iters", 0, "--save-every", 1)
-        path = join(out, "ckpt.pt")
-        good = Path(path).read_bytes()
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        path = Path(out, "ckpt.pt")
+        good = path.read_bytes()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         self.addCleanup(signal.signal, signal.SIGXFSZ, handler)
-        self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, hard))
-        self.assertIn(path, refusal(self, train.main, "--resume", "--out", out))
-        self.assertEqual(Path(path).read_bytes(), good)
-        hidden = [name for name in os.listdir(out) if name.startswith(".")]
-        self.assertEqual(hidden, [".lock"])  # no part of a checkpoint
+        log = Path(out, "log.jsonl")
+        for file, limit in ((path, len(good) // 2), (log, log.stat().st_size + 9)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+            self.assertIn(str(file), refusal(self, train.main, "--resume", "--out", out))
+            self.assertEqual(path.read_bytes(), good)
+            self.assertFalse(list(Path(out).glob(".*")))
 
-    def test_a_log_that_cannot_be_written_is_named(self):
-        def full(path, *arguments, **options):
-            if path.endswith("log.jsonl"):
-                raise OSError(28, "No space left on device")  # of a write: without a name
-            return open(path, *arguments, **options)
-
-        out = new_folder("full")
-        with mock.patch("train.open", full, create=True):
-            line = refusal(self, train.main, *self.toy, "--iters", 1, "--out", out)
-        self.assertIn(join(out, "log.jsonl"), line)
-
-    def test_failures_from_outside_are_told_in_one_line(self):
+    def test_out_of_memory_is_one_line_and_a_mistake_of_ours_a_traceback(self):
         argv = (*self.toy, "--batch-size", 4, "--iters", 2, "--texture-iters", 0)
-        for error, option in (
-            (MemoryError(), "--batch-size"),
-            (RuntimeError("CUDA out of memory. Tried"), "--batch-size"),
-            (RuntimeError("DataLoader worker (pid 7) is killed"), "--workers"),
-        ):
+        for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried")):
             out = new_folder("failing")
             with mock.patch("upernet.losses", side_effect=error):
                 err = refusal(self, train.main, *argv, "--out", out)
-            self.assertIn(option, err)
-        advised = ("--resume", "--batch-size", 2, "--accumulate", 2)
-        _, said = trained(*advised, out=out)
+            self.assertIn("--batch-size", err)
+        trained("--resume", "--batch-size", 2, "--accumulate", 2, out=out)
         self.assertEqual(log_lines(out), 2)
-        self.assertNotIn("images a step", said)
         out = new_folder("ours")
         with mock.patch("upernet.losses", side_effect=RuntimeError("a mistake of ours")):
             self.assertRaises(RuntimeError, command, train.main, *argv, "--out", out)
-        content = checkpoint_of(out)
-        content["arguments"]["processes"] = 3
-        torch.save(content, join(out, "ckpt.pt"))
-        _, said = trained("--resume", "--batch-size", 2, out=out)
-        self.assertIn("2 images a step, 12 before", said)
 
-    def test_a_network_that_is_not_finite_is_not_written(self):
+    def test_what_is_not_finite_ends_the_run_and_is_not_written(self):
+        out = new_folder("infinite")
+        path = join(out, "ckpt.pt")
+
         def diverge(model, *_):
             model.backbone.bn1.running_var.fill_(math.inf)
             return {"material": 1.0}
 
-        out = new_folder("diverged")
-        argv = (*self.toy, "--levels", "material", "--iters", 1, "--out", out)
-        with mock.patch("train.update", diverge):
-            err = refusal(self, train.main, *argv)
-        self.assertIn("running_var", err)
-        self.assertIn(join(out, "ckpt.pt"), err)
-        upernet.load(join(out, "ckpt.pt"))
-
-    def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(self):
-        out = new_folder("infinite")
-        argv = (*self.toy, "--levels", "material", "--iters", 1, "--out", out)
-        for factor in (math.inf, math.nan):
+        for failure in (
+            mock.Mock(return_value={"material": math.inf}),
+            mock.Mock(return_value={"material": math.nan}),
+            diverge,
+        ):
             shutil.rmtree(out, ignore_errors=True)
-            with scaled_losses(factor), mock.patch("torch.optim.SGD.step") as step:
-                err = refusal(self, train.main, *argv)
-            step.assert_not_called()
-            self.assertIn(join(out, "ckpt.pt"), err)
-            self.assertRegex(err, r"photos/\d+\.jpg, photos/\d+\.jpg")
-            self.assertEqual((checkpoint_of(out)["iteration"], log_lines(out)), (0, 0))
+            with mock.patch("train.update", failure):
+                err = refusal(self, train.main, *self.toy, "--iters", 1, "--out", out)
+            self.assertIn(path, err)
+            self.assertEqual(checkpoint_of(out)["iteration"], 0)
+            upernet.load(path)
 
-    def test_changed_data_or_a_log_that_is_none_are_refused(self):
+    def test_a_run_that_is_there_and_changed_data_or_options_are_refused(self):
         root = coloured("a", "b", images=8)
-        out = killed(2, *OWN, "--root", root, "--iters", 3, "--save-every", 1)
-        log = Path(out, "log.jsonl")
-        log.write_text("{}\nno JSON\n")
-        self.assertIn("log.jsonl", refusal(self, train.main, "--resume", "--out", out))
-        self.assertEqual(log.read_text(), "{}\nno JSON\n")
-        log.unlink()
-        table = join(root, "classes.txt")
-        write(table, "1 a\n2 c")
+        argv = (*OWN, "--root", root, "--iters", 3)
+        out = killed(2, *argv, "--save-every", 1)
+        self.assertIn(out, refusal(self, train.main, *argv, "--out", out))
+        for option, value in (("--lr", 5), ("--sizes", 96), ("--split", "official")):
+            line = refusal(self, train.main, "--resume", "--out", out, option, value)
+            self.assertIn(option, line)
+        for kind in ("images", "annotations"):
+            shutil.copy(join(root, kind, "training", "1.png"), join(root, kind, "9.png"))
         self.assertIn(out, refusal(self, train.main, "--resume", "--out", out))
-        write(table, "1 a\n2 b")
-        masks = join(root, "annotations", "training")
-        shutil.copy(join(masks, "1.png"), join(masks, "2.png"))
-        self.assertIn(out, refusal(self, train.main, "--resume", "--out", out))
-
-    def test_a_restarted_group_resumes_the_run_that_it_has_begun_alone(self):
-        argv = (*self.toy, "--iters", 4, "--texture-iters", 0, "--save-every", 2)
-        whole, _ = trained(*argv)
-        stopped = killed(3, *argv)
-        self.assertIn(stopped, refusal(self, train.main, *argv, "--out", stopped))
-        with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):
-            with mock.patch("os.getppid", return_value=-1):  # a group that did not begin it
-                self.assertIn(stopped, refusal(self, train.main, *argv, "--out", stopped))
-            trained(*argv, out=stopped)
-            first, _ = trained(*argv, "--resume")  # failed before its first checkpoint
-        self.assert_same_run(whole, stopped)
-        self.assert_same_run(whole, first)
 
 
 TOGETHER = """
@@ -3692,7 +3162,7 @@ def compared(model, *rest):
     loss = update(model, *rest)
     sums = [None, None]
     dist.all_gather_object(sums, [p.double().sum().item() for p in model.parameters()])
-    print("alike" if sums[0] == sums[1] else "apart")
+    print("weights alike" if sums[0] == sums[1] else "weights differ")
     return loss
 
 def gradient(net, model, part):
@@ -3706,8 +3176,6 @@ def gradient(net, model, part):
     return {n: None if p.grad is None else p.grad.clone() for n, p in net.named_parameters()}
 
 datasets.join_processes()
-patience = dist.distributed_c10d._get_default_store().timeout
-assert patience.total_seconds() >= 3600, patience  # the others wait while the first scans
 rank = dist.get_rank()
 torch.manual_seed(0)
 net = upernet.UPerNet({"scene": 5, "object": 7, "material": 3}, "resnet18", channels=8).eval()
@@ -3734,6 +3202,8 @@ evaluate.main([sys.argv[-1] + "/ckpt.pt", "--json", sys.argv[-1] + "/shared.json
 KILLED = """
 calls = []
 restarted = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+if restarted and os.environ["RANK"] == "1":
+    time.sleep(2)  # the first must not find its old address
 
 def failing(*arguments):
     calls.append(0)
@@ -3763,14 +3233,15 @@ class TestProcesses(Runs):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.argv = (*cls.toy, "--save-every", 2, "--texture-iters", 2, "--iters", 8, "--out")
+        cls.argv = (*cls.toy, "--save-every", 2, "--texture-iters", 2, "--iters", 8, "--resume")
         cls.whole = new_folder("whole")
-        run = started(TOGETHER, *cls.argv, cls.whole, processes=2)
+        run = started(TOGETHER, *cls.argv, "--out", cls.whole, processes=2)
         cls.said, cls.err = run.communicate()
 
     def test_they_have_the_same_weights_and_one_prints(self):
-        self.assertEqual((self.said.count("alike"), self.said.count("apart")), (10, 0), self.err)
-        self.assertEqual(self.said.count("next: "), 1)
+        self.assertEqual(self.said.count("weights alike"), 10, self.err)
+        self.assertNotIn("weights differ", self.said)
+        self.assertEqual(self.said.count("main stage: "), 1)
         self.assertEqual((log_lines(self.whole), checkpoint_of(self.whole)["stage"]), (10, "done"))
 
     def test_two_processes_of_two_have_the_gradient_of_one_of_four(self):
@@ -3788,66 +3259,61 @@ class TestProcesses(Runs):
             self.assertEqual(read_json(self.whole, name), read_json(alone))
 
     def test_a_group_is_restarted_after_a_kill_and_stopped_and_resumed_by_hand(self):
-        """By as many processes, with the same result, or by a single one."""
         out = new_folder("stopped")
-        run = started(KILLED, *self.argv, out, processes=2, restarts=1)
+        run = started(KILLED, *self.argv, "--out", out, processes=2, restarts=1)
         said, err = run.communicate()
         self.assertRegex(err, r"exitcode *: -9\b")  # torchrun's report of the one that was killed
-        self.assertIn(f"torchrun --nproc_per_node=2 train.py --resume --out {out}", said, err)
+        self.assertIn(f"--resume --out {out}", said, err)
         content = checkpoint_of(out)
         done = content["iteration"] + 8 * (content["stage"] == "texture")
-        self.assertEqual(done, log_lines(out))
+        self.assertEqual(done, len(steps_of(out)))
         self.assertIn(done, (6, 7, 8, 9))
-        single = shutil.copytree(out, join(new_folder("copy"), "single"))
-        trained("--resume", out=single)
-        self.assertEqual((log_lines(single), checkpoint_of(single)["stage"]), (10, "done"))
         started(FINISHES, "--resume", "--out", out, processes=2).communicate()
         self.assert_same_run(self.whole, out)
 
 
 # ---------------------------------------------------------------- data and weights of one's own
 class TestOwnRuns(Runs):
-
-    def test_few_images_train_and_from_two_on_one_validates(self):
+    def test_few_images_train_to_the_end_and_from_two_on_one_validates(self):
         for count in (5, 2, 1):
-            root = own_data(new_folder("few"), [[[1, 2] * 20] * 40] * count, classes="a\nb")
+            root = own_data(new_folder("few"), [[[1, 2] * 20] * 40] * count, classes="猫\nсобака")
             out, _ = trained(*OWN, "--root", root, "--iters", 2, validates=True)
             content = checkpoint_of(out)
             validates = 1 if count > 1 else 0
             self.assertEqual(len(content["split"]["ade20k"]), validates)
             self.assertEqual(len(content["trained"]["ade20k"]), count - validates)
             self.assertEqual(os.path.exists(join(out, "metrics.json")), count > 1)
-        before = Path(out, "ckpt.pt").read_bytes()
-        self.assertIn("finished", trained("--resume", out=out)[1])
-        self.assertEqual(Path(out, "ckpt.pt").read_bytes(), before)
+            before = Path(out, "ckpt.pt").read_bytes()
+            self.assertIn("finished", trained("--resume", out=out)[1])
+            self.assertEqual(Path(out, "ckpt.pt").read_bytes(), before)
 
-    def test_sources_without_the_levels_need_not_be_there(self):
-        root = coloured("a", "b", images=8)
-        argv = (*OWN, "--data", "ade20k,os,dtd", "--root", root, "--levels", "object")
-        out, _ = trained(*argv, "--iters", 0)
-        status, said, err = command(evaluate.main, join(out, "ckpt.pt"))
-        self.assertEqual(status, 0, err)
-        self.assertIn("mean IoU", said)
-
-    def test_a_class_that_only_validation_images_have_is_named(self):
-        root = coloured("a", "b", "rare", "nowhere", images=5)
-        for k in range(4):
-            save([[1, 2] * 36] * 48, root, "annotations", "training", f"{k}.png")
-        save([[1, 3] * 36] * 48, root, "annotations", "validation", "4.png")
-        argv = (*OWN, "--root", root, "--split", "official", "--iters", 0)
-        _, said, _ = command(train.main, *argv, "--out", new_folder("out"))
-        self.assertRegex(said, r"(?m)^ade20k: .*validation images: rare$")
+    def test_images_without_a_label_and_long_strips_are_counted(self):
+        strip = np.ones((60, 4000))
+        strip[:, :9] = 2
+        masks = [strip] * 3 + [strip[:, :80]] * 3 + [0 * strip[:, :80]]
+        root = own_data(new_folder("strips"), masks)
+        out, said = trained(*OWN, "--root", root, "--iters", 1)
+        self.assertRegex(said, "(?m)^ade20k: 1 .*label")
+        strips = {f"images/training/{k}.jpg" for k in range(3)}
+        count = len(strips & set(checkpoint_of(out)["trained"]["ade20k"]))
+        self.assertRegex(said, f"(?m)^{count} of .*--max-size.*--crop")
+        root = own_data(new_folder("strips"), [strip] * 2)
+        argv = (*OWN, "--root", root, "--out", new_folder("out"))
+        self.assertRegex(refusal(self, train.main, *argv), "--max-size.*--crop")
 
     def test_an_official_split_trains_on_no_test_folder(self):
-        root = coloured("a", "b", images=5)
+        root = coloured("a", "b", images=10)
         for kind in ("images", "annotations"):
             folder = join(root, kind)
             os.renames(join(folder, "training", "0.png"), join(folder, "test", "0.png"))
-        argv = (*OWN, "--root", root, "--iters", 0, "--out", new_folder("out"))
-        err = refusal(self, train.main, *argv, "--split", "official")
-        self.assertIn("images/test/0.png", err)
-        status, _, err = command(train.main, *argv)  # balanced: of all folders
-        self.assertEqual(status, 0, err)
+        argv = (*OWN, "--root", root, "--iters", 0)
+        for split, images in (("official", 7), ("balanced", 9)):  # balanced: of all folders
+            out, _ = trained(*argv, "--split", split)
+            names = checkpoint_of(out)["trained"]["ade20k"]
+            self.assertEqual(len(names), images)
+            self.assertEqual(split == "balanced", "images/test/0.png" in names)
+        argv = (*self.toy, "--iters", 0, "--texture-iters", 0)
+        trained(*argv, "--split", "official")  # OpenSurfaces has none
 
     def test_left_and_right(self):
         """Masks whose left half is class 0. Without --no-flip half of the images are mirrored."""
@@ -3855,33 +3321,11 @@ class TestOwnRuns(Runs):
         root = own_data(new_folder("sides"), masks, classes="left hand\nRight hand")
         argv = (*OWN, "--root", root, "--iters", 8)
         for options, expected in ((["--no-flip"], {(0, 1)}), ([], {(0, 1), (1, 0)})):
-            maps = torch.cat([batch["object"] for batch in batches_of(*argv, *options)])
-            sides = {(row[0], row[-1]) for row in maps[:, 8].tolist()}
+            maps = [batch.labels["object"] for batch in batches_of(*argv, *options)]
+            sides = {(row[0], row[-1]) for row in np.concatenate(maps)[:, 8].tolist()}
             self.assertEqual(sides, expected)
-            _, said = trained(*argv, *options, "--iters", 0)
-            is_told = re.search("left hand.*Right hand.*--no-flip", said) is not None
-            self.assertEqual(is_told, not options)
-
-    def test_names_that_the_terminal_cannot_show_end_neither_script(self):
-        root = own_data(new_folder("names"), [[[1, 2] * 20] * 40] * 3, classes="猫\nсобака")
-        out = new_folder("out")
-        photo = save(noise(48, 64), out, "点.png")
-        training = [*OWN, "--root", root, "--iters", 1, "--eval-every", 1, "--out", out]
-        parsing = [join(out, "ckpt.pt"), "--photo", photo, "--pictures", out]
-        for main, argv, name in ((train.main, training, "猫"), (evaluate.main, parsing, "点")):
-            said = io.BytesIO()
-            err = io.BytesIO()
-            out_terminal = io.TextIOWrapper(said, encoding="cp1252")
-            err_terminal = io.TextIOWrapper(err, encoding="cp1252")
-            with contextlib.redirect_stdout(out_terminal), contextlib.redirect_stderr(err_terminal):
-                main([str(argument) for argument in argv])
-            out_terminal.flush()
-            err_terminal.flush()
-            self.assertIn(name.encode("ascii", "backslashreplace"), said.getvalue())
-            self.assertEqual(err.getvalue(), b"")
-        metrics = read_json(out, "metrics.json")
-        self.assertEqual(set(metrics["object"]["iou"]), {"猫", "собака"})
-        self.assertIn("点_object.png", os.listdir(out))
+            _, said = trained(*argv, *options)
+            self.assertEqual("--no-flip" in said, not options)
 
 
 class TestStart(Runs):
@@ -3914,100 +3358,47 @@ class TestStart(Runs):
                 expected = torch.stack(rows)
             self.assertTrue(torch.equal(value, expected), name)
 
-        wider = self.begun(*data, "--weights", self.path, "--channels", 16)
-        self.assertEqual(wider["network"], {**ours["network"], "channels": 16})
-        for name, value in wider["model"].items():
-            if name.startswith("backbone."):
-                self.assertTrue(torch.equal(value, self.theirs["model"][name]), name)
-
     def test_of_a_loop_of_ones_own(self):
-        """A file of network, its arguments and classes; without these it is refused."""
+        """A file of network, its arguments and classes."""
         path = join(new_folder("loop"), "net.pt")
-        content = {key: self.theirs[key] for key in ("model", "network", "vocabulary")}
-        argv = ("--data", "ade20k", "--root", self.root, "--sizes", 64, "--weights", path)
-        torch.save(content, path)
-        ours = self.begun(*argv)
-        self.assertEqual(ours["network"]["classes"], self.theirs["network"]["classes"])
-        for name, value in ours["model"].items():
-            self.assertTrue(torch.equal(value, self.theirs["model"][name]), name)
-        torch.save(content["model"], path)
-        argv = (*argv, "--iters", 0, "--out", new_folder("out"))
-        self.assertRegex(refusal(self, train.main, *argv), f"{path}.*vocabulary")
-
-    def test_ours_brings_its_crops(self):
-        data = ("--data", "ade20k", "--root", self.root)
-        cropped, _ = trained(*OWN, *data, "--crop", 96, "--iters", 0)
-        for options, expected in (
-            ((), (96, 384, None)),
-            (("--sizes", 64), (64, 1200, None)),
-            (("--crop", 64), (64, 256, None)),
-        ):
-            ours = self.begun(*data, "--weights", join(cropped, "ckpt.pt"), *options)
-            self.assertEqual(ours["network"]["test_size"], expected)
-
-    def test_ours_keeps_no_classifier_without_a_name_in_common(self):
-        data = ("--data", "ade20k", "--root", coloured("a", "b"), "--weights", self.path)
-        key = "heads.object.classifier.weight"
-        rows = self.begun(*data)["model"][key].flatten(1)[:, None]
-        self.assertTrue((rows != self.theirs["model"][key].flatten(1)).all())
+        torch.save({key: self.theirs[key] for key in ("model", "network", "vocabulary")}, path)
+        data = ("--data", "ade20k", "--root", self.root, "--sizes", 64)
+        ours = self.begun(*data, "--weights", path)
+        torch.testing.assert_close(ours["model"], self.theirs["model"], rtol=0, atol=0)
 
     def test_ours_brings_data_and_root_if_none_is_given(self):
         ours = self.begun("--weights", self.path)
         for key in ("data", "root", "sizes"):
             self.assertEqual(ours["arguments"][key], self.theirs["arguments"][key])
-        self.assertIn(self.root, self.said)
-        self.assertEqual(ours["split"], self.theirs["split"])
+        for key in ("split", "trained"):
+            self.assertEqual(ours[key], self.theirs[key])
         self.assertNotIn("have trained", self.said)
-        self.assertEqual(ours["trained"], self.theirs["trained"])
 
-    def test_images_that_trained_it_do_not_validate_in_a_new_split(self):
+    def test_validation_images_that_trained_it_are_counted_and_stay_known(self):
         trained_by = set(self.theirs["trained"]["ade20k"])
         self.assertEqual(len(trained_by), 18)
-        root = new_folder("more")
-        shutil.copytree(self.root, root, dirs_exist_ok=True)
-        path = join(root, "split.json")
-        os.remove(path)
-        for copied in list(Path(root).rglob("*/*/*.png")):
-            shutil.copy(copied, copied.with_stem(f"{copied.stem}b"))
-        argv = ("--data", "ade20k", "--root", root, "--weights", self.path)
-        ours = self.begun(*argv)
-        validation = set(ours["split"]["ade20k"])
-        self.assertEqual(len(validation), 4)
-        self.assertFalse(validation & trained_by)
-        self.assertEqual(len(ours["trained"]["ade20k"]), 36)
-        # The images that its weights were trained on stay known, though they validate now.
-        split = read_json(path)
+        root = shutil.copytree(self.root, join(new_folder("other"), "split"))
+        split = read_json(root, "split.json")
         split["sources"]["ade20k"]["validation"] = sorted(trained_by)[:3]
-        write(path, json.dumps(split))
-        ours = self.begun(*argv)
-        self.assertRegex(self.said, r"ade20k: 3 .*trained")
-        self.assertEqual(len(ours["trained"]["ade20k"]), 40)
-        stopped = killed(1, *argv, "--iters", 2, "--save-every", 1)
-        trained("--resume", out=stopped)
-        self.assertEqual(checkpoint_of(stopped)["trained"], ours["trained"])
-        # Those of a source that is left out now, too.
-        root = textures(new_folder("other"), train1=[f"a/{k}.png" for k in range(4)])
-        argv = ("--data", "dtd", "--root", root, "--texture-iters", 0, "--weights")
-        other = self.begun(*argv, join(stopped, "ckpt.pt"))
-        self.assertEqual(other["trained"]["ade20k"], ours["trained"]["ade20k"])
+        write(join(root, "split.json"), json.dumps(split))
+        data = ("--data", "ade20k", "--root", root)
+        ours = self.begun(*data, "--weights", self.path)
+        self.assertRegex(self.said, r"(?m)^ade20k: 3 .*trained")
+        self.assertEqual(len(ours["trained"]["ade20k"]), 20)
 
     def test_mmsegmentations(self):
         network = {"classes": {"object": 3}, "backbone": "resnet18", "channels": 8}
         (path,), state = released_files("mmseg", 5, {"CLASSES": ["a", "b", "c"]}, **network)
         data = ("--data", "ade20k", "--root", coloured("new", "c"), "--weights", path)
-        data = (*data, "--sizes", 64, "--workers", 0)
-        ours = self.begun(*data)
-        theirs, _ = upernet.load_mmseg(path)
-        for key, value in theirs.network.items():
-            if key not in ("classes", "test_size"):
-                self.assertEqual(ours["network"][key], value)
+        ours = self.begun(*data, "--sizes", 64)
+        network = upernet.load_mmseg(path)[0].network
+        for key in ("backbone", "channels", "stem", "pool", "head_conv"):
+            self.assertEqual(ours["network"][key], network[key])
         for key, value in state.items():
             loaded = ours["model"][key]
             if "classifier" in key:
                 loaded, value = loaded[1], value[2]
             self.assertTrue(torch.equal(loaded, value), key)
-        out, _ = trained(*data, "--iters", 2)
-        self.assertEqual((log_lines(out), checkpoint_of(out)["network"]), (2, ours["network"]))
 
     @mock.patch.dict("resnet.BLOCKS", {18: (2, 2, 2, 2)})
     def test_a_backbone_as_most_are_saved(self):
@@ -4021,11 +3412,15 @@ class TestStart(Runs):
                 if not key.startswith("fc."):
                     self.assertTrue(torch.equal(ours[f"backbone.{key}"], value), key)
 
-    def test_weights_of_which_nothing_fits_are_refused_by_key(self):
-        path = join(new_folder("other"), "other.pth")
-        torch.save({"encoder.a.weight": torch.zeros(3)}, path)
-        err = refusal(self, train.main, *OWN, "--root", self.root, "--weights", path)
-        self.assertRegex(err, f"{re.escape(path)}.*encoder.a.weight")
+    def test_damaged_imagenet_weights_are_named(self):
+        home = new_folder("torch")
+        weights = torchvision.models.get_model_weights("resnet18")["IMAGENET1K_V1"]
+        path = join(home, "hub", "checkpoints", os.path.basename(weights.url))
+        argv = (*OWN, "--root", self.root, "--out", new_folder("out"), "--weights", "imagenet")
+        for text in ("<html>log in first</html>", ""):
+            write(path, text)
+            with mock.patch.dict(os.environ, TORCH_HOME=home):
+                self.assertIn(path, refusal(self, train.main, *argv))
 
 
 # ---------------------------------------------------------------- mistakes
@@ -4040,7 +3435,7 @@ class RunsCode:
 
 
 class TestMistakes(Runs):
-    """Each, or a hostile file, is one line on stderr that names it, and status 2."""
+    """Each is one line on stderr that names it, and status 2."""
 
     @classmethod
     def setUpClass(cls):
@@ -4059,97 +3454,50 @@ class TestMistakes(Runs):
             self.assertIn(name, refusal(self, main, *argv))
 
     def test_options_of_train(self):
-        wrong = """--data ade --backbone vgg16 --weights nothing.pth --lr nan --batch-size 0
-            --iters -3 --fpn 1 --seed 1e30 --sizes 64,x --max-size 1 --batch-size 1 --crop 33
-            --device abacus --device meta --colour red --levels colour --levels part
-            --min-images 100000""".split()
+        wrong = """--data ade --backbone vgg16 --weights nothing.pth --batch-size 0 --iters -3
+            --fpn 1 --seed 1e30 --sizes 64,x --max-size 31 --crop 33 --device abacus
+            --colour red --levels colour --levels part --min-images 100000""".split()
         for option, value in zip(wrong[::2], wrong[1::2]):
             name = "--min-" if option == "--min-images" else option
             self.refused(train.main, name, *self.new, option, value)
-        self.refused(train.main, "ckpt.pt", *self.new, "--resume")
-        self.refused(train.main, self.begun, *self.toy, "--out", self.begun)
-        self.refused(train.main, "not a folder", *self.toy, "--out", self.checkpoint)
-        self.refused(train.main, "--lr", "--out", self.begun, "--resume", "--lr", 5)
-        self.refused(train.main, "--levels", *self.new, "--data", "os", "--levels", "scene")
+        argv = ("--data", "os", "--root", join(toy_root(), "toy"), "--levels", "scene")
+        self.refused(train.main, "--levels", *self.new, *argv)
         with mock.patch("resnet.load_imagenet", side_effect=OSError("no route to host")):
             self.refused(train.main, "--weights none", *self.new, "--weights", "imagenet")
-        self.assertFalse(os.path.exists(self.at("new", "log.jsonl")))
+        self.assertFalse(os.path.exists(self.at("new", "ckpt.pt")))
 
     def test_options_of_the_other_scripts(self):
         ckpt = self.checkpoint
-        missing = self.at("nowhere")
-        released = ("--release", self.at("a"), self.at("b"))
+        photo = ("--photo", self.at("x.jpg"))
         for name, *argv in (
             ("--release",),
-            ("--release", ckpt, *released),
-            ("--labels", *released),
-            ("--labels", ckpt, "--labels", self.place),
-            ("before the options", "--photo", self.at("x.jpg"), ckpt),
-            (missing, missing),
-            (self.place, self.place),
-            ("--size", ckpt, "--size", "1e3"),
-            (missing, ckpt, "--data", "dtd", "--root", missing),
-            ("--json", ckpt, "--photo", self.at("x.jpg"), "--json", self.at("m.json")),
-            (self.place, ckpt, "--levels", "scene", "--json", self.place),
+            ("--labels", "--release", self.at("a"), self.at("b")),
+            ("before the options", *photo),
+            ("nowhere", ckpt, "--data", "dtd", "--root", self.at("nowhere")),
+            ("--json", ckpt, *photo, "--json", self.at("m.json")),
         ):
             self.refused(evaluate.main, name, *argv)
-        _, said, _ = command(evaluate.main, ckpt, "--levels", "scene", "--json", self.place)
-        self.assertIn("top-1", said)  # the metrics are not lost
         self.refused(balance_split.main, "--fraction", *self.toy[:2], "--fraction", 2)
-        self.refused(upernet.main, "--size", "--size", "large")
 
     def test_folders_and_tables(self):
-        occupied = write(self.at("occupied"), "a file")
-        os.makedirs(self.at("none", "ade20k", "images", "ADE"))
-        write(self.at("old", "ade20k", "index_ade20k.mat"), "")
-        masks = [np.ones((40, 40))] * 2
-        own_data(self.at("words"), masks, objectInfo150="Idx Name\n1 wall\n")
-        own_data(self.at("empty"), masks, classes="")
-        for root, name in (
-            ("occupied", "occupied"),
-            ("none", "images/ADE"),
-            ("old", "2021"),
-            ("words", "objectInfo150.txt"),
-            ("empty", "classes.txt"),
-        ):
-            self.refused(datasets.main, name, "--data", "ade20k", "--root", self.at(root))
-        self.refused(datasets.main, "--data ade20k", "--root", self.at("words"))  # not the toy
-        self.refused(datasets.main, "dtd", "--data", "dtd", "--root", self.at("words"))
-
-        root = surfaces(new_folder("surfaces"), ["wood"], [columns(1)])
+        root = surfaces(self.at("surfaces"), ["wood"], [columns(1)])
         argv = ("--data", "os", "--root", root)
+        occupied = write(self.at("occupied"), "a file")
+        self.refused(datasets.main, occupied, "--data", "os", "--root", occupied)
         self.refused(datasets.main, occupied, *argv, "--cache", occupied)
         table = join(root, "os", "label-substance-colors.csv")
-        for text in ("a,b\n1,2\n", "substance_id,red_color,substance_name\n1,inf,wood\n"):
-            write(table, text)
-            self.refused(datasets.main, table, *argv)
         os.remove(table)
         self.refused(datasets.main, table, *argv)
 
     def test_files_that_are_no_checkpoints_and_no_code_in_them_runs(self):
         """In the three places where a checkpoint is read."""
         good = checkpoint_of(self.begun)
-        weight = "ppm.last.0.weight"
-        sparse = good["model"][weight].to_sparse()
-        scenes = good["vocabulary"]["scene"]
         ran = self.at("ran")
         files = {
             "half": Path(self.checkpoint).read_bytes()[:9999],
-            "text": b"some text\n",
-            "nothing": b"",
-            "list": [1],
             "lacking": {"a": torch.zeros(3)},
             "code": {**good, "model": RunsCode(ran)},
-            "sparse": {**good, "model": {**good["model"], weight: sparse}},
             "option": {**good, "network": {**good["network"], "colour": 3}},
-            "huge": {**good, "network": {**good["network"], "channels": 10**9}},
-            "module": {**good, "network": {**good["network"], "backbone": "os"}},
-            "short": {**good, "vocabulary": {**good["vocabulary"], "scene": scenes[:-1]}},
-            "numbers": {**good, "vocabulary": {**good["vocabulary"], "scene": [1] * len(scenes)}},
-            "arguments": {**good, "arguments": []},
-            "indices": {**good, "arguments": {**good["arguments"], "numbers": {"scene": [-1]}}},
-            "split": {**good, "split": {"ade20k": 5}},
-            "trained": {**good, "trained": {"ade20k": [5]}},
         }
         for name, content in files.items():
             path = self.at(name, "ckpt.pt")
@@ -4163,38 +3511,21 @@ class TestMistakes(Runs):
             self.refused(train.main, path, *self.new, "--weights", path)
         self.assertFalse(os.path.exists(ran))
 
-    def test_checkpoints_with_impossible_options(self):
-        good = checkpoint_of(self.begun)
-        for key, value in (("data", 5), ("root", ["a"]), ("allow_broken", torch.zeros(2))):
-            out = new_folder("impossible")
-            path = join(out, "ckpt.pt")
-            torch.save({**good, "arguments": {**good["arguments"], key: value}}, path)
-            self.refused(evaluate.main, path, path, "--levels", "scene")
-            self.refused(train.main, path, "--resume", "--out", out)
-        torch.save({**good, "arguments": {**good["arguments"], "sizes": [32, "x"]}}, path)
-        self.refused(train.main, path, "--weights", path, "--out", self.at("new"))
-        torch.save({**good, "arguments": {**good["arguments"], "amp": "x"}}, path)
-        self.refused(train.main, path, "--resume", "--out", out)
-
     def test_photos_that_cannot_be_read_are_named_and_the_others_parsed(self):
         good = save(noise(50, 80), self.at("good.jpg"))
         save(np.zeros((300, 300)), self.at("bomb.png"))
-        grey = np.linspace(0, 4095, 4000).reshape(50, 80)
-        save(Image.fromarray(grey.astype(np.uint16)), self.at("twelve.png"))
-        save(Image.fromarray(grey.astype(np.float32)), self.at("float.tiff"))
         Path(self.at("cut.jpg")).write_bytes(Path(good).read_bytes()[:-900])
-        Path(self.at("words.jpg")).write_bytes(b"no picture")
-        broken = ["gone.jpg", "bomb.png", "twelve.png", "float.tiff", "cut.jpg", "words.jpg"]
+        broken = [self.at("gone.jpg"), self.at("bomb.png"), self.at("cut.jpg")]
         out = self.at("pictures")
-        argv = ("--photo", *map(self.at, broken), good, "--pictures", out)
+        argv = ("--photo", *broken, good, "--pictures", out)
         with mock.patch("PIL.Image.MAX_IMAGE_PIXELS", 20000):
             err = refusal(self, evaluate.main, self.checkpoint, *argv)
-        for name in broken:
-            self.assertIn(name, err)
-        self.assertEqual({name.split("_")[0] for name in os.listdir(out)}, {"good"})
+        for path in broken:
+            self.assertIn(path, err)
+        self.assertIn("good_upernet.png", os.listdir(out))
 
     def test_help_is_short(self):
-        for script in (train, evaluate, balance_split, datasets, upernet):
+        for script in (train, evaluate, balance_split, datasets):
             with mock.patch.dict(os.environ, COLUMNS="110"):
                 status, said, _ = command(script.main, "--help")
             self.assertEqual(status, 0)
@@ -4211,11 +3542,10 @@ class TestRealSamples(Runs):
         for side in ("training", "validation"):
             shutil.copytree(sample, join(root, "ade20k", ade, side))
         shutil.copytree(join(SHARED, "data", "dtd_sample"), join(root, "dtd"))
-        argv = ["--data", "ade20k,dtd", "--root", root, "--min-images", 1, "--min-pixels", 1]
-        argv += ["--min-part-images", 1, "--min-scene-images", 1]
+        argv = ["--root", root, "--min-images", 1, "--min-pixels", 1, "--min-part-images", 1]
+        argv += ["--data", "ade20k,dtd", "--min-scene-images", 1]
         self.assertIn("ade20k: 6 images", succeeded(self, datasets.main, *argv))
-        argv += ["--split", "official", "--backbone", "resnet18", "--channels", 16]
-        argv += ["--weights", "none", "--workers", 0, "--sizes", "96"]
+        argv = [*OWN, "--channels", 16, "--sizes", 96, *argv, "--split", "official"]
         out, _ = trained(*argv, "--iters", 8, "--texture-iters", 3, validates=True)
         vocabulary = checkpoint_of(out)["vocabulary"]
         self.assertEqual(vocabulary["scene"], ["street"])

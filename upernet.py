@@ -1,26 +1,28 @@
 """UPerNet: one network for scene, objects, parts, materials and textures (section 3 of the paper).
 
-    from upernet import UPerNet, load
+    from upernet import UPerNet, load, parse
     classes = {"scene": 365, "object": 335, "part": {11: 4, 20: 7}, "material": 25, "texture": 47}
     net = UPerNet(classes)
     net(images)["object"]                      # images (N, 3, H, W) -> logits (N, 335, H/4, W/4)
     net(images, levels=["scene", "material"])  # computes what these two need and no more
+
     net, vocabulary = load("ckpt.pt")          # or load_release(..), load_mmseg(..)
+    parse(net, PIL.Image.open("a.jpg"))["object"]  # class indices at the photo's own size
 
-    python upernet.py                          # parameters, multiply-adds, milliseconds
-
-The modules stand in the order of figure 4, from C5 upwards. This file and resnet.py work on their
-own, copied anywhere; with `backbone=` a module, this file alone. In comments, "released" is what
-the authors' code does, and "ours" what neither the paper nor that code says.
+The modules stand in the order of figure 4, from C5 upwards; then the losses, the way from a photo
+to classes, and the files of weights. This file and resnet.py work on their own, copied anywhere,
+with PyTorch (and Pillow for photos); with `backbone=` a module, this file alone. In comments,
+"released" is what the authors' code does, and "ours" what neither the paper nor that code says.
 """
 
-import argparse
+import collections
+import contextlib
 import csv
+import math
 import re
-import statistics
-import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,7 @@ UNLABELLED = -1  # in every label map and list of labels
 # Ours; the released network has constants of its own, see `load_release`.
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # of RGB in [0, 1]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+MEAN_COLOUR = (124, 116, 104)  # IMAGENET_MEAN, the colour of padding: zero after normalisation
 
 
 # ---------------------------------------------------------------- pieces
@@ -153,76 +156,11 @@ class FPN(nn.Module):
 
 
 # ---------------------------------------------------------------- fusion: P2..P5 -> the fused map
-def shifted_upsampling(n: int, size: int, like: Tensor) -> Tensor:
-    """`resize` along one axis, from n to `size`, as a matrix, shifted by -1, 0 and 1 with zeros at
-    the border, as the three taps of a padded convolution see it: (3, size, n), typed as `like`.
-    """
-    # Computed in float32 at least, and rounded once.
-    one_hot = torch.eye(n, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    matrix = F.interpolate(one_hot[None], size=size, mode="linear", align_corners=False)[0].T
-    padded = F.pad(matrix, (0, 0, 1, 1)).to(like.dtype)  # (size + 2, n)
-    return torch.stack([padded[0:size], padded[1 : size + 1], padded[2 : size + 2]])
-
-
-def conv_of_upsampled(maps: list[Tensor], weights: list[Tensor], size: tuple[int, int]) -> Tensor:
-    """`sum(F.conv2d(resize(x, size), w, padding=1) for x, w in zip(maps, weights))`, up to
-    rounding, for a quarter of the operations or less and without the upsampled maps.
-
-    A 3x3 convolution is the sum over its taps (t, u) of the 1x1 convolution weight[t, u] of the map
-    shifted by (t, u). 1x1 convolutions commute with shifting and upsampling, which are a matrix
-    rows[t] along the height times a matrix columns[u] along the width. So, for each map,
-
-        y = torch.einsum("octu,nchw->ntuohw", weight, x)  # nine 1x1 convolutions of the small map
-        y = torch.einsum("uWw,ntuohw->ntohW", columns, y)
-        y = torch.einsum("tHh,ntohW->noHW", rows, y)
-
-    These lines do just that, with the channels last and the sums over maps and taps t in one
-    product.
-    """
-    height, width = size
-    n = maps[0].shape[0]
-    channels = weights[0].shape[0]
-    all_rows = []
-    stretched = []
-    for x, weight in zip(maps, weights):
-        h, w = x.shape[2:]
-        rows = shifted_upsampling(h, height, x)  # (3, H, h)
-        columns = shifted_upsampling(w, width, x)  # (3, W, w)
-        columns = columns.permute(1, 2, 0).flatten(1)  # (W, w u)
-        for t in range(3):
-            taps = weight[:, :, t].permute(2, 0, 1).flatten(0, 1)  # (u o, c)
-            y = F.conv2d(x, taps[:, :, None, None])  # (n, u o, h, w)
-            y = y.permute(0, 2, 3, 1).reshape(n * h, -1, channels)  # (n h, w u, o)
-            y = columns @ y  # (n h, W, o)
-            stretched.append(y.view(n, h, width * channels))
-            all_rows.append(rows[t])
-    y = torch.cat(all_rows, dim=1) @ torch.cat(stretched, dim=1)  # (n, H, W o)
-    return y.view(n, height, width, channels).permute(0, 3, 1, 2)  # (n, o, H, W)
-
-
-class ConvOfMaps(nn.Conv2d):
-    """A 3x3 convolution of the concatenation of several maps, each (N, C, h, w), resized to the
-    first one's size: (N, out_channels, H, W)."""
-
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        finest, *coarser = maps
-        weights = self.weight.split([x.shape[1] for x in maps], dim=1)
-        y = F.conv2d(finest, weights[0], self.bias, padding=1)
-        # On a CPU 256 output channels at a time, whose intermediate maps fit into the cache.
-        at_once = 256 if y.device.type == "cpu" else self.out_channels
-        coarse = []
-        for k in range(0, self.out_channels, at_once):
-            some = [weight[k : k + at_once] for weight in weights[1:]]
-            coarse.append(conv_of_upsampled(coarser, some, finest.shape[2:]))
-        y += torch.cat(coarse, dim=1)
-        return y
-
-
 class Fusion(nn.Module):
     """P2..P5 fused into one map of P2's size, for objects and parts.
 
-    `plain` is the paper's line. It takes over half of the operations of a network for objects, so
-    `forward` computes the same with fewer.
+    `plain` is the definition; nothing but the tests calls it. `forward` gives the same up to
+    rounding with three eighths of the operations: see `ConvOfMaps` at the end of this file.
     """
 
     def __init__(self, maps: int, channels: int):
@@ -233,15 +171,15 @@ class Fusion(nn.Module):
             nn.ReLU(inplace=True),
         )
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        return self.conv(maps)
-
     def plain(self, maps: list[Tensor]) -> Tensor:
         """Section 3.1: resized to P2's size, concatenated, one 3x3 convolution, BN, ReLU."""
         conv, norm, relu = self.conv
         resized = [resize(x, maps[0].shape[2:]) for x in maps]
         fused = F.conv2d(torch.cat(resized, dim=1), conv.weight, conv.bias, padding=1)
         return relu(norm(fused))
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.conv(maps)
 
 
 # ---------------------------------------------------------------- heads and the network
@@ -312,6 +250,7 @@ class UPerNet(nn.Module):
         test_size: tuple = (450, 1200, None),  # section 3.1
     ):
         super().__init__()
+        check_arguments(classes, pool, fpn)
         self.arguments = {
             "classes": classes,
             "backbone": backbone,
@@ -325,15 +264,11 @@ class UPerNet(nn.Module):
             "output_stride": output_stride,
         }
         self.test_size = tuple(test_size)
-        check_arguments(classes, channels, pool, fpn, test_size)
         self.classes = {level: classes[level] for level in LEVELS if level in classes}
         if isinstance(backbone, str):
             backbone = named_backbone(backbone, stem, output_stride)
         self.backbone = backbone
-        widths = getattr(backbone, "channels", None)
-        if widths is None or len(widths) != 4:
-            raise ValueError(f"backbone.channels {widths}: not the widths of C2..C5")
-        c2_width, c3_width, c4_width, c5_width = widths
+        c2_width, c3_width, c4_width, c5_width = backbone.channels
 
         self.ppm = PPM(c5_width, channels, pool) if ppm else ConvBNReLU(c5_width, channels, 1)
         self.fpn_level = fpn
@@ -345,6 +280,9 @@ class UPerNet(nn.Module):
             if fusion:
                 self.fusion = Fusion(len(laterals) + 1, channels)
 
+        # Figure 4: object and part on the fused map, material on P2. Ours, for the rows of table 2
+        # without P2: material where object is.
+        self.on_fused = {"object", "part"} if fpn == 2 else {"object", "part", "material"}
         self.heads = make_heads(self.classes, c2_width, channels, convs=1 if head_conv else 0)
         self.part_slices = part_slices(classes.get("part", {}))
         self.register_buffer("mean", IMAGENET_MEAN.clone())
@@ -372,13 +310,14 @@ class UPerNet(nn.Module):
           part               (N, sum of part counts, H/4, W/4); softmax within `part_slices[object]`
           texture            (N, classes), the mean over texture_map (N, classes, H/4, W/4)
         Raises ValueError for a level that the network does not have, for images that are not as
-        above, and for a backbone that does not return four maps, the first at stride 4.
+        above (values are looked at on the CPU alone), and for a backbone that does not return four
+        maps, the first at stride 4.
         """
         if levels is None:
             levels = list(self.classes)
-        self.check_images(images, levels)
+        check_images(images, levels, self.classes)
         stages = self.backbone((images - self.mean) / self.std)
-        self.check_stages(stages, images)
+        check_stages(stages, self.backbone.channels, images)
         c2, c3, c4, c5 = stages
         quarter = c2.shape[2:]  # (H/4, W/4)
         logits = {}
@@ -395,12 +334,7 @@ class UPerNet(nn.Module):
         if set(levels) <= {"scene", "texture"}:
             return logits
 
-        # Figure 4: object and part on the fused map, material on P2. Ours, for the rows of table 2
-        # without P2: material where object is.
-        on_fused = {"object", "part"}
-        if self.fpn_level != 2:
-            on_fused.add("material")
-        fuse = self.fusion is not None and not on_fused.isdisjoint(levels)
+        fuse = self.fusion is not None and not self.on_fused.isdisjoint(levels)
         pyramid = [p5]
         if self.fpn is not None:
             pyramid = self.fpn([c2, c3, c4][self.fpn_level - 2 :], p5, only_finest=not fuse)
@@ -408,47 +342,9 @@ class UPerNet(nn.Module):
         fused = self.fusion(pyramid) if fuse else finest
         for level in ("object", "part", "material"):
             if level in levels:
-                y = self.heads[level](fused if level in on_fused else finest)
+                y = self.heads[level](fused if level in self.on_fused else finest)
                 logits[level] = y if y.shape[2:] == quarter else resize(y, quarter)
         return logits
-
-    def check_images(self, images: Tensor, levels: list[str]) -> None:
-        unknown = sorted(set(levels) - set(self.classes))
-        if unknown:
-            known = ", ".join(self.classes)
-            raise ValueError(f"no head for {', '.join(unknown)}: this network has {known}")
-        described = f"images {tuple(images.shape)} of {images.dtype}"
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"{described}: not (N, 3, H, W)")
-        if not images.is_floating_point():
-            raise ValueError(f"{described}: not floats, RGB in [0, 1]")
-        if images.shape[2] < 32 or images.shape[3] < 32:
-            raise ValueError(f"{described}: height and width must be at least 32")
-        # Values are looked at where that does not wait for a GPU.
-        if images.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = images.detach().aminmax()
-            if low < -0.01 or high > 1.01:
-                raise ValueError(
-                    f"{described}: values in [{low:.3g}, {high:.3g}], not RGB in [0, 1]"
-                )
-
-    def check_stages(self, stages: list[Tensor], images: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if isinstance(stages, dict):
-            raise ValueError("the backbone returned a dict: needed is a list of four maps, C2..C5")
-        shapes = [tuple(stage.shape) for stage in stages]
-        fits = [shape[1] for shape in shapes] == list(self.backbone.channels)
-        if fits:
-            off = [
-                abs(4 * cells - pixels) for cells, pixels in zip(shapes[0][2:], images.shape[2:])
-            ]
-            fits = max(off) < 4  # rounded up or down
-        if not fits:
-            raise ValueError(
-                f"the backbone returned maps of {shapes} for images of {tuple(images.shape)}: "
-                f"needed are four, C2..C5 of widths {self.backbone.channels}, the first at stride 4"
-            )
 
 
 def make_heads(classes: dict, c2: int, channels: int, convs: int) -> nn.ModuleDict:
@@ -493,30 +389,6 @@ def part_slices(parts: dict[int, int]) -> dict[int, slice]:
     return slices
 
 
-def check_arguments(classes: dict, channels: int, pool: str, fpn: int, test_size: tuple) -> None:
-    """Raises ValueError unless they are as UPerNet takes them."""
-    if not classes or not set(classes) <= set(LEVELS):
-        raise ValueError(f"classes {classes}: its keys are not some of {', '.join(LEVELS)}")
-    parts = classes.get("part", {})
-    if "part" in classes and (not isinstance(parts, dict) or not parts):
-        raise ValueError(f"classes: part {parts!r}, not a dict, object's index -> number of parts")
-    counts = [count for level, count in classes.items() if level != "part"]
-    for count in [channels, *counts, *parts.values()]:
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(f"classes {classes}, channels {channels!r}: not numbers above 0")
-    if not set(parts) <= set(range(classes.get("object", 0))):
-        raise ValueError(f"classes: part {parts} has an index that no object has")
-    if pool not in ("prroi", "adaptive", "pspnet"):
-        raise ValueError(f"pool {pool!r} is not prroi, adaptive or pspnet")
-    if fpn not in (0, 2, 3, 4):
-        raise ValueError(f"fpn {fpn!r} is not 0, 2, 3 or 4")
-    short, longest, multiple = test_size
-    if not 0 < short <= longest or (multiple is not None and multiple < 1):
-        raise ValueError(
-            f"test_size {test_size} is not (short side, longest side, multiple or None)"
-        )
-
-
 # ---------------------------------------------------------------- losses (section 3.1)
 def losses(
     logits: dict[str, Tensor], labels: dict[str, Tensor], part_slices: dict[int, slice]
@@ -528,18 +400,10 @@ def losses(
       object, material   (N, H/4, W/4) class indices
       part               (N, H/4, W/4) index in the list of parts of the object at that pixel; 0,
                          background, elsewhere
-    A loss of 0 stays connected to the graph: the level's parameters get gradients of zero. Raises
-    ValueError for a level without labels, and for maps of another size.
+    A loss of 0 stays connected to the graph: the level's parameters get gradients of zero. Every
+    level in `logits` needs labels, parts those of object too: ask the network for the labelled
+    levels alone.
     """
-    needed = {level.removesuffix("_map") for level in logits}
-    if "part" in needed:
-        needed.add("object")
-    missing = needed - set(labels)
-    if missing:
-        raise ValueError(
-            f"no labels of {', '.join(sorted(missing))} (parts need those of object): ask the "
-            "network for levels=.. alone"
-        )
     result = {}
     for level in ("scene", "object", "material"):
         if level in logits:
@@ -555,11 +419,6 @@ def losses(
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy, the mean over what is labelled; 0 where nothing is."""
-    if labels.shape != logits[:, 0].shape:
-        raise ValueError(
-            f"labels of shape {tuple(labels.shape)} for logits of {tuple(logits.shape)}: label "
-            "maps are at a quarter of the images' size"
-        )
     labels = labels.long()
     total = F.cross_entropy(logits.float(), labels, ignore_index=UNLABELLED, reduction="sum")
     return total / (labels != UNLABELLED).sum().clamp(min=1)
@@ -574,8 +433,6 @@ def part_loss(
     count, those without a part as background. Per object the mean over its pixels in all such
     images of the batch (as released).
     """
-    if parts.shape != objects.shape:
-        raise ValueError(f"parts of shape {tuple(parts.shape)}, objects of {tuple(objects.shape)}")
     annotated = parts > 0
     present = set(torch.unique(objects[annotated]).tolist())
     total = 0 * logits[0, 0, 0, 0].float()  # connected to the graph, also without a valid object
@@ -588,6 +445,306 @@ def part_loss(
     return total
 
 
+# ---------------------------------------------------------------- from a photo to scores
+class View(NamedTuple):
+    """A photo as the network sees it, at one size, perhaps mirrored."""
+
+    pixels: "np.ndarray"  # (1, 3, H, W) uint8, RGB, padded
+    filled: tuple[int, int]  # (height, width) that the photo takes, four pixels a cell of the maps
+    mirrored: bool = False
+
+
+def rgb_photo(picture: "PIL.Image.Image") -> "PIL.Image.Image":
+    """A picture of any mode in RGB, turned as its EXIF data say; of more bands, such as
+    transparency, the first three. Raises ValueError for more than 8 bits a channel, whose range
+    only its owner knows."""
+    from PIL import ImageOps
+
+    deep = re.search(r"(RGBX?A?|LA);16", str(getattr(picture, "tile", "")))
+    if deep or picture.mode[0] in "IF":
+        raise ValueError("more than 8 bits a channel; save it with 8 bits, in a range you choose")
+    try:
+        picture = ImageOps.exif_transpose(picture)
+    except Exception:  # whatever damaged EXIF data make of the reader
+        picture = picture.copy()
+    picture.info.pop("transparency", None)  # of which Pillow would warn
+    return picture.convert("RGB")
+
+
+def resized(
+    size: tuple[int, int], short: float, longest: float, rounding: Callable = round
+) -> tuple[int, int]:
+    """(height, width) with the short side at `short`, or less to keep the long one to `longest`.
+
+    rounding: makes whole pixels of a side's length.
+    """
+    scale = min(short / min(size), longest / max(size))
+    return max(1, rounding(size[0] * scale)), max(1, rounding(size[1] * scale))
+
+
+def half_up(x: float) -> int:
+    """Rounded, halves up."""
+    return math.floor(x + 0.5)
+
+
+def input_size(full: tuple[int, int], test_size: tuple) -> tuple[int, int]:
+    """The (height, width) at which a network sees a photo of (height, width) `full`.
+
+    test_size: as in `UPerNet`.
+    """
+    short, longest, multiple = test_size
+    if multiple is None:
+        return resized(full, short, longest)
+    rounding = half_up if multiple == 1 else math.floor  # mmsegmentation's, the authors'
+    height, width = resized(full, short, longest, rounding)
+    return math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
+
+
+def pad_to_32(n: int) -> int:
+    """Up to a multiple of the network's coarsest stride."""
+    return math.ceil(n / 32) * 32
+
+
+def network_input(photo: "PIL.Image.Image", test_size: tuple) -> View:
+    """A photo in RGB, resized and padded as `test_size` says, see `UPerNet`."""
+    size = input_size((photo.height, photo.width), test_size)
+    if test_size[2] is None:  # ours: padded, as training does
+        height, width = pad_to_32(size[0]), pad_to_32(size[1])
+        filled = size
+    else:  # as released: the maps cover the photo, also where 4 does not divide it
+        height, width = max(32, size[0]), max(32, size[1])
+        filled = (4 * math.ceil(size[0] / 4), 4 * math.ceil(size[1] / 4))
+    return View(padded_image(photo, size, height, width)[None], filled)
+
+
+def padded_image(
+    photo: "PIL.Image.Image",
+    size: tuple[int, int],
+    height: int,
+    width: int,
+    top: int = 0,
+    left: int = 0,
+) -> "np.ndarray":
+    """A window of (height, width) at (top, left) of the photo resized to `size`, padded right and
+    below with the mean colour: (3, height, width) uint8.
+    """
+    import numpy as np
+    from PIL import Image
+
+    h = min(size[0] - top, height)
+    w = min(size[1] - left, width)
+    across = photo.width / size[1]  # the photo's own pixels for one of the resized photo
+    down = photo.height / size[0]
+    box = (left * across, top * down, (left + w) * across, (top + h) * down)
+    canvas = Image.new("RGB", (width, height), MEAN_COLOUR)
+    canvas.paste(photo.resize((w, h), Image.Resampling.BILINEAR, box=box))
+    return np.ascontiguousarray(np.asarray(canvas).transpose(2, 0, 1))
+
+
+def views_of(
+    photo: "PIL.Image.Image", test_size: tuple, sizes: list[int] | None = None, flip: bool = False
+) -> list[View]:
+    """The photo at `test_size`, or at each of the short sides `sizes`; `flip`: mirrored too."""
+    from PIL import ImageOps
+
+    views = []
+    for size in view_sizes(test_size, sizes):
+        views.append(network_input(photo, size))
+        if flip:
+            view = network_input(ImageOps.mirror(photo), size)
+            views.append(view._replace(mirrored=True))
+    return views
+
+
+def view_sizes(test_size: tuple, sizes: list[int] | None) -> list[tuple]:
+    """`UPerNet.test_size` for each short side in `sizes`, by default its own. A size that is asked
+    for has no cap on the long side, but for released networks, which keep theirs."""
+    _, longest, multiple = test_size
+    if not sizes:
+        return [test_size]
+    if multiple is None:
+        longest = math.inf
+    return [(short, longest, multiple) for short in sizes]
+
+
+def autocast(device: torch.device, amp: torch.dtype | None):
+    """The context in which a network runs in mixed precision, if any."""
+    return torch.autocast(device.type, amp) if amp else contextlib.nullcontext()
+
+
+def predict(
+    net: UPerNet, views: list[View], levels: list[str], amp: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    """(level -> scores of one image, `filled` of the maps among them for `class_map`).
+
+    Scene, texture: probabilities (K,), the mean over the views. Maps (K, h, w): of one view the
+    network's logits, float32; of several the mean of their probabilities, each one's softmax
+    resized to a quarter of the largest view.
+    """
+    if len(views) == 1:
+        scores = logits_of(net, views[0], levels, amp)
+        for level in TAGS:
+            if level in scores:
+                scores[level] = scores[level].softmax(dim=0)
+        return scores, views[0].filled
+    height = max(math.ceil(view.filled[0] / 4) for view in views)
+    width = max(math.ceil(view.filled[1] / 4) for view in views)
+    total = collections.defaultdict(float)
+    for view in views:
+        for level, logits in logits_of(net, view, levels, amp).items():
+            value = probabilities(logits, level, net.part_slices) / len(views)
+            if level not in TAGS:
+                value = upsample(value, view.filled, (height, width))
+                if view.mirrored:
+                    value = value.flip(2)
+            total[level] = total[level] + value
+    return dict(total), (4 * height, 4 * width)
+
+
+def logits_of(
+    net: UPerNet, view: View, levels: list[str], amp: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The network's answer to one view, without the batch's axis, in float32. Raises
+    FloatingPointError if it is not finite."""
+    device = net.mean.device
+    with torch.inference_mode(), autocast(device, amp):
+        logits = net(torch.from_numpy(view.pixels).to(device) / 255, levels)
+    for level, value in logits.items():
+        if not value.isfinite().all():
+            raise FloatingPointError(f"{level}: the network's answer is not finite")
+    return {level: value[0].float() for level, value in logits.items()}
+
+
+def probabilities(logits: Tensor, level: str, part_slices: dict[int, slice]) -> Tensor:
+    """The softmax of logits (K, ..) over the classes; of parts over those of each object."""
+    if level != "part":
+        return logits.softmax(dim=0)
+    return torch.cat([logits[channels].softmax(dim=0) for channels in part_slices.values()])
+
+
+# ---------------------------------------------------------------- from scores to classes
+def upsample(maps: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Maps (K, h, w), a cell for 4x4 pixels of the input -> (K, *size), unpadded, in float32 or
+    more, without gradients.
+
+    filled: the (height, width) of the input that the picture takes; `size`: the one asked for.
+    Where the maps cover just that, `F.interpolate(maps[None], size, mode="bilinear")[0]`; else a
+    cell takes 4 * size / filled pixels, and the cells beyond the picture are cut off.
+    """
+    maps = maps.detach().to(torch.promote_types(maps.dtype, torch.float32))
+    sizes = []
+    scales = []
+    for cells, pixels, wanted in zip(maps.shape[1:], filled, size):
+        scale = None  # the maps cover just the picture: PyTorch's own scale
+        if 4 * cells != pixels:
+            scale = 4 * wanted / pixels
+            if wanted == cells:  # such an axis PyTorch would copy, whatever the scale
+                wanted += 1  # cut off below
+        sizes.append(wanted)
+        scales.append(scale)
+    # F.interpolate takes either a size or scales, this both.
+    upsampled = torch.ops.aten.upsample_bilinear2d(maps[None], sizes, False, *scales)[0]
+    return upsampled[:, : size[0], : size[1]]
+
+
+def class_map(scores: Tensor, filled: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """The best class of every pixel, (height, width) int64; ties go to the lowest index.
+
+    `upsample(scores, filled, size).argmax(dim=0)` of finite scores, but for ties within rounding, a
+    class at a time: it takes a few maps of the photo's size, and a few times the memory of the
+    scores.
+    """
+    scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).contiguous()
+    best = torch.zeros(size, dtype=torch.int64, device=scores.device)
+    top = torch.full(size, -torch.inf, dtype=scores.dtype, device=scores.device)
+    for k in possible_winners(scores):
+        value = upsample(scores[k : k + 1], filled, size)[0]
+        best.masked_fill_(value > top, k)
+        torch.maximum(top, value, out=top)
+    return best
+
+
+def possible_winners(scores: Tensor) -> list[int]:
+    """Of the classes of maps (K, h, w) those that may be the best somewhere, once upsampled.
+
+    A pixel's value lies between those of the four cells around it. So a class whose highest of the
+    four is everywhere below another's lowest is nowhere the best.
+    """
+    padded = F.pad(scores[None], (0, 1, 0, 1), mode="replicate")[0]
+    lowest = torch.minimum(padded[:, 1:], padded[:, :-1])
+    lowest = torch.minimum(lowest[:, :, 1:], lowest[:, :, :-1])  # (K, h, w), of four cells
+    highest = torch.maximum(padded[:, 1:], padded[:, :-1])
+    highest = torch.maximum(highest[:, :, 1:], highest[:, :, :-1])
+    beaten = (highest < lowest.amax(dim=0)).flatten(1).all(dim=1)
+    return (~beaten).nonzero().flatten().tolist()
+
+
+def part_map(scores: Tensor, objects: Tensor, part_slices: dict, filled: tuple) -> Tensor:
+    """The best part of every pixel among those of the object that `objects` (H, W) has there, as
+    `part_channels`."""
+    parts = torch.zeros_like(objects)
+    present = torch.unique(objects).tolist()
+    for index, channels in part_slices.items():
+        if index in present:
+            best = class_map(scores[channels], filled, tuple(objects.shape))
+            parts = torch.where(objects == index, best, parts)
+    return part_channels(objects, parts, part_slices)
+
+
+def part_channels(objects: Tensor, parts: Tensor, part_slices: dict[int, slice]) -> Tensor:
+    """(object, index in its list of parts) of every pixel -> channel of the part logits, -1 for
+    background: (H, W)."""
+    channels = torch.full_like(objects, -1)
+    for index in torch.unique(objects[parts > 0]).tolist():
+        here = (objects == index) & (parts > 0)
+        channels[here] = part_slices[index].start + parts[here]
+    return channels
+
+
+def parse(
+    net: UPerNet,
+    photo: "PIL.Image.Image | np.ndarray",
+    levels: list[str] | None = None,
+    amp: torch.dtype | None = None,
+    sizes: list[int] | None = None,
+    flip: bool = False,
+) -> "dict[str, np.ndarray]":
+    """All that the network sees in a photo, at the photo's size. Sets eval mode.
+
+    photo: a PIL image, which is turned as its EXIF data say, or a uint8 array (H, W, 3), RGB.
+    amp: torch.bfloat16 or float16 for mixed precision.
+    sizes, flip: short sides and mirror images to average over, by default `net.test_size` alone.
+    Returns a dict: object, material, texture_map: (H, W) class indices; part: (H, W) channels of
+    the part logits within the predicted object, -1 for none; scene, texture: (K,) probabilities.
+    Raises ValueError for another array and for photos of more than 8 bits a channel,
+    FloatingPointError if the network's answer is not finite.
+    """
+    from PIL import Image
+
+    if not isinstance(photo, Image.Image):
+        if str(photo.dtype) != "uint8" or photo.shape[2:] != (3,):
+            raise ValueError(f"a photo of shape {photo.shape}, {photo.dtype}: not (H, W, 3) uint8")
+        photo = Image.fromarray(photo)
+    photo = rgb_photo(photo)
+    net.eval()
+    if levels is None:
+        levels = list(net.classes)
+    needed = list(dict.fromkeys(["object", *levels])) if "part" in levels else levels
+    full = (photo.height, photo.width)
+    scores, filled = predict(net, views_of(photo, net.test_size, sizes, flip), needed, amp)
+    parsed = {}
+    for level, value in scores.items():
+        if level in TAGS:
+            parsed[level] = value
+        elif level != "part":
+            parsed[level] = class_map(value, filled, full)
+    if "part" in levels:
+        parsed["part"] = part_map(scores["part"], parsed["object"], net.part_slices, filled)
+    if "object" not in levels:
+        parsed.pop("object", None)
+    return {level: value.cpu().numpy() for level, value in parsed.items()}
+
+
 # ---------------------------------------------------------------- loading: our checkpoints
 def read_file(path: str) -> dict:
     """The dictionary in a file of tensors and plain values; no code in it is run.
@@ -596,65 +753,34 @@ def read_file(path: str) -> dict:
     objects.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise ValueError(f"{path}: {e.strerror or e}") from None
     except Exception as e:  # damaged bytes can trip the reader anywhere
-        refused = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class) ([\w.]+)", str(e))
-        if refused is None:
-            raise ValueError(
-                f"{path}: no PyTorch weights, or damaged ({type(e).__name__})"
-            ) from None
-        name = refused[1] or refused[2]
-        raise ValueError(
-            f"{path}: holds a {name}, which is no tensor and could run code; if you trust the file "
-            "save its weights alone (mmsegmentation's tools/misc/publish_model.py does): "
-            "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
-        ) from None
+        reason = f"no PyTorch weights, or damaged ({type(e).__name__})"
+        name = re.search(r"GLOBAL ([\w.]+)", str(e))
+        if name:
+            reason = (
+                f"holds a {name[1]}, which is no tensor and could run code; if you trust the file "
+                "save its weights alone (mmsegmentation's tools/misc/publish_model.py does)"
+            )
+        raise ValueError(f"{path}: {reason}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
+        raise ValueError(f"{path}: holds no dictionary of weights")
     return content
 
 
-def check_state_dict(state: dict, path: str) -> None:
-    """Raises ValueError, with the file's name, unless it maps names to plain, dense tensors."""
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds no dictionary of weights")
-    for key, value in state.items():
-        is_dense = isinstance(value, Tensor) and value.layout == torch.strided
-        if not isinstance(key, str) or not is_dense or value.is_meta or value.is_quantized:
-            raise ValueError(f"{path}: {key} is not a plain tensor")
-
-
 def build(network: dict, state: dict, path: str) -> UPerNet:
-    """UPerNet(**network) in eval mode with the tensors of `state`.
-
-    Raises ValueError with the file's name and the first key that does not fit.
-    """
-    check_state_dict(state, path)
+    """UPerNet(**network) in eval mode with the tensors of `state`. Raises ValueError with the
+    file's name if they do not fit."""
     try:
         with torch.device("meta"):  # takes no memory before the file is known to fit
             net = UPerNet(**network)
-    except Exception as e:  # a damaged or hostile file may ask for anything
-        raise ValueError(f"{path}: no network of ours ({type(e).__name__}: {e})") from None
-    state = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, **state}
-    wanted = net.state_dict()
-    for key in state:
-        if key not in wanted:
-            raise ValueError(f"{path}: {key} is not in this network")
-    for key, value in wanted.items():
-        if key not in state:
-            raise ValueError(f"{path}: {key} is missing")
-        tensor = state[key]
-        if tensor.shape != value.shape:
-            raise ValueError(f"{path}: {key} is not a tensor of shape {tuple(value.shape)}")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {key} holds values that are not finite")
-        state[key] = tensor.to(value.dtype)
-    net.load_state_dict(state, assign=True)
-    return net.to(memory_format=torch.channels_last).eval()
+        net.load_state_dict({"mean": IMAGENET_MEAN, "std": IMAGENET_STD, **state}, assign=True)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as e:
+        reason = " ".join(str(e).split())[:400]
+        raise ValueError(f"{path}: no network of ours ({reason})") from None
+    return net.float().to(memory_format=torch.channels_last).eval()
 
 
 def load(path: str, device: str = "cpu") -> tuple[UPerNet, dict]:
@@ -671,41 +797,16 @@ def load(path: str, device: str = "cpu") -> tuple[UPerNet, dict]:
 def read_checkpoint(path: str) -> tuple[UPerNet, dict]:
     """(network in eval mode, the whole content of the file); see `load`."""
     checkpoint = {"arguments": {}, "split": {}, "trained": {}, **read_file(path)}
-    try:
-        network = dict(checkpoint["network"])
-        if "test_size" not in network:  # a checkpoint of an earlier edition
-            arguments = checkpoint["arguments"]
-            middle = statistics.median_high(arguments["sizes"])
-            network["test_size"] = (middle, arguments["max_size"], None)
-        check_content(checkpoint, network["classes"])
-    except Exception as e:  # a damaged or hostile file may hold anything
-        reason = f"{type(e).__name__}: {e}"
-        raise ValueError(
-            f"{path}: not a checkpoint of train.py ({reason}); load_mmseg reads theirs"
-        ) from None
-    return build(network, checkpoint["model"], path), checkpoint
-
-
-def check_content(checkpoint: dict, classes: dict) -> None:
-    """Raises ValueError for names, images or class numbers that do not fit; a wrong type somewhere
-    raises what it does.
-
-    classes: of the network.
-    """
-    vocabulary = checkpoint["vocabulary"]
-    counts = class_counts(vocabulary)
-    if counts != classes:
-        raise ValueError(f"names of {counts} classes, a network of {classes}")
-    lists = [*vocabulary.values(), *checkpoint["split"].values(), *checkpoint["trained"].values()]
-    for names in lists:
-        for name in names:
-            if not isinstance(name, str):
-                raise ValueError(f"{name} is no name")
-    for level, numbers in checkpoint["arguments"].get("numbers", {}).items():
-        if len(numbers) != len(vocabulary.get(level, numbers)):
-            raise ValueError(f"{len(numbers)} numbers of {level} classes")
-        if not all(number in range(2**16) for number in numbers):
-            raise ValueError(f"{level} numbers of {numbers}")
+    for key in ("model", "network", "vocabulary"):
+        if key not in checkpoint:
+            raise ValueError(
+                f"{path}: not a checkpoint of train.py, without {key}; load_mmseg reads theirs"
+            )
+    net = build(checkpoint["network"], checkpoint["model"], path)
+    counts = class_counts(checkpoint["vocabulary"])
+    if counts != net.classes:
+        raise ValueError(f"{path}: names of {counts} classes, a network of {net.classes}")
+    return net, checkpoint
 
 
 def class_counts(vocabulary: dict) -> dict:
@@ -718,6 +819,16 @@ def class_counts(vocabulary: dict) -> dict:
         elif level in vocabulary:
             counts[level] = len(vocabulary[level])
     return counts
+
+
+def channel_names(vocabulary: dict) -> dict[str, list[str]]:
+    """Level -> class names; for part a name for every channel of the part logits, "car: wheel"."""
+    names = dict(vocabulary)
+    if "part" in vocabulary:
+        names["part"] = []
+        for name, parts in vocabulary["part"].items():
+            names["part"] += [f"{name}: {part}" for part in parts]
+    return names
 
 
 # ---------------------------------------------------------------- loading: released weights
@@ -783,9 +894,6 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
             raise ValueError(
                 f"{path}: {key} is missing; of the authors' two files the encoder comes first"
             )
-        check_state_dict(state, path)
-        if state[key].ndim != 4:
-            raise ValueError(f"{path}: {key} is no convolution")
     state = {f"backbone.{key}": value for key, value in body.items()}
     state.update(top)
     if "conv_last.1.weight" in top:
@@ -849,19 +957,17 @@ def load_mmseg(path: str, names: list[str] | None = None) -> tuple[UPerNet, dict
     """
     content = read_file(path)
     state = content.get("state_dict", content)
-    try:
-        classes = len(state["decode_head.conv_seg.weight"])
-        channels = len(state["decode_head.fpn_bottleneck.conv.weight"])
-        meta = dict(content.get("meta", {}))
-        dataset_meta = dict(meta.get("dataset_meta", {}))
-        if names is None:
-            names = meta.get("CLASSES") or dataset_meta.get("classes")
-        if names is None:
-            names = [f"class {k}" for k in range(1, classes + 1)]
-        names = [str(name) for name in names]
-    except (KeyError, IndexError, TypeError, ValueError) as e:
-        raise ValueError(f"{path}: not mmsegmentation's UPerNet ({e}); load reads ours") from None
-    check_state_dict(state, path)
+    for key in ("decode_head.conv_seg.weight", "decode_head.fpn_bottleneck.conv.weight"):
+        if key not in state:
+            raise ValueError(
+                f"{path}: not mmsegmentation's UPerNet, without {key}; load reads ours"
+            )
+    classes = len(state["decode_head.conv_seg.weight"])
+    meta = content.get("meta", {})
+    if names is None:
+        names = meta.get("CLASSES") or meta.get("dataset_meta", {}).get("classes")
+    if names is None:
+        names = [f"class {k}" for k in range(1, classes + 1)]
     if re.search(r"align_corners\s*=\s*True", f"{meta.get('config')} {meta.get('cfg')}"):
         raise ValueError(
             f"{path}: trained with align_corners=True, which is not supported; take one of 512x512"
@@ -871,7 +977,7 @@ def load_mmseg(path: str, names: list[str] | None = None) -> tuple[UPerNet, dict
     network = {
         "classes": {"object": classes},
         "backbone": f"resnet{depth_of(state)}",
-        "channels": channels,
+        "channels": len(state["decode_head.fpn_bottleneck.conv.weight"]),
         "head_conv": False,
         "pool": "pspnet",
         "stem": "v1c",
@@ -906,51 +1012,107 @@ def distinct(names: list[str]) -> list[str]:
     return result
 
 
-# ---------------------------------------------------------------- speed
-def measure(net: nn.Module, images: Tensor, training: bool, bf16: bool = False) -> float:
-    """Milliseconds of a call of a network, in training with its gradients: the median of five. For
-    others' networks too, which return a tensor, see README."""
-    net.train(training)
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=bf16)
-        with torch.inference_mode(not training), autocast:
-            logits = net(images)
-        if isinstance(logits, dict):
-            logits = logits["object"]
-        if training:
-            net.zero_grad()
-            logits.float().logsumexp(dim=1).mean().backward()
-        logits.flatten()[0].item()  # waits for a GPU
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
+# ---------------------------------------------------------------- the fast way to compute the fusion
+class ConvOfMaps(nn.Conv2d):
+    """A 3x3 convolution of the concatenation of several maps, each (N, C, h, w), resized to the
+    first one's size: (N, out_channels, H, W)."""
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        finest, *coarser = maps
+        weights = self.weight.split([x.shape[1] for x in maps], dim=1)
+        y = F.conv2d(finest, weights[0], self.bias, padding=1)
+        # On a CPU 256 output channels at a time, whose intermediate maps fit into the cache.
+        at_once = 256 if y.device.type == "cpu" else self.out_channels
+        coarse = []
+        for k in range(0, self.out_channels, at_once):
+            some = [weight[k : k + at_once] for weight in weights[1:]]
+            coarse.append(conv_of_upsampled(coarser, some, finest.shape[2:]))
+        y += torch.cat(coarse, dim=1)
+        return y
 
 
-def main(argv: list[str] | None = None) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
+def conv_of_upsampled(maps: list[Tensor], weights: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """`sum(F.conv2d(resize(x, size), w, padding=1) for x, w in zip(maps, weights))`, up to
+    rounding, for a quarter of the operations or less and without the upsampled maps.
 
-    parser = argparse.ArgumentParser(
-        description="Parameters, multiply-adds and milliseconds, here.", usage=argparse.SUPPRESS
-    )
-    parser.add_argument(
-        "--size", type=int, default=512, metavar="N", help="side of the image (512)"
-    )
-    side = max(64, parser.parse_args(argv).size)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"150 objects, 512 channels, one {side}x{side} image, float32, {device}")
-    print("backbone     M parameters    GMAC  ms, inference   ms, training")
-    for backbone in ("resnet18", "resnet50", "resnet101"):
-        net = UPerNet({"object": 150}, backbone).to(device).eval()
-        images = torch.rand(1, 3, side, side, device=device)
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            net(images)
-        gmac = counter.get_total_flops() / 2e9
-        millions = sum(p.numel() for p in net.parameters()) / 1e6
-        inference = measure(net, images, training=False)
-        training = measure(net, images, training=True)
-        print(f"{backbone:12s} {millions:12.1f} {gmac:7.1f} {inference:14.1f} {training:14.1f}")
+    A 3x3 convolution is the sum over its taps (t, u) of the 1x1 convolution weight[t, u] of the map
+    shifted by (t, u). 1x1 convolutions commute with shifting and upsampling, which are a matrix
+    rows[t] along the height times a matrix columns[u] along the width. So, for each map,
+
+        y = torch.einsum("octu,nchw->ntuohw", weight, x)  # nine 1x1 convolutions of the small map
+        y = torch.einsum("uWw,ntuohw->ntohW", columns, y)
+        y = torch.einsum("tHh,ntohW->noHW", rows, y)
+
+    These lines do just that, with the channels last and the sums over maps and taps t in one
+    product.
+    """
+    height, width = size
+    n = maps[0].shape[0]
+    channels = weights[0].shape[0]
+    all_rows = []
+    stretched = []
+    for x, weight in zip(maps, weights):
+        h, w = x.shape[2:]
+        rows = shifted_upsampling(h, height, x)  # (3, H, h)
+        columns = shifted_upsampling(w, width, x)  # (3, W, w)
+        columns = columns.permute(1, 2, 0).flatten(1)  # (W, w u)
+        for t in range(3):
+            taps = weight[:, :, t].permute(2, 0, 1).flatten(0, 1)  # (u o, c)
+            y = F.conv2d(x, taps[:, :, None, None])  # (n, u o, h, w)
+            y = y.permute(0, 2, 3, 1).reshape(n * h, -1, channels)  # (n h, w u, o)
+            y = columns @ y  # (n h, W, o)
+            stretched.append(y.view(n, h, width * channels))
+            all_rows.append(rows[t])
+    y = torch.cat(all_rows, dim=1) @ torch.cat(stretched, dim=1)  # (n, H, W o)
+    return y.view(n, height, width, channels).permute(0, 3, 1, 2)  # (n, o, H, W)
 
 
-if __name__ == "__main__":
-    main()
+def shifted_upsampling(n: int, size: int, like: Tensor) -> Tensor:
+    """`resize` along one axis, from n to `size`, as a matrix, shifted by -1, 0 and 1 with zeros at
+    the border, as the three taps of a padded convolution see it: (3, size, n), typed as `like`.
+    """
+    # Computed in float32 at least, and rounded once.
+    one_hot = torch.eye(n, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    matrix = F.interpolate(one_hot[None], size=size, mode="linear", align_corners=False)[0].T
+    padded = F.pad(matrix, (0, 0, 1, 1)).to(like.dtype)  # (size + 2, n)
+    return torch.stack([padded[0:size], padded[1 : size + 1], padded[2 : size + 2]])
+
+
+# ---------------------------------------------------------------- checks
+def check_arguments(classes: dict, pool: str, fpn: int) -> None:
+    if not classes or not set(classes) <= set(LEVELS):
+        raise ValueError(f"classes {classes}: its keys are not some of {', '.join(LEVELS)}")
+    if pool not in ("prroi", "adaptive", "pspnet"):
+        raise ValueError(f"pool {pool!r} is not prroi, adaptive or pspnet")
+    if fpn not in (0, 2, 3, 4):
+        raise ValueError(f"fpn {fpn!r} is not 0, 2, 3 or 4")
+
+
+def check_images(images: Tensor, levels: list[str], known: dict) -> None:
+    unknown = sorted(set(levels) - set(known))
+    if unknown:
+        raise ValueError(f"no head for {', '.join(unknown)}: this network has {', '.join(known)}")
+    if torch.compiler.is_compiling():
+        return
+    fits = images.ndim == 4 and images.shape[1] == 3 and min(images.shape[2:]) >= 32
+    fits = fits and images.is_floating_point()
+    if fits and images.device.type == "cpu":  # elsewhere looking at values waits for the GPU
+        low, high = images.detach().aminmax()
+        fits = low >= -0.01 and high <= 1.01
+    if not fits:
+        raise ValueError(
+            f"images {tuple(images.shape)} of {images.dtype}: not (N, 3, H, W), RGB floats in "
+            "[0, 1], H and W at least 32"
+        )
+
+
+def check_stages(stages: list[Tensor], channels: list[int], images: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    shapes = [tuple(getattr(stage, "shape", ())) for stage in stages]
+    fits = [shape[1:2] for shape in shapes] == [(width,) for width in channels]
+    if not fits or abs(4 * shapes[0][3] - images.shape[3]) > 3:  # rounded up or down
+        raise ValueError(
+            f"the backbone returned maps of {shapes} for images of {tuple(images.shape)}: needed "
+            f"are four, C2..C5 of widths {channels}, the first at stride 4"
+        )
