@@ -553,17 +553,12 @@ def write_photo(photo, parsed, vocabulary, path, numbers) -> list[str]:
             mask = table[value].astype(np.uint8 if table.max() < 256 else np.uint16)
             written.append(f"{path}_{level}.png")
             datasets.save_picture(Image.fromarray(mask), written[-1])
-    datasets.write_file(written[1], lambda name: write_arrays(name, arrays))
+    datasets.write_file(written[1], lambda name: np.savez_compressed(name, **arrays))
     return written
 
 
-def write_arrays(path: str, arrays: dict[str, np.ndarray]) -> None:
-    with open(path, "wb") as file:  # to a name numpy would add .npz
-        np.savez_compressed(file, **arrays)
-
-
-def parse_photos(net, vocabulary, photos, results, numbers, relations, **how) -> None:
-    """Writes a picture and the maps of each photo. UserError at the end, if some could not be read.
+def parse_photos(net, vocabulary, photos, results, numbers, relations, **how) -> list[str]:
+    """Writes a picture and the maps of each photo; returns why others could not be read.
 
     photos: see `photos_in`. how: `levels`, `amp`, `sizes`, `flip`, as `parse` takes them.
     """
@@ -583,8 +578,7 @@ def parse_photos(net, vocabulary, photos, results, numbers, relations, **how) ->
         print(f"wrote {', '.join(write_photo(photo, parsed, vocabulary, target, numbers))}")
         if relations:
             relations.add(parsed)
-    if failed:
-        raise UserError("; ".join(failed))
+    return failed
 
 
 # ---------------------------------------------------------------- networks, and what they validate on
@@ -697,7 +691,9 @@ def plain_scene(name: str) -> str:
     return re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def open_sources(net, indexes, vocabulary, checkpoint, levels, labels, split, sizes, folder, cache):
+def open_sources(
+    indexes, vocabulary, checkpoint, levels, labels, split, folder, cache
+) -> dict[str, Source]:
     """The sources that have labels of the network's levels and classes, with the images to evaluate
     on. UserError if there are none."""
     sources = {}
@@ -712,13 +708,8 @@ def open_sources(net, indexes, vocabulary, checkpoint, levels, labels, split, si
                 print(f"{name}: classes unknown to this network: {datasets.listed(unknown)}")
         wanted = wanted_images(index, checkpoint, split, folder, cache)
         source = Source(index, vocabulary, names, validation=wanted)
-        if not set(source.levels) & set(levels):
-            continue
-        sources[name] = source
-        if source.validation and not index.data_set.close_ups:
-            counts = collections.Counter(map(tuple, index.sizes[source.validation].tolist()))
-            full = counts.most_common(1)[0][0]
-            print(f"{name}: most {size_line(full, net.test_size, sizes)}")
+        if set(source.levels) & set(levels):
+            sources[name] = source
     if not sources:
         raise UserError(
             "--data: has no labels of the levels or classes of this network; data of your own need "
@@ -729,6 +720,15 @@ def open_sources(net, indexes, vocabulary, checkpoint, levels, labels, split, si
             "no images to evaluate: see --split (official, balanced, all), --data, --root"
         )
     return sources
+
+
+def tell_sizes(sources, test_size, sizes) -> None:
+    """Prints at which size the network sees most images of each source."""
+    for name, source in sources.items():
+        if source.validation and not source.data_set.close_ups:
+            counts = collections.Counter(map(tuple, source.index.sizes[source.validation].tolist()))
+            full = counts.most_common(1)[0][0]
+            print(f"{name}: most {size_line(full, test_size, sizes)}")
 
 
 def relate(relations, net, sources, **how) -> None:
@@ -793,12 +793,13 @@ def command(argv: list[str]) -> None:
     amp = datasets.pick_amp(args.amp, device)
     how = {"levels": levels, "amp": amp, "sizes": args.size, "flip": args.flip}
     numbers = checkpoint["arguments"].get("numbers", {})
+    failed = []
     if args.photo:
         if args.json or dist.is_initialized():
             raise UserError("--photo: not with --json (photos have no labels), nor with torchrun")
         results = args.pictures or "parsed"
         photos = photos_in(args.photo, results)
-        parse_photos(net, vocabulary, photos, results, numbers, relations, **how)
+        failed = parse_photos(net, vocabulary, photos, results, numbers, relations, **how)
     elif args.data is None:
         raise UserError("--data: name the sources to evaluate on, ade20k,os for one")
     else:
@@ -807,8 +808,9 @@ def command(argv: list[str]) -> None:
         with datasets.main_process_first():
             indexes = datasets.open_indexes(args.data, *place, args.workers, levels, own_names)
         sources = open_sources(
-            net, indexes, vocabulary, checkpoint, levels, args.labels, args.split, args.size, *place
+            indexes, vocabulary, checkpoint, levels, args.labels, args.split, *place
         )
+        tell_sizes(sources, net.test_size, args.size)
         results = evaluate(net, vocabulary, sources, workers=args.workers, **how)
         print(table(results, amp))
         if args.json and datasets.is_main_process():
@@ -821,6 +823,8 @@ def command(argv: list[str]) -> None:
             relate(relations, net, sources, **how)
     if relations:
         relations.report(args.relations)
+    if failed:
+        raise UserError("; ".join(failed))
 
 
 def main(argv: list[str] | None = None) -> None:

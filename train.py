@@ -718,6 +718,17 @@ def new_network(vocabulary, test_size, weights, start, **options) -> UPerNet:
     return net
 
 
+def resumed_network(checkpoint, indexes, out) -> UPerNet:
+    """The network of a run that is resumed. UserError if its data have changed."""
+    for name, index in indexes.items():
+        if index.content != checkpoint["arguments"]["content"][name]:
+            raise UserError(f"{out}: {name} has other images or classes than the run began with")
+    net = UPerNet(**checkpoint["network"])
+    net.load_state_dict(checkpoint.pop("model"))
+    print(f"{out}: resumes the {checkpoint['stage']} stage at {checkpoint['iteration']}")
+    return net
+
+
 def new_checkpoint(net, vocabulary, split, sources, stages, trained, options) -> dict:
     """What `save` writes of a new run, but for the network's weights: tensors and plain values.
 
@@ -842,14 +853,7 @@ def command(argv: list[str]) -> None:
             Path(out, name).unlink(missing_ok=True)
         save(f"{out}/ckpt.pt", checkpoint, net)
     else:
-        for name, index in indexes.items():
-            if index.content != checkpoint["arguments"]["content"][name]:
-                raise UserError(
-                    f"{out}: {name} has other images or classes than the run began with"
-                )
-        net = UPerNet(**checkpoint["network"])
-        net.load_state_dict(checkpoint.pop("model"))
-        print(f"{out}: resumes the {checkpoint['stage']} stage at {checkpoint['iteration']}")
+        net = resumed_network(checkpoint, indexes, out)
     net.to(device)
     synchronise_batch_norm(net, device)
     if args.compile:
