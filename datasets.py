@@ -1,4 +1,5 @@
-"""Three sources of Broden+ (section 2.1): ADE20K, OpenSurfaces, DTD; data of your own; a toy.
+"""Three sources of Broden+ (section 2.1): ADE20K, OpenSurfaces, DTD (without Pascal: ours); data of
+your own; a toy.
 
     python datasets.py --data ade20k,os,dtd --root data   # scans: what is there, and what is broken
 
@@ -448,7 +449,7 @@ DATA_SETS = [ADE20K_2021, SCENE_PARSING, OPEN_SURFACES, DTD]
 
 # ---------------------------------------------------------------- similar names (section 2.1)
 def merged_names(names: dict[int, str], parts: bool = False) -> dict[int, str]:
-    """Number -> class name, similar names merged by rule (the released code has tables by hand).
+    """Number -> class name, similar names merged by rule (ours; the released code has tables).
 
     The first synonym, in lower case; a plural becomes the singular when both occur; names of parts
     lose "left" and "right". What then has one name is one class.
@@ -881,8 +882,9 @@ def build_vocabulary(
     """Level -> class names (part: object -> part names, "background" first).
 
     Section 2.1: objects in at least 50 images with at least 50,000 pixels; parts of an object in at
-    least 20 images; materials in at least 50 images; all textures. Ours: scenes in at least 10;
-    objects and parts in the order of their size, the others in that of the alphabet. A fixed table
+    least 20 images; materials in at least 50 images; all textures. Ours: scenes in at least 10, not
+    mapped to Places; no class for the background of objects and materials; objects and parts in the
+    order of their size, the others in that of the alphabet. A fixed table
     of classes (SceneParsing, your own) is taken as it is. Raises UserError for two sources of one
     level, and, if `levels` has object, for a fixed table of which fewer than two classes have
     pixels.
@@ -1219,7 +1221,7 @@ class TrainingBatches(Dataset):
         return sample
 
     def close_up(self, source: Source, i: int, rng: np.random.Generator) -> Sample:
-        """A random square of image i, of TEXTURE_SIZE; half of the time mirrored (ours)."""
+        """A random square of image i, of TEXTURE_SIZE; half of the time mirrored (both ours)."""
         photo = texture_square(source, i, place=rng.random())
         return self.mirrored(Sample(photo, {}, (TEXTURE_SIZE, TEXTURE_SIZE)), rng)
 
@@ -1272,10 +1274,10 @@ def quarter_labels(sample: Sample, level: str, height: int, width: int) -> np.nd
 
 
 def centres(n: int, start: int, full: int, rows: int) -> np.ndarray:
-    """In a label map of so many rows, those where the centres are of the cells of 4 pixels that
-    have it within n pixels, from pixel `start` on, of a photo of `full` rows."""
-    middle = start + 4 * np.arange(math.ceil((n - 2) / 4)) + 2
-    return middle * rows // full
+    """The rows of a label map at the centres of cells. A photo of `full` rows is cut into cells of 4,
+    from row `start` on; those count whose centre lies within n rows. Its label map has `rows`."""
+    centre = start + 4 * np.arange(math.ceil((n - 2) / 4)) + 2
+    return centre * rows // full
 
 
 def texture_square(source: Source, i: int, place: float) -> Image.Image:

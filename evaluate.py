@@ -40,8 +40,10 @@ class Metrics:
 
     Object, material: pixel accuracy and mean IoU over labelled pixels. Part: within the true
     object's region, for the objects of an image that have an annotated part, background as a class
-    (mIoU-bg), averaged over an object's parts first, then over objects. Scene, texture: top-1. A
-    class without a labelled pixel is in no mean.
+    (mIoU-bg; it is index 0 of each object's list), averaged over an object's parts first, then over
+    objects. Scene, texture: top-1.
+    Ours: a class without a labelled pixel is in no mean (released: IoU 0), and parts are evaluated
+    within the true object (released: within the predicted one, without background).
     """
 
     def __init__(self, vocabulary: dict, levels: list[str]):
@@ -295,7 +297,7 @@ class Relations:
 
     scene-object: the share of a scene's photos in which an object shows up (one pixel is enough);
     those of at least 30%. The others: of the pixels of the first, the share of the second; the
-    three largest of at least 10%, scaled to sum to one.
+    three largest of at least 10%, scaled to sum to one. Object-part is left out (ours).
     """
 
     def __init__(self, vocabulary: dict, levels: list[str]):
@@ -467,8 +469,9 @@ def draw_pictures(net, vocabulary, sources, folder, **how) -> None:
             photo = source.photo(i)
             if source.data_set.close_ups:
                 photo = datasets.texture_square(source, i, place=0.5)
-                how["sizes"] = [datasets.TEXTURE_SIZE]
-            parsed = parse(net, photo, levels, **how)
+                parsed = parse(net, photo, levels, sizes=[datasets.TEXTURE_SIZE])
+            else:
+                parsed = parse(net, photo, levels, **how)
             labels = {level: y for level, y in source.labels(i).items() if level in levels}
             truth = labels_as_parsed(labels, vocabulary, net.part_slices)
             height = max(1, round(photo.height * datasets.PANEL / photo.width))

@@ -13,7 +13,7 @@ from torch.nn.functional import relu
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 STEMS = {  # widths of the convolutions before layer1
-    "7x7": (64,),  # torchvision's
+    "7x7": (64,),  # torchvision's, our default
     "deep": (64, 64, 128),  # the authors' release: three 3x3 convolutions
     "v1c": (32, 32, 64),  # mmsegmentation's ResNet-v1c, likewise
 }
@@ -162,7 +162,7 @@ class ResNet(nn.Module):
 
 
 def load_imagenet(net: ResNet) -> None:
-    """Loads torchvision's ImageNet weights (IMAGENET1K_V1).
+    """Loads torchvision's ImageNet weights (IMAGENET1K_V1: ours, the paper names none).
 
     Raises ValueError for a stem that has none, OSError if they cannot be downloaded.
     """

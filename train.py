@@ -1,11 +1,11 @@
 """Training of UPerNet on sources that each label only some of the levels (section 3.1).
 
     python train.py                                             # the toy, made on the spot
-    python train.py --data ade20k,dtd,os                        # the real data, under ./data
-    torchrun --nproc_per_node=8 train.py --data ade20k,dtd,os   # several GPUs
+    python train.py --data ade20k,dtd,os --batch-size 4 --accumulate 4   # one GPU; ./data
+    torchrun --nproc_per_node=8 train.py --data ade20k,dtd,os   # eight: 16 images a step, too
 
 Each iteration draws one source and updates only the path to its labels; textures come last, on the
-frozen network. The method stands first: `update`, `train`, `plan_stages`, `freeze`.
+frozen network. The method stands first: `update`, `train`, `plan_stages`, `draw_batches`, `freeze`.
 """
 
 import collections
@@ -47,12 +47,13 @@ def update(
     device: torch.device,
     amp: torch.dtype | None,
 ) -> dict[str, float]:
-    """Takes one step on batches of one source, averaging gradients; returns each level's loss.
+    """Takes one step on batches of one source, averaging gradients; returns each level's loss in
+    this process.
 
-    Only the path to the source's levels moves, and nothing else at all: `levels=` keeps the rest
+    Only the path to the source's levels moves, and nothing else at all. `levels=` keeps the rest
     out of the forward pass, so that its batch-norm statistics stay, and out of the backward pass,
-    so that its gradients stay None, and SGD leaves parameters without a gradient alone, their
-    weight decay and momentum too (in the released code both act). A level without a label in this
+    so that its gradients stay None. SGD leaves parameters without a gradient alone, their weight
+    decay and momentum too (ours; in the released code both act). A level without a label in this
     batch is on the path: its gradients are zero, and decay and momentum act. In fp16 the scaler
     skips a step whose gradients overflow.
     """
@@ -81,60 +82,61 @@ def without_exchange(model: nn.Module, is_last: bool):
     return contextlib.nullcontext()
 
 
-NOT_FINITE = 1000  # above every signal's number
+NOT_FINITE = 1000  # an event of `train`, as the numbers of signals, which are lower
 
 
 def train(net, stages, checkpoint, validate, out, lr, device, amp, workers, save_every, eval_every):
     """Trains the stages that are left, saving on the way. There are three ways out: all is trained
-    (returns 0), a signal came (returns its number, after saving), the loss is not finite
-    (FloatingPointError, without saving).
+    (returns 0), a signal came (returns its number, after saving), the loss or the network is not
+    finite (FloatingPointError, without saving).
 
-    stages: name -> Stage. checkpoint: what `save` writes but for the network; says where the run
-    is, and is kept up to date. validate: () -> metrics of the network. For the others see `main`.
+    stages: name -> Stage. checkpoint: what `save` writes but for the network; its stage, iteration
+    and best are kept up to date. validate: () -> metrics. For the others see `make_parser`.
     """
     names = [*stages, "done"]
     saved_at = time.monotonic()
     with Signals() as signals:
         while checkpoint["stage"] != "done":
             stage = stages[checkpoint["stage"]]
+            net.train()
+            if stage.name == "texture":
+                freeze(net)
             model, optimizer, scaler = prepare(net, stage, checkpoint, device, amp)
-            state = (checkpoint, net, optimizer, scaler)
             first = checkpoint["iteration"]
-            batches = iter(datasets.loader(stage.batches, first * stage.accumulate, workers))
-            for iteration in progress(stage, first):
+            reader = iter(datasets.loader(stage.batches, first * stage.accumulate, workers))
+            for iteration in progress_bar(stage, first):
                 began = time.perf_counter()
                 # Section 3.1: poly; a policy for each stage is ours.
                 rate = lr * (1 - iteration / stage.iterations) ** 0.9
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                step = [next(batches) for _ in range(stage.accumulate)]
-                loss = update(model, net.part_slices, step, optimizer, scaler, device, amp)
+                batches = [next(reader) for _ in range(stage.accumulate)]
+                loss = update(model, net.part_slices, batches, optimizer, scaler, device, amp)
                 checkpoint["iteration"] = iteration + 1
 
                 event = NOT_FINITE if has_diverged(loss, scaler) else signals.received
-                event = datasets.largest_of_processes(event)
+                event = datasets.largest_of_processes(event)  # all of them take the same way out
                 if event == NOT_FINITE:
                     raise FloatingPointError(f"iteration {iteration} of the {stage.name} stage")
                 line = {
                     "stage": stage.name,
                     "iteration": iteration,
-                    "source": step[0].source,
+                    "source": batches[0].source,
                     "lr": rate,
                     "loss": finite(loss),
                     "seconds": round(time.perf_counter() - began, 4),
                 }
-                is_last = iteration + 1 == stage.iterations
-                is_end = is_last and stage.name == names[-2]
-                if eval_every and (iteration + 1) % eval_every == 0 and not is_end:
+                ends_stage = iteration + 1 == stage.iterations
+                ends_run = ends_stage and stage.name == names[-2]  # then `run` evaluates
+                if eval_every and (iteration + 1) % eval_every == 0 and not ends_run:
                     line["metrics"] = validate()
-                    keep_best(line["metrics"], out, *state)
+                    keep_best(line["metrics"], out, checkpoint, net, optimizer, scaler)
                 write_log(line, out)
 
-                is_due = time.monotonic() - saved_at > 600
-                if save_every:
-                    is_due = (iteration + 1) % save_every == 0
-                if event or (is_due and not is_last):
-                    save(f"{out}/ckpt.pt", *state)
+                seconds = time.monotonic() - saved_at
+                is_due = (iteration + 1) % save_every == 0 if save_every else seconds > 600
+                if event or (is_due and not ends_stage):
+                    save(f"{out}/ckpt.pt", checkpoint, net, optimizer, scaler)
                     saved_at = time.monotonic()
                 if event:
                     return event
@@ -155,54 +157,11 @@ def finite(loss: dict[str, float]) -> dict[str, float | None]:
     return {level: value if math.isfinite(value) else None for level, value in loss.items()}
 
 
-class Signals:
-    """Notes the signals of Ctrl-C, kill, a closed terminal and a queue's warning, so that the
-    iteration is finished and saved; one that comes two seconds after the first takes effect at once
-    (to groups of processes they come twice).
-    """
-
-    def __init__(self):
-        self.received = 0  # the number of the signal
-        self.received_at = 0.0
-        self.before = {}
-
-    def __enter__(self) -> "Signals":
-        for number in datasets.SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has SIGHUP
-                self.before[number] = signal.signal(number, self.note)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number: int, _) -> None:
-        if not self.received:
-            self.received = number
-            self.received_at = time.monotonic()
-        elif time.monotonic() - self.received_at > 2:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-
-def progress(stage: "Stage", first: int) -> tqdm:
-    """The iterations of a stage from `first` on, with a bar."""
-    return tqdm(
-        range(first, stage.iterations),
-        stage.name,
-        total=stage.iterations,
-        initial=first,
-        disable=not datasets.is_main_process(),
-        file=sys.stdout,
-        mininterval=0.1 if sys.stdout.isatty() else 30,  # seconds
-    )
-
-
 # ---------------------------------------------------------------- the stages, and what they train
 class Stage(NamedTuple):
     name: str  # "main" or "texture"
     batches: datasets.TrainingBatches  # of this process
-    images: int  # that it trains on, of all its sources
+    image_count: int  # that it trains on, of all its sources
 
     @property
     def iterations(self) -> int:
@@ -213,34 +172,44 @@ class Stage(NamedTuple):
         return self.batches.plan.images.shape[1]
 
 
-TEXTURE_IMAGES = 8  # times --batch-size: textures have a fiftieth of the area (ours)
+TEXTURE_BATCH = 8  # times --batch-size (ours): squares of 64 are small
 
 
 def plan_stages(
-    sources, iters, texture_iters, batch_size, accumulate, seed, **augmentation
+    sources, iters, texture_iters, batch_size, accumulate, seed, crop=0, **augmentation
 ) -> dict[str, Stage]:
     """Name -> stage, of those that have images and iterations: all sources but the textures, then
     these (see `freeze`).
 
-    By default 5 iterations per training image at 16 images a step, the paper's 100k for ADE20K's
-    20k images, then 5 passes over the textures (ours; the paper has "a few"). augmentation: further
-    arguments of `TrainingBatches`.
+    iters, texture_iters: None for 5 iterations per training image at 16 images a step, the paper's
+        100k for ADE20K's 20k images; for 5 passes over the textures (ours; the paper has "a few").
+    crop, augmentation: further arguments of `TrainingBatches`.
     """
     textures = [source for source in sources if source.data_set.close_ups]
     others = [source for source in sources if not source.data_set.close_ups]
-    step = (accumulate, datasets.processes(), batch_size)
-    texture_step = (accumulate, datasets.processes(), TEXTURE_IMAGES * batch_size)
+    shape = (accumulate, datasets.processes(), batch_size)
+    texture_shape = (accumulate, datasets.processes(), TEXTURE_BATCH * batch_size)
     if iters is None:
-        iters = math.ceil(5 * 16 * training_images(others) / math.prod(step))
+        iters = math.ceil(5 * 16 * training_images(others) / math.prod(shape))
     if texture_iters is None:
-        texture_iters = math.ceil(5 * training_images(textures) / math.prod(texture_step))
+        texture_iters = math.ceil(5 * training_images(textures) / math.prod(texture_shape))
     stages = {}
-    if iters and training_images(others):
-        stages["main"] = make_stage("main", others, iters, step, seed, augmentation)
-    if texture_iters and training_images(textures):
-        stages["texture"] = make_stage(
-            "texture", textures, texture_iters, texture_step, seed, augmentation
-        )
+    for name, members, iterations, step_shape in (
+        ("main", others, iters, shape),
+        ("texture", textures, texture_iters, texture_shape),
+    ):
+        if iterations and training_images(members):
+            by_orientation = name == "main" and not crop  # squares need no padding
+            groups = image_groups(members, by_orientation)
+            batches = datasets.TrainingBatches(
+                members,
+                draw_batches(groups, iterations, step_shape, seed),
+                seed=seed,
+                rank=datasets.rank(),
+                crop=crop,
+                **augmentation,
+            )
+            stages[name] = Stage(name, batches, training_images(members))
     return stages
 
 
@@ -248,10 +217,9 @@ def training_images(sources: list[Source]) -> int:
     return sum(len(source.training) for source in sources)
 
 
-def make_stage(name, sources, iterations, step, seed, augmentation) -> Stage:
-    """A stage with the batches of this process. Batches hold images of one orientation, which need
-    little padding; squares need none."""
-    by_orientation = name == "main" and not augmentation["crop"]
+def image_groups(sources: list[Source], by_orientation: bool) -> list[tuple[int, np.ndarray]]:
+    """(position of a source, numbers of its images) for each group from which a batch comes. Section
+    3.1: a batch holds images of one orientation, which need little padding."""
     groups = []
     for position, source in enumerate(sources):
         images = np.array(source.training, np.int32)
@@ -260,22 +228,17 @@ def make_stage(name, sources, iterations, step, seed, augmentation) -> Stage:
             groups += [(position, images[is_upright]), (position, images[~is_upright])]
         else:
             groups.append((position, images))
-    plan = draw_batches(groups, iterations, step, seed)
-    batches = datasets.TrainingBatches(
-        sources, plan, seed=seed, rank=datasets.rank(), **augmentation
-    )
-    return Stage(name, batches, training_images(sources))
+    return groups
 
 
 def draw_batches(
-    groups: list[tuple[int, np.ndarray]], iterations: int, step: tuple, seed: int
+    groups: list[tuple[int, np.ndarray]], iterations: int, shape: tuple, seed: int
 ) -> datasets.Plan:
     """Section 3.1: each iteration draws a source, with probability by its number of images.
 
-    groups: (position of a source, numbers of its images). A source's upright and other images are
-        two groups (ours); each is drawn by its own number of images, so that together they have
-        the source's share.
-    step: (batches, processes, images) of an iteration.
+    groups: see `image_groups`. What is drawn is a group, by its number of images, so that a source's
+        two orientations together have its share (ours).
+    shape: (batches, processes, images) of an iteration.
     Ours: no image repeats before every image of its group was used.
     """
     rng = np.random.default_rng(seed)
@@ -283,12 +246,12 @@ def draw_batches(
     counts = np.array([len(images) for _, images in groups])
     group_of = rng.choice(len(groups), iterations, p=counts / counts.sum())
     sources = np.array([position for position, _ in groups])[group_of]
-    numbers = np.empty((iterations, *step), np.int32)
+    numbers = np.empty((iterations, *shape), np.int32)
     for k, (_, images) in enumerate(groups):
         rows = np.flatnonzero(group_of == k)
-        n = len(rows) * math.prod(step)
+        n = len(rows) * math.prod(shape)
         passes = [rng.permutation(images) for _ in range(1 + n // len(images))]
-        numbers[rows] = np.concatenate(passes)[:n].reshape(-1, *step)
+        numbers[rows] = np.concatenate(passes)[:n].reshape(-1, *shape)
     return datasets.Plan(sources, numbers)
 
 
@@ -296,9 +259,7 @@ def prepare(
     net, stage, checkpoint, device, amp
 ) -> tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]:
     """(model to call, optimizer, gradient scaler) of a stage, as the checkpoint left them."""
-    if stage.name == "texture":
-        freeze(net)
-    optimizer = torch.optim.SGD(parameter_groups(net), momentum=0.9)  # the rate: see `train`
+    optimizer = torch.optim.SGD(parameter_groups(net), momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     if checkpoint["optimizer"]:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -342,13 +303,57 @@ SIZES = [300, 375, 450, 525, 600]  # section 3.1: short sides, with a long side 
 
 
 def test_and_largest_size(sizes: list[int], max_size: int, crop: int) -> tuple[tuple, tuple]:
-    """(the network's `test_size` after training at these sizes: the middle short side, 450 of the
-    paper's; the (short, longest) of the largest image in training)."""
+    """(`UPerNet.test_size` after training at these sizes: the middle short side, which is 450 of the
+    paper's (ours, for others); (short side, longest side) of the largest image in training)."""
     shorts = sorted(sizes or [crop // 2, crop, 2 * crop])
     middle = shorts[len(shorts) // 2]
-    if crop:  # see `TrainingBatches.sample`
+    if crop:  # the longest side is 4 times the short one, see `TrainingBatches.sample`
         return (middle, 4 * middle, None), (shorts[-1], 4 * shorts[-1])
     return (middle, max_size, None), (shorts[-1], max_size)
+
+
+# ---------------------------------------------------------------- signals, and a bar
+class Signals:
+    """Notes the signals of Ctrl-C, kill, a closed terminal and a queue's warning, so that the
+    iteration is finished and saved; one that comes two seconds after the first takes effect at once
+    (to groups of processes they come twice).
+    """
+
+    def __init__(self):
+        self.received = 0  # the number of the signal
+        self.received_at = 0.0
+        self.before = {}
+
+    def __enter__(self) -> "Signals":
+        for number in datasets.SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has SIGHUP
+                self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, _) -> None:
+        if not self.received:
+            self.received = number
+            self.received_at = time.monotonic()
+        elif time.monotonic() - self.received_at > 2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def progress_bar(stage: Stage, first: int) -> tqdm:
+    """The iterations of a stage from `first` on, with a bar."""
+    return tqdm(
+        range(first, stage.iterations),
+        stage.name,
+        total=stage.iterations,
+        initial=first,
+        disable=not datasets.is_main_process(),
+        file=sys.stdout,
+        mininterval=0.1 if sys.stdout.isatty() else 30,  # seconds
+    )
 
 
 # ---------------------------------------------------------------- the weights to start from
@@ -678,7 +683,7 @@ def describe(sources, vocabulary, stages, split, lr) -> None:
         if stage.name == "main":
             describe_images(stage.batches, vocabulary)
         step = math.prod(stage.batches.plan.images.shape[1:])
-        passes = stage.iterations * step / stage.images
+        passes = stage.iterations * step / stage.image_count
         print(
             f"{stage.name} stage: {stage.iterations} iterations of {step} images, {passes:.1f} "
             f"passes, learning rate {lr:g}"

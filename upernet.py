@@ -12,7 +12,8 @@
 The modules stand in the order of figure 4, from C5 upwards; then the losses, the way from a photo
 to classes, and the files of weights. This file and resnet.py work on their own, copied anywhere,
 with PyTorch (and Pillow for photos); with `backbone=` a module, this file alone. In comments,
-"released" is what the authors' code does, and "ours" what neither the paper nor that code says.
+"released" is what the authors' code does, and "ours" a choice of ours, where the paper is silent or
+does otherwise.
 """
 
 import collections
@@ -30,13 +31,13 @@ from torch import Tensor, nn
 
 LEVELS = ("scene", "object", "part", "material", "texture")
 TAGS = ("scene", "texture")  # label whole images, the others pixels
-# As released, but for texture, which the released code lacks.
+# As released, but for texture, which the released code lacks (ours).
 LOSS_WEIGHTS = {"scene": 0.25, "object": 1.0, "part": 0.5, "material": 1.0, "texture": 1.0}
 UNLABELLED = -1  # in every label map and list of labels
 # Ours; the released network has constants of its own, see `load_release`.
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # of RGB in [0, 1]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-MEAN_COLOUR = (124, 116, 104)  # IMAGENET_MEAN, the colour of padding: zero after normalisation
+MEAN_COLOUR = (124, 116, 104)  # of padding: IMAGENET_MEAN, about zero after normalisation
 
 
 # ---------------------------------------------------------------- pieces
@@ -81,7 +82,7 @@ def average_weights(bins: int, n: int, device: torch.device) -> Tensor:
 
 
 class PoolingBranch(ConvBNReLU):
-    """A branch of the PPM: pooled to bins x bins, resized to C5's size, 1x1 convolution, BN, ReLU:
+    """A branch of the PPM: pooled to bins x bins, 1x1 convolution, resized to C5's size, BN, ReLU:
     (N, in_channels, h, w) -> (N, channels, h, w).
 
     With `pool="pspnet"` the resize comes last.
@@ -104,7 +105,7 @@ class PoolingBranch(ConvBNReLU):
         conv, norm, relu = self
         if self.pool == "pspnet":
             return resize(relu(norm(conv(pooled))), (height, width))
-        # As released, BN after the resize; the convolution commutes with it and is cheaper before.
+        # As released, BN after the resize. Released, the convolution is too; it commutes with it.
         return relu(norm(resize(conv(pooled), (height, width))))
 
 
@@ -159,8 +160,8 @@ class FPN(nn.Module):
 class Fusion(nn.Module):
     """P2..P5 fused into one map of P2's size, for objects and parts.
 
-    `plain` is the definition; nothing but the tests calls it. `forward` gives the same up to
-    rounding with three eighths of the operations: see `ConvOfMaps` at the end of this file.
+    `plain` is the definition; nothing but the tests calls it. `forward` gives the same, up to
+    rounding, with fewer operations: see `ConvOfMaps` at the end of this file.
     """
 
     def __init__(self, maps: int, channels: int):
@@ -216,15 +217,15 @@ class UPerNet(nn.Module):
     backbone: "resnet18", "resnet34", "resnet50" or "resnet101" (resnet.py beside this file), or a
         module with `.channels` that returns four maps C2..C5 of these widths, C2 at stride 4.
     channels: the width of everything after the backbone.
-    head_conv: a 3x3 convolution before each classifier but the texture's, which has four, as in the
-        paper; other code bases have none.
+    head_conv: a 3x3 convolution before each classifier, as in the paper; other code bases have none.
+        The texture's always has four.
     pool: the PPM's pooling. "prroi": the authors' Precise RoI pooling; "adaptive": average pooling
         in its place, as in their ADE20K network; "pspnet": average pooling, and BN and ReLU before
         the resize, as in mmsegmentation.
     ppm, fpn, fusion, output_stride: the rows of the paper's table 2. `fpn` is the finest level
         built (2, 3 or 4; 0 for none, with all heads on P5). Without `fusion` the object head sits
-        on that level; without `ppm` P5 is a 1x1 lateral of C5.
-    stem, output_stride: as in `resnet.ResNet`, for a backbone given by name.
+        on that level; without `ppm` P5 is a 1x1 lateral of C5 (ours).
+    stem, output_stride: as in `resnet.ResNet`, for a backbone given by name (ours: "7x7").
     test_size: for evaluation: the short side, the longest side, and the multiple to which images
         are stretched: the authors' 8 or 32, mmsegmentation's 1, each rounded as in their code.
         None: they are padded to a multiple of 32.
@@ -247,7 +248,7 @@ class UPerNet(nn.Module):
         fusion: bool = True,
         stem: str = "7x7",
         output_stride: int = 32,
-        test_size: tuple = (450, 1200, None),  # section 3.1
+        test_size: tuple = (450, 1200, None),  # section 3.1; train.py's: `test_and_largest_size`
     ):
         super().__init__()
         check_arguments(classes, pool, fpn)
@@ -307,8 +308,9 @@ class UPerNet(nn.Module):
         Returns a dict:
           scene              (N, classes)
           object, material   (N, classes, H/4, W/4), rounded up by our backbone
-          part               (N, sum of part counts, H/4, W/4); softmax within `part_slices[object]`
-          texture            (N, classes), the mean over texture_map (N, classes, H/4, W/4)
+          part               (N, sum of part counts, H/4, W/4): `part_slices[object]` are one object's
+          texture            (N, classes), the mean over the map
+          texture_map        (N, classes, H/4, W/4)
         Raises ValueError for a level that the network does not have, for images that are not as
         above (values are looked at on the CPU alone), and for a backbone that does not return four
         maps, the first at stride 4.
@@ -334,6 +336,7 @@ class UPerNet(nn.Module):
         if set(levels) <= {"scene", "texture"}:
             return logits
 
+        # Without a level on the fused map, P3 and P4 need no 3x3 convolution.
         fuse = self.fusion is not None and not self.on_fused.isdisjoint(levels)
         pyramid = [p5]
         if self.fpn is not None:
@@ -450,7 +453,7 @@ class View(NamedTuple):
     """A photo as the network sees it, at one size, perhaps mirrored."""
 
     pixels: "np.ndarray"  # (1, 3, H, W) uint8, RGB, padded
-    filled: tuple[int, int]  # (height, width) that the photo takes, four pixels a cell of the maps
+    filled: tuple[int, int]  # (height, width) of it that are photo, not padding
     mirrored: bool = False
 
 
@@ -903,8 +906,8 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
     else:
         vocabulary = joint_vocabulary(labels)
         options = {"head_conv": True, "pool": "prroi", "test_size": (450, 1000, 8)}
-        # Its input is BGR in [0, 255] minus a mean: as constants of RGB in [0, 1], and a turned
-        # conv1.
+        # Its input is BGR in [0, 255] minus a mean: as constants of RGB in [0, 1], and conv1 with
+        # its input channels in reverse.
         state["mean"] = torch.tensor([122.7717, 115.9465, 102.9801]).view(3, 1, 1) / 255
         state["std"] = torch.full((3, 1, 1), 1 / 255)
         state["backbone.conv1.weight"] = body["conv1.weight"].flip(1)
