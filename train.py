@@ -622,6 +622,8 @@ def read_options(argv: list[str]) -> tuple:
         raise UserError(f"--crop {args.crop}: a multiple of 32")
     if not args.crop and args.max_size < max(args.sizes):
         raise UserError(f"--max-size: at least the largest of --sizes, {max(args.sizes)}")
+    if start and start["network"].get("pool") == "pspnet" and args.batch_size == 1:
+        raise UserError("--batch-size 1: batch norm after this file's pooling needs two images")
     if args.levels and "part" in args.levels and "object" not in args.levels:
         raise UserError("--levels: part needs object")
     return args, None, start
