@@ -326,8 +326,10 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         for number in datasets.SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has SIGHUP
-                self.before[number] = signal.signal(number, self.note)
+            is_ignored = signal.getsignal(number) == signal.SIG_IGN
+            if is_ignored and signal.Signals(number).name == "SIGHUP":  # by nohup
+                continue
+            self.before[number] = signal.signal(number, self.note)
         return self
 
     def __exit__(self, *_) -> None:
