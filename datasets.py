@@ -650,7 +650,7 @@ def open_files(data_set, folder, paths, workers) -> Index:
     entries = data_set.entries(folder, paths)
     if not entries:
         raise UserError(
-            f"{folder}: has {data_set.marker}, but no photos where {data_set.name} has them"
+            f"{folder}: has {data_set.marker}, but no photo below {data_set.contents[0]}/"
         )
     records = loader(Scan(data_set, folder, entries), workers=workers)
     kept = []
@@ -1931,7 +1931,7 @@ def report(index: Index, vocabulary: dict) -> None:
             names = vocabulary[level]
             text = f"{len(names)} {what}, {total:,} {unit} labelled: {listed(names)}"
         elif not any(index.tags) and level == index.data_set.tag_level:
-            text = "no labels"
+            continue
         print(f"  {level:9s}{text}")
         if level == "object" and index.data_set.fixed_table:
             for number, name in zip(index.names, vocabulary["object"]):

@@ -426,8 +426,11 @@ def map_panel(title: str, photo: Image.Image, classes: np.ndarray, names: list[s
     return panel(title, overlay(photo, classes, clear), lines)
 
 
-def panels(title: str, photo: Image.Image, parsed: dict, vocabulary: dict) -> list[Image.Image]:
-    """What `parse` saw in a photo: the photo with the best five tags, then a panel for each map."""
+def panels(photo: Image.Image, parsed: dict, vocabulary: dict, what: str = "") -> list[Image.Image]:
+    """What `parse` saw in a photo: the photo with the best five tags, then a panel for each map.
+
+    what: for the titles, such as ", truth".
+    """
     lines = []
     for level in TAGS:
         if level in parsed:
@@ -435,11 +438,11 @@ def panels(title: str, photo: Image.Image, parsed: dict, vocabulary: dict) -> li
             for k in np.argsort(-parsed[level], kind="stable")[:5]:
                 if parsed[level][k] >= 0.005:
                     lines.append((f"  {vocabulary[level][k]}  {parsed[level][k]:.0%}", None))
-    result = [panel(title, photo, lines)]
+    result = [panel(f"photo{what}", photo, lines)]
     for level in ("object", "part", "material", "texture_map"):
         if level in parsed:
             level_names = upernet.channel_names(vocabulary)[level.removesuffix("_map")]
-            result.append(map_panel(level, photo, parsed[level], level_names))
+            result.append(map_panel(f"{level}{what}", photo, parsed[level], level_names))
     return result
 
 
@@ -477,8 +480,8 @@ def draw_pictures(net, vocabulary, sources, folder, **how) -> None:
             height = max(1, round(photo.height * datasets.PANEL / photo.width))
             photo = photo.resize((datasets.PANEL, height))
             rows = [
-                panels("truth", photo, truth, vocabulary),
-                panels("prediction", photo, parsed, vocabulary),
+                panels(photo, truth, vocabulary, ", truth"),
+                panels(photo, parsed, vocabulary, ", prediction"),
             ]
             stem = datasets.without_ending(source.index.images[i]).replace("/", "_")[-80:]
             path = os.path.join(folder, f"{name}_{stem}.png")
@@ -544,7 +547,7 @@ def write_photo(photo, parsed, vocabulary, path, numbers) -> list[str]:
     names = upernet.channel_names(vocabulary)
     small = photo.copy()
     small.thumbnail((PANEL_SIDE, PANEL_SIDE))
-    shown = panels("photo", small, parsed, vocabulary)
+    shown = panels(small, parsed, vocabulary)
     written = [f"{path}_upernet.png", f"{path}_upernet.npz"]
     datasets.save_picture(datasets.sheet_of([shown[:3], shown[3:]]), written[0])
     arrays = {f"{level}_names": np.array(names[level]) for level in names}
@@ -578,7 +581,8 @@ def parse_photos(net, vocabulary, photos, results, numbers, relations, **how) ->
             told.add(photo.size)
         parsed = parse(net, photo, **how)
         target = os.path.join(results, name)
-        print(f"wrote {', '.join(write_photo(photo, parsed, vocabulary, target, numbers))}")
+        written = write_photo(photo, parsed, vocabulary, target, numbers)
+        print(f"wrote {written[0]}, and {len(written) - 1} files beside it")
         if relations:
             relations.add(parsed)
     return failed

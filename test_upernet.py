@@ -2863,7 +2863,7 @@ class TestTraining(Runs):
         command(evaluate.main, path, "--json", again)
         self.assertAlmostEqual(self.mean_of_levels(read_json(again)), best)
         self.assertAlmostEqual(torch.load(path, weights_only=True)["best"], best)
-        self.assertRegex(self.said, f"best.pt.*{best:.4f}")
+        self.assertRegex(self.said, f"best.pt.*{best:.2%}")
 
     def mean_of_levels(self, metrics: dict) -> float:
         scores = [metrics[level]["top1"] for level in ("scene", "texture")]

@@ -516,9 +516,11 @@ def draw_curves(out: str) -> None:
             means = [stretch.mean(axis=0).tolist() for stretch in stretches]
             top = max(y for _, y in means)
             curves = [(means, "#2255cc")]
-            title = f"{name}, by iteration"
+            title = f"{name} by iteration"
+            if name in LEVELS:
+                title = f"loss of {name} by iteration"
             if scores[name]:
-                title = f"{name}: loss; red, 0 to 1: validation"
+                title = f"loss of {name}; red, 0 to 1: validation"
                 curves.append(([(k, top * score) for k, score in scores[name]], "#cc3333"))
             panels.append(datasets.plot(title, len(lines), top, curves))
     datasets.save_picture(datasets.sheet_of([panels[:3], panels[3:]]), f"{out}/curves.png")
@@ -603,6 +605,9 @@ def read_options(argv: list[str]) -> tuple:
     if args.weights not in ("imagenet", "none"):
         start = read_start(args.weights)
         brought = options_of(start, argv)
+    taken = [f"{key} {brought[key]}" for key in brought if brought[key] != parser.get_default(key)]
+    if taken:
+        print(f"from {args.weights}: {', '.join(taken)}")
     args = datasets.parse_options(parser, argv, TOY, brought)
     if not args.out:
         name = "toy" if args.data == "toy" else "+".join(datasets.named_sources(args.data))
@@ -614,8 +619,6 @@ def read_options(argv: list[str]) -> tuple:
                 f"{args.out}: holds a run already; --resume resumes it, --out names another folder"
             )
         return *resumed_options(parser, argv, args.out, path), None
-    if brought:
-        print(f"from {args.weights}:", ", ".join(f"{key} {brought[key]}" for key in brought))
     if args.sizes is None:
         args.sizes = TOY_SIZES if args.data == "toy" else SIZES
         if args.crop:
@@ -803,7 +806,8 @@ def run(net, checkpoint, sources, out, workers, eval_every, **how) -> None:
             evaluate.draw_pictures(net, vocabulary, sources, f"{out}/pictures")
         print(f"wrote {out}/metrics.json, and pictures/ beside it")
     if os.path.exists(f"{out}/best.pt"):
-        print(f"best.pt has the best mean over the levels, {checkpoint['best']:.4f}")
+        path = f"{out}/best.pt"
+        print(f"{path} has the best mean over the levels, {checkpoint['best']:.2%}")
     print(f"next: python evaluate.py {shlex.quote(path)} --photo YOUR.jpg")
 
 
@@ -853,6 +857,7 @@ def command(argv: list[str]) -> None:
     )
     if is_new:
         describe(sources, vocabulary, stages, args.split, args.lr)
+        evaluate.tell_sizes(sources, test_size, None)
         torch.manual_seed(args.seed)
         options = {key: getattr(args, key) for key in NETWORK_OPTIONS}
         net = new_network(vocabulary, test_size, args.weights, start, **options)
