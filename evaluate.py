@@ -730,12 +730,12 @@ def open_sources(
 
 
 def tell_sizes(sources, test_size, sizes) -> None:
-    """Prints at which size the network sees most images of each source."""
+    """Prints at which size the network sees the images of each source: of the three commonest."""
     for name, source in sources.items():
-        if source.validation and not source.data_set.close_ups:
+        if not source.data_set.close_ups:
             counts = collections.Counter(map(tuple, source.index.sizes[source.validation].tolist()))
-            full = counts.most_common(1)[0][0]
-            print(f"{name}: most {size_line(full, test_size, sizes)}")
+            for full, n in counts.most_common(3):
+                print(f"{name}: {n} {size_line(full, test_size, sizes)}")
 
 
 def relate(relations, net, sources, **how) -> None:
