@@ -1391,7 +1391,11 @@ TOY_OPTIONS = {"min_images": 20, "min_pixels": 5000}
 def add_data_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--data", default="toy", help="toy, or a comma list of ade20k (or your own data),os,dtd")
-    add("--root", default="data", help="folder of ade20k/, os/, dtd/, toy/ (%(default)s)")
+    add(
+        "--root",
+        default="data",
+        help="folder of ade20k/, os/, dtd/, toy/, or of your images/ (%(default)s)",
+    )
     add("--cache", help="for indexes and prepared labels (<root>/.cache)")
     helps = {
         "min_images": "keep objects and materials in so many images (50; toy 20; own data: all)",

@@ -3021,6 +3021,8 @@ class TestResume(Runs):
     def test_signals_finish_the_iteration_and_save(self):
         """In the middle of a stage, in its last iteration, in the texture stage; at first without
         a checkpoint to resume."""
+        handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
+        self.addCleanup(signal.signal, signal.SIGHUP, handler)
         argv = (*self.toy, "--iters", 5, "--texture-iters", 3, "--save-every", 100)
         whole, _ = trained(*argv)
         stopped = join(new_folder("a"), "b c")
@@ -3057,7 +3059,8 @@ class TestResume(Runs):
         run = started(HANGS, *self.toy, "--iters", 9, "--out", new_folder("hanging"))
         self.assertTrue(any("hangs" in line for line in run.stdout))
         began = time.monotonic()
-        while run.poll() is None:  # to groups of processes they come twice
+        self.addCleanup(run.kill)
+        while run.poll() is None and time.monotonic() - began < 30:  # to groups they come twice
             run.send_signal(signal.SIGINT)
             time.sleep(0.2)
         self.assertGreater(time.monotonic() - began, 2)

@@ -657,6 +657,9 @@ def vocabulary_and_split(
     """(vocabulary of the levels, validation images of each source) of a new run; a balanced split
     does not depend on the levels."""
     everything = datasets.build_vocabulary(indexes, thresholds, levels or LEVELS)
+    missing = [level for level in levels or () if level not in everything]
+    if missing:
+        raise UserError(f"--levels: the data have no class of {', '.join(missing)}")
     vocabulary = {level: y for level, y in everything.items() if level in (levels or LEVELS)}
     validation = {}
     for name, index in indexes.items():

@@ -374,7 +374,10 @@ def initialise(module: nn.Module) -> None:
 
 
 def named_backbone(name: str, stem: str, output_stride: int) -> nn.Module:
-    from resnet import ResNet
+    try:
+        from .resnet import ResNet  # the two files copied into a package
+    except ImportError:
+        from resnet import ResNet
 
     depths = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
     if name not in depths:
