@@ -1345,7 +1345,10 @@ def sheet_of(rows: list[list[Image.Image]], margin: int = 10) -> Image.Image:
 
 def plot(title: str, right: float, top: float, curves: list) -> Image.Image:
     """A panel with axes from 0 to `right` and 0 to `top`. curves: ((x, y) points, colour)."""
-    left, upper, width, height = 52, 30, PANEL - 66, 160
+    left = 52
+    upper = 30
+    width = PANEL - 66
+    height = 160
     picture = Image.new("RGB", (PANEL, upper + height + 30), "white")
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(13)

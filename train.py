@@ -133,8 +133,9 @@ def train(net, stages, checkpoint, validate, out, lr, device, amp, workers, save
                     keep_best(line["metrics"], out, checkpoint, net, optimizer, scaler)
                 write_log(line, out)
 
-                seconds = time.monotonic() - saved_at
-                is_due = (iteration + 1) % save_every == 0 if save_every else seconds > 600
+                is_due = time.monotonic() - saved_at > 600  # seconds
+                if save_every:
+                    is_due = (iteration + 1) % save_every == 0
                 if event or (is_due and not ends_stage):
                     save(f"{out}/ckpt.pt", checkpoint, net, optimizer, scaler)
                     saved_at = time.monotonic()
@@ -193,23 +194,18 @@ def plan_stages(
         iters = math.ceil(5 * 16 * training_images(others) / math.prod(shape))
     if texture_iters is None:
         texture_iters = math.ceil(5 * training_images(textures) / math.prod(texture_shape))
+    augmentation.update(seed=seed, crop=crop, rank=datasets.rank())
     stages = {}
-    for name, members, iterations, step_shape in (
-        ("main", others, iters, shape),
-        ("texture", textures, texture_iters, texture_shape),
-    ):
-        if iterations and training_images(members):
-            by_orientation = name == "main" and not crop  # squares need no padding
-            groups = image_groups(members, by_orientation)
-            batches = datasets.TrainingBatches(
-                members,
-                draw_batches(groups, iterations, step_shape, seed),
-                seed=seed,
-                rank=datasets.rank(),
-                crop=crop,
-                **augmentation,
-            )
-            stages[name] = Stage(name, batches, training_images(members))
+    if iters and training_images(others):
+        groups = image_groups(others, by_orientation=not crop)  # squares need no padding
+        plan = draw_batches(groups, iters, shape, seed)
+        batches = datasets.TrainingBatches(others, plan, **augmentation)
+        stages["main"] = Stage("main", batches, training_images(others))
+    if texture_iters and training_images(textures):
+        groups = image_groups(textures, by_orientation=False)
+        plan = draw_batches(groups, texture_iters, texture_shape, seed)
+        batches = datasets.TrainingBatches(textures, plan, **augmentation)
+        stages["texture"] = Stage("texture", batches, training_images(textures))
     return stages
 
 
@@ -236,8 +232,8 @@ def draw_batches(
 ) -> datasets.Plan:
     """Section 3.1: each iteration draws a source, with probability by its number of images.
 
-    groups: see `image_groups`. What is drawn is a group, by its number of images, so that a source's
-        two orientations together have its share (ours).
+    groups: see `image_groups`. Each iteration draws a group, by its number of images, so that the two
+        orientations of a source together have its share (ours).
     shape: (batches, processes, images) of an iteration.
     Ours: no image repeats before every image of its group was used.
     """
@@ -679,9 +675,11 @@ def describe(sources, vocabulary, stages, split, lr) -> None:
         kind = split if source.data_set.has_official else "balanced"
         if kind == "balanced" and len(set(source.index.official) - {""}) > 1:
             kind += ", its own sides mixed; --split official keeps them apart"
-        train, validate = len(source.training), len(source.validation)
-        print(f"{name}: {train} images to train on, {validate} to validate on ({kind})")
-        if not train:
+        print(
+            f"{name}: {len(source.training)} images to train on, {len(source.validation)} to "
+            f"validate on ({kind})"
+        )
+        if not source.training:
             raise UserError(f"{name}: no image to train on; see --split")
         if "object" in source.levels:
             print(datasets.unlabelled_share(source.index, vocabulary["object"]))

@@ -515,10 +515,12 @@ def network_input(photo: "PIL.Image.Image", test_size: tuple) -> View:
     """A photo in RGB, resized and padded as `test_size` says, see `UPerNet`."""
     size = input_size((photo.height, photo.width), test_size)
     if test_size[2] is None:  # ours: padded, as training does
-        height, width = pad_to_32(size[0]), pad_to_32(size[1])
+        height = pad_to_32(size[0])
+        width = pad_to_32(size[1])
         filled = size
     else:  # as released: the maps cover the photo, also where 4 does not divide it
-        height, width = max(32, size[0]), max(32, size[1])
+        height = max(32, size[0])
+        width = max(32, size[1])
         filled = (4 * math.ceil(size[0] / 4), 4 * math.ceil(size[1] / 4))
     return View(padded_image(photo, size, height, width)[None], filled)
 
