@@ -79,7 +79,7 @@ def class_shares(counts) -> np.ndarray:
     return (counts[:, total > 0] / total[total > 0]).astype(np.float32)
 
 
-def start_temperature(shares, inside, outside, error, chance: float, rng) -> float:
+def start_temperature(shares, inside, outside, error, chance, rng):
     """Where the annealing starts: there a swap that makes the split worse by an average amount is
     taken with probability `chance`."""
     if chance == 0:
@@ -146,7 +146,7 @@ def validation_images(
     return sorted(entry["validation"])
 
 
-def split_source(index: Index, vocabulary: dict, fraction: float, swaps: int | None = None) -> dict:
+def split_source(index, vocabulary, fraction, swaps=None):
     """The entry of one source in split.json."""
     table = pixel_table(index, vocabulary)
     shares = class_shares(table)
@@ -163,7 +163,7 @@ def split_source(index: Index, vocabulary: dict, fraction: float, swaps: int | N
     }
 
 
-def split_path(folder: str, cache: str) -> str:
+def split_path(folder, cache):
     """split.json in the folder of the data; in the cache's if the former has none and cannot be
     written."""
     path = os.path.join(folder, "split.json")
@@ -172,7 +172,7 @@ def split_path(folder: str, cache: str) -> str:
     return os.path.join(cache, "split.json")
 
 
-def read_split(path: str) -> dict:
+def read_split(path):
     """The content of split.json, without sources if it is missing. UserError for another file."""
     empty = {"seed": datasets.SEED, "fraction": 0.1, "sources": {}}
     if not os.path.exists(path):
@@ -184,14 +184,14 @@ def read_split(path: str) -> dict:
 
 
 # ---------------------------------------------------------------- the command
-def fraction_of(text: str) -> float:
+def fraction_of(text):
     fraction = float(text)
     if not 0 < fraction < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return fraction
 
 
-def command(argv: list[str] | None) -> None:
+def command(argv):
     parser = datasets.make_parser(
         "balance_split.py",
         "Splits each source so that about a tenth of every class's pixels validate.",
@@ -231,7 +231,7 @@ def command(argv: list[str] | None) -> None:
         print(f"wrote {args.plot}")
 
 
-def plot_shares(index: Index, vocabulary: dict, validation: set[str], fraction: float):
+def plot_shares(index, vocabulary, validation, fraction):
     """The classes' shares in validation, sorted: balanced in blue, of a random split in grey."""
     shares = class_shares(pixel_table(index, vocabulary))
     balanced = np.array([image in validation for image in index.images])

@@ -13,6 +13,7 @@ import argparse
 import collections
 import colorsys
 import contextlib
+import dataclasses
 import datetime
 import functools
 import glob
@@ -102,16 +103,16 @@ SIDES = {
 }
 
 
-def side_of(folder: str) -> str:
+def side_of(folder):
     """ "train", "val" or "test" for a folder's name such as training, valid or train2017; or ""."""
     return SIDES.get(re.sub(r"\d{4}$", "", folder.lower()), "")
 
 
-def without_ending(path: str) -> str:
+def without_ending(path):
     return os.path.splitext(path)[0]
 
 
-def read_lines(*path: str) -> list[str]:
+def read_lines(*path):
     """The lines of a text file, UTF-8 or Latin-1."""
     content = Path(*path).read_bytes()
     try:
@@ -124,7 +125,7 @@ NO_SCENE = ("misc", "unknown", "none", "~not labeled")  # names of scenes that a
 
 
 # ADE20K_2021_17_01 (Zhou et al., CVPR 2017): scenes, objects and their parts.
-def ade20k_entries(folder: str, paths: list[str]) -> list[Entry]:
+def ade20k_entries(folder, paths):
     """images/ADE/training/../NAME.jpg with NAME_seg.png, NAME_parts_1.png if any, NAME.json."""
     present = set(paths)
     entries = []
@@ -140,12 +141,12 @@ def ade20k_entries(folder: str, paths: list[str]) -> list[Entry]:
     return entries
 
 
-def ade20k_numbers(picture: Image.Image) -> np.ndarray:
+def ade20k_numbers(picture):
     channels = np.asarray(picture.convert("RGB")).astype(np.int32)
     return channels[..., 0] // 10 * 256 + channels[..., 1]
 
 
-def ade20k_annotation(folder: str, entry: Entry) -> tuple[str, dict[int, str]]:
+def ade20k_annotation(folder, entry):
     content = json.loads("\n".join(read_lines(folder, entry.json)))["annotation"]
     scenes = [scene for scene in content["scene"] if scene]  # from broad to fine
     tag = scenes[-1].strip().lower() if scenes else ""
@@ -155,7 +156,7 @@ def ade20k_annotation(folder: str, entry: Entry) -> tuple[str, dict[int, str]]:
     return tag, names
 
 
-def ade20k_names(index: "Index") -> dict[str, dict]:
+def ade20k_names(index):
     objects = set(index.pixels[:, 1].tolist()) & index.names.keys()
     parts = set(index.pixels[:, 2].tolist()) & index.names.keys()
     return {
@@ -182,7 +183,7 @@ ADE20K_2021 = DataSet(
 
 
 # ADEChallengeData2016 (SceneParsing), and your own photos and masks: scenes and objects.
-def own_entries(folder: str, paths: list[str]) -> list[Entry]:
+def own_entries(folder, paths):
     """images/../NAME.jpg with annotations/../NAME.png, below training/, validation/ or not."""
     masks = {}
     for path in paths:
@@ -211,7 +212,7 @@ def own_entries(folder: str, paths: list[str]) -> list[Entry]:
     return entries
 
 
-def own_numbers(picture: Image.Image) -> np.ndarray:
+def own_numbers(picture):
     if picture.format == "JPEG":
         raise ValueError("a JPEG, whose compression changes the numbers; export masks as PNG")
     if getattr(picture, "n_frames", 1) > 1:
@@ -228,7 +229,7 @@ def own_numbers(picture: Image.Image) -> np.ndarray:
     return channels[..., 0]
 
 
-def check_palette(picture: Image.Image) -> None:
+def check_palette(picture):
     """Raises ValueError for a palette of greys other than their indices: either could be meant."""
     used = np.unique(np.asarray(picture))
     palette = np.array(picture.getpalette()).reshape(-1, 3)[: used.max() + 1]
@@ -241,7 +242,7 @@ def check_palette(picture: Image.Image) -> None:
         )
 
 
-def read_object_info(folder: str) -> dict[int, str]:
+def read_object_info(folder):
     """SceneParsing's table: a header, then number, tab, .., tab, name: its first synonym."""
     path = os.path.join(folder, "objectInfo150.txt")
     table = {}
@@ -254,7 +255,7 @@ def read_object_info(folder: str) -> dict[int, str]:
     return table
 
 
-def read_classes(folder: str) -> dict[int, str]:
+def read_classes(folder):
     """classes.txt: a number and a name a line, or names alone, whose numbers are 1, 2, ..; lines
     that begin with # are comments."""
     path = os.path.join(folder, "classes.txt")
@@ -286,7 +287,7 @@ def read_classes(folder: str) -> dict[int, str]:
 OWN_VOID = (0, 255, 65535)
 
 
-def own_class_table(folder: str, numbers: set[int]) -> dict[int, str]:
+def own_class_table(folder, numbers):
     """objectInfo150.txt, else classes.txt, else "class 1" to the highest number that occurs."""
     if os.path.exists(os.path.join(folder, "objectInfo150.txt")):
         return read_object_info(folder)
@@ -303,7 +304,7 @@ def own_class_table(folder: str, numbers: set[int]) -> dict[int, str]:
     return {number: f"class {number}" for number in range(1, highest + 1)}
 
 
-def classes_advice(numbers: set[int]) -> str:
+def classes_advice(numbers):
     """How to say which of the numbers in masks are classes."""
     lowest = min(numbers, default=0)
     highest = max(lowest + 1, max(numbers, default=1))
@@ -311,7 +312,7 @@ def classes_advice(numbers: set[int]) -> str:
     return f"name them in classes.txt, a number and a name a line ({example})"
 
 
-def fixed_names(index: "Index") -> dict[str, dict]:
+def fixed_names(index):
     """The scenes that occur, and the data set's own table of objects as it is."""
     distinct = upernet.distinct(index.names.values())
     tags = {tag: tag for tag in index.tags if tag}
@@ -344,7 +345,7 @@ SCENE_PARSING = DataSet(
 
 
 # OpenSurfaces release 0 after its own script (Bell et al., SIGGRAPH 2013): materials.
-def opensurfaces_entries(folder: str, paths: list[str]) -> list[Entry]:
+def opensurfaces_entries(folder, paths):
     """photos/ID.jpg with photos-labels/ID.png."""
     entries = []
     for path in paths:
@@ -354,12 +355,12 @@ def opensurfaces_entries(folder: str, paths: list[str]) -> list[Entry]:
     return entries
 
 
-def opensurfaces_numbers(picture: Image.Image) -> np.ndarray:
+def opensurfaces_numbers(picture):
     red = np.asarray(picture.convert("RGB"))[..., 0]  # green: objects, blue: scenes
     return red.astype(np.int32)
 
 
-def opensurfaces_table(folder: str, numbers: set[int]) -> dict[int, str]:
+def opensurfaces_table(folder, numbers):
     path = os.path.join(folder, "label-substance-colors.csv")
     try:
         rows = upernet.read_table(path, "substance_name", "red_color")
@@ -386,7 +387,7 @@ MATERIALS = {
 }
 
 
-def opensurfaces_names(index: "Index") -> dict[str, dict]:
+def opensurfaces_names(index):
     materials = {}
     for number, name in index.names.items():
         plain = re.sub("[^a-z]+", " ", name.lower()).strip()
@@ -413,7 +414,7 @@ OPEN_SURFACES = DataSet(
 
 
 # Describable Textures Dataset, r1.0.1 (Cimpoi et al., CVPR 2014): a texture for each image.
-def dtd_entries(folder: str, paths: list[str]) -> list[Entry]:
+def dtd_entries(folder, paths):
     """images/TEXTURE/NAME.jpg; train1 and val1 against test1; unlisted ones are in neither."""
     sides = {}
     for name, side in (("train1", "train"), ("val1", "train"), ("test1", "val")):
@@ -427,7 +428,7 @@ def dtd_entries(folder: str, paths: list[str]) -> list[Entry]:
     return entries
 
 
-def dtd_names(index: "Index") -> dict[str, dict]:
+def dtd_names(index):
     return {"texture": {tag: tag for tag in index.tags if tag}}
 
 
@@ -464,7 +465,7 @@ def merged_names(names: dict[int, str], parts: bool = False) -> dict[int, str]:
     return {number: singular(name, forms) for number, name in first.items()}
 
 
-def singular(name: str, forms: set[str]) -> str:
+def singular(name, forms):
     """The singular of a name, if it is among the forms; else the name."""
     for plural, ending in ((r"s$", ""), (r"(s|x|z|ch|sh|o)es$", r"\1"), (r"ies$", "y")):
         form = re.sub(plural, ending, name)
@@ -526,7 +527,7 @@ def open_indexes(
     return indexes
 
 
-def named_sources(data: str) -> list[str]:
+def named_sources(data):
     """The sources that --data names, in the order of DATA_SETS. UserError for other names."""
     known = list(dict.fromkeys(data_set.source for data_set in DATA_SETS))
     if data == "toy":
@@ -573,7 +574,7 @@ def scan(
     return index
 
 
-def find_folder(root, source) -> tuple[DataSet, str]:
+def find_folder(root, source):
     """(data set, folder) of a source below `root`. Raises UserError for none, and for two."""
     candidates = [data_set for data_set in DATA_SETS if data_set.source == source]
     tried = []
@@ -611,7 +612,7 @@ OTHER_LAYOUTS = {
 }
 
 
-def hint(folders: list[str]) -> str:
+def hint(folders):
     """What to do with the data that are there, if they have a layout that people often have."""
     for folder in folders:
         for name, advice in OTHER_LAYOUTS.items():
@@ -620,7 +621,7 @@ def hint(folders: list[str]) -> str:
     return ""
 
 
-def list_files(folder: str, contents: tuple) -> dict[str, tuple[int, int]]:
+def list_files(folder, contents):
     """Path in the folder -> (size, time of change) of all files that belong to a data set, but for
     hidden ones. Links are followed.
     """
@@ -635,7 +636,7 @@ def list_files(folder: str, contents: tuple) -> dict[str, tuple[int, int]]:
     return stats
 
 
-def read_index(path: str, folder: str, fingerprint: str) -> Index | None:
+def read_index(path, folder, fingerprint):
     """The index in the cache, or None if it is missing, damaged, or of other files."""
     try:
         stored = torch.load(path, weights_only=True)
@@ -645,7 +646,7 @@ def read_index(path: str, folder: str, fingerprint: str) -> Index | None:
         return None
 
 
-def open_files(data_set, folder, paths, workers) -> Index:
+def open_files(data_set, folder, paths, workers):
     """Opens all files of a data set."""
     entries = data_set.entries(folder, paths)
     if not entries:
@@ -683,13 +684,13 @@ def open_files(data_set, folder, paths, workers) -> Index:
     )
 
 
+@dataclasses.dataclass
 class Scan(Dataset):
     """The images of a data set, opened."""
 
-    def __init__(self, data_set: DataSet, folder: str, entries: list[Entry]):
-        self.data_set = data_set
-        self.folder = folder
-        self.entries = entries
+    data_set: DataSet
+    folder: str
+    entries: list[Entry]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -728,7 +729,7 @@ class Scan(Dataset):
             return {"broken": f"{current}: {reason_of(e)}"}
 
 
-def photo_size(path: str) -> tuple[int, int]:
+def photo_size(path):
     """(height, width) of a photo, turned as its EXIF data say. Reads all of the file, so that damage
     shows; JPEGs at an eighth of their size."""
     with Image.open(path) as photo:
@@ -742,7 +743,7 @@ def photo_size(path: str) -> tuple[int, int]:
         return (width, height) if turned else (height, width)
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error):
     """Why a file cannot be used, on one line."""
     if isinstance(error, FileNotFoundError):
         return "missing"
@@ -751,7 +752,7 @@ def reason_of(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def label_numbers(data_set: DataSet, path: str, size: tuple[int, int] | None = None) -> np.ndarray:
+def label_numbers(data_set, path, size=None):
     """Class numbers (H, W) int32 of a label picture.
 
     Raises ValueError if its (height, width) is not `size`, and for numbers that are none.
@@ -769,7 +770,7 @@ def label_numbers(data_set: DataSet, path: str, size: tuple[int, int] | None = N
     return numbers
 
 
-def check_broken(index: Index) -> None:
+def check_broken(index):
     """UserError if more than one image in twenty was set aside, a warning if any was."""
     if not index.broken:
         return
@@ -784,7 +785,7 @@ def check_broken(index: Index) -> None:
 VOID_NAMES = ("void", "ignore", "ignored", "unlabelled", "unlabeled")
 
 
-def check_numbers(index: Index) -> None:
+def check_numbers(index):
     """Warns of numbers without a name; in your own data of classes without a pixel and of those
     named void. UserError if no mask of your own has a class."""
     numbers = set(index.pixels[:, 1].tolist())
@@ -813,14 +814,14 @@ def check_numbers(index: Index) -> None:
         warn(message)
 
 
-def listed(items) -> str:
+def listed(items):
     """The first nine of several things, as text."""
     items = list(items)
     more = [".."] if len(items) > 9 else []
     return ", ".join([str(item) for item in items[:9]] + more)
 
 
-def unlabelled_share(index: Index, objects: list[str]) -> str:
+def unlabelled_share(index, objects):
     """What share of the pixels has none of the classes `objects`, a sentence; of your own data with
     what that means where they are 0."""
     names = index.data_set.names_by_level(index)["object"]
@@ -925,7 +926,7 @@ def build_vocabulary(
     return {level: names for level, names in vocabulary.items() if names}
 
 
-def parts_by_object(pairs: list[tuple[str, str]], objects: list[str]) -> dict[str, list[str]]:
+def parts_by_object(pairs, objects):
     """Object -> its parts, "background" first, of (object, part) pairs, for objects with any."""
     parts = {name: ["background"] for name in objects}
     for name, part in pairs:
@@ -1061,14 +1062,14 @@ class Source:
         return maps
 
 
-def lookup(names: dict, vocabulary: dict, level: str | None) -> dict:
+def lookup(names, vocabulary, level):
     """Number or tag in a source's files -> class index, for the classes of a level."""
     position = {name: k for k, name in enumerate(vocabulary.get(level, ()))}
     level_names = names.get(level, {})
     return {key: position[name] for key, name in level_names.items() if name in position}
 
 
-def part_table(names: dict[int, str], vocabulary: dict) -> np.ndarray:
+def part_table(names, vocabulary):
     """(class index, number in the files) -> index in the object's list of parts: uint8 (classes +
     1, numbers), whose last row serves class -1. 0, background, for none and for parts that the
     list lacks."""
@@ -1080,7 +1081,7 @@ def part_table(names: dict[int, str], vocabulary: dict) -> np.ndarray:
     return table
 
 
-def write_prepared(labels: np.ndarray, size: tuple[int, int], path: str) -> None:
+def write_prepared(labels, size, path):
     """Writes a label map, made smaller if `size` is, as a picture."""
     height = min(size[0], labels.shape[0])
     width = min(size[1], labels.shape[1])
@@ -1091,7 +1092,7 @@ def write_prepared(labels: np.ndarray, size: tuple[int, int], path: str) -> None
     write_file(path, lambda name: picture.save(name, "PNG", compress_level=1))
 
 
-def read_prepared(path: str) -> np.ndarray:
+def read_prepared(path):
     try:
         with Image.open(path) as picture:
             return np.array(picture)
@@ -1127,38 +1128,21 @@ class Sample(NamedTuple):
     left: int = 0
 
 
+@dataclasses.dataclass
 class TrainingBatches(Dataset):
     """The batches of one stage for one process. Batch k depends on the plan and the seed alone, so
-    that neither the number of workers nor a pause changes it.
+    that neither the number of workers nor a pause changes it."""
 
-    sources: those that `plan` names by their positions.
-    sizes: short sides, of which each iteration draws one (with `crop` each image).
-    longest: no long side is above it, but with `crop`.
-    crop: side of squares cut from the images, 0 for whole images. Without `sizes` these have short
-        sides of half to twice that.
-    flip: whether half of the images are mirrored.
-    rank: each process takes its share of every batch.
-    """
-
-    def __init__(
-        self,
-        sources: list[Source],
-        plan: Plan,
-        sizes: list[int],
-        longest: int,
-        seed: int,
-        crop: int = 0,
-        flip: bool = True,
-        rank: int = 0,
-    ):
-        self.sources = sources
-        self.plan = plan
-        self.sizes = sizes
-        self.longest = longest
-        self.seed = seed
-        self.crop = crop
-        self.flip = flip
-        self.rank = rank
+    sources: list[Source]  # those that `plan` names by their positions
+    plan: Plan
+    sizes: list[int]  # short sides, of which each iteration draws one (with `crop` each image)
+    longest: int  # no long side is above it, but with `crop`
+    seed: int
+    # Side of squares cut from the images, 0 for whole images. Without `sizes` these have short sides
+    # of half to twice that.
+    crop: int = 0
+    flip: bool = True  # whether half of the images are mirrored
+    rank: int = 0  # each process takes its share of every batch
 
     def __len__(self) -> int:
         iterations, accumulate, _, _ = self.plan.images.shape
@@ -1234,7 +1218,7 @@ class TrainingBatches(Dataset):
         return sample._replace(photo=photo, labels=labels)
 
 
-def varied_window(sample: Sample, level: str, side: int, rng: np.random.Generator) -> Sample:
+def varied_window(sample, level, side, rng):
     """A random window of the sample. Of up to ten the first whose commonest class has less than
     three quarters of the labelled cells, else the one where it has least (mmsegmentation's rule for
     ADE20K); it doubles as sampling of rare classes."""
@@ -1259,7 +1243,7 @@ def varied_window(sample: Sample, level: str, side: int, rng: np.random.Generato
     return best
 
 
-def quarter_labels(sample: Sample, level: str, height: int, width: int) -> np.ndarray:
+def quarter_labels(sample, level, height, width):
     """A level's labels for a window of (height, width), at a quarter of it: each cell's label is
     the one at its centre; in the padding unlabelled (part: 0).
     """
@@ -1273,14 +1257,14 @@ def quarter_labels(sample: Sample, level: str, height: int, width: int) -> np.nd
     return quarter
 
 
-def centres(n: int, start: int, full: int, rows: int) -> np.ndarray:
+def centres(n, start, full, rows):
     """The rows of a label map at the centres of cells. A photo of `full` rows is cut into cells of 4,
     from row `start` on; those count whose centre lies within n rows. Its label map has `rows`."""
     centre = start + 4 * np.arange(math.ceil((n - 2) / 4)) + 2
     return centre * rows // full
 
 
-def texture_square(source: Source, i: int, place: float) -> Image.Image:
+def texture_square(source, i, place):
     """Image i at a short side of TEXTURE_SIZE, cut to a square at `place` (0 to 1)."""
     side = (TEXTURE_SIZE, TEXTURE_SIZE)
     photo = source.photo(i, side)
@@ -1288,12 +1272,12 @@ def texture_square(source: Source, i: int, place: float) -> Image.Image:
 
 
 # ---------------------------------------------------------------- shared by the scripts: files
-def warn(message: str) -> None:
+def warn(message):
     if is_main_process():
         print(message, file=sys.stderr, flush=True)
 
 
-def hash_of(content) -> str:
+def hash_of(content):
     return hashlib.sha256(repr(content).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
@@ -1315,7 +1299,7 @@ def write_file(path: str, write: Callable) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def write_json(content: dict, path: str) -> None:
+def write_json(content, path):
     text = json.dumps(content, indent=1, allow_nan=False)
     write_file(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
@@ -1324,7 +1308,7 @@ def write_json(content: dict, path: str) -> None:
 PANEL = 380  # width of a panel of a sheet or plot, pixels
 
 
-def save_picture(picture: Image.Image, path: str) -> None:
+def save_picture(picture, path):
     write_file(path, lambda name: picture.save(name, "PNG", compress_level=3))
 
 
@@ -1375,7 +1359,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def make_parser(prog: str, description: str) -> Parser:
+def make_parser(prog, description):
     parser = Parser(
         prog=prog,
         description=description,
@@ -1391,7 +1375,7 @@ def make_parser(prog: str, description: str) -> Parser:
 TOY_OPTIONS = {"min_images": 20, "min_pixels": 5000}
 
 
-def add_data_options(parser: Parser) -> None:
+def add_data_options(parser):
     add = parser.add_argument
     add("--data", default="toy", help="toy, or a comma list of ade20k (or your own data),os,dtd")
     add(
@@ -1412,28 +1396,28 @@ def add_data_options(parser: Parser) -> None:
     add("--workers", type=not_negative, metavar="N", help="processes that read images (up to 8)")
 
 
-def positive(text: str) -> int:
+def positive(text):
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is below 1")
     return number
 
 
-def not_negative(text: str) -> int:
+def not_negative(text):
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{number} is below 0")
     return number
 
 
-def short_sides(text: str) -> list[int]:
+def short_sides(text):
     sizes = [int(size) for size in text.split(",")]
     if min(sizes) < 32:
         raise argparse.ArgumentTypeError(f"{min(sizes)} is below 32 pixels")
     return sizes
 
 
-def levels_of(text: str) -> list[str]:
+def levels_of(text):
     levels = [level.strip() for level in text.split(",")]
     for level in levels:
         if level not in upernet.LEVELS:
@@ -1441,7 +1425,7 @@ def levels_of(text: str) -> list[str]:
     return levels
 
 
-def parse_options(parser: Parser, argv: list[str], toy: dict, stored: dict) -> argparse.Namespace:
+def parse_options(parser, argv, toy, stored):
     """The options: as given, else as stored in a file of weights, else those of the toy with --data
     toy, else the default. `folder` is where the data lie, `cache_folder` where the cache is,
     `thresholds` those of `build_vocabulary`."""
@@ -1457,7 +1441,7 @@ def parse_options(parser: Parser, argv: list[str], toy: dict, stored: dict) -> a
 
 
 @contextlib.contextmanager
-def one_line_errors(prog: str):
+def one_line_errors(prog):
     """The context of a script: what a user can mend becomes one line and status 2."""
     try:
         yield
@@ -1477,7 +1461,7 @@ def one_line_errors(prog: str):
             dist.destroy_process_group()
 
 
-def message_of(error: Exception) -> str | None:
+def message_of(error):
     """What to tell the user, or None for a mistake of the program's own."""
     text = str(error)
     if isinstance(error, UserError):  # from a process that reads images it ends its traceback
@@ -1495,21 +1479,21 @@ def message_of(error: Exception) -> str | None:
 TIMEOUT = datetime.timedelta(hours=2)  # that other processes wait for the first one's scan
 
 
-def rank() -> int:
+def rank():
     return int(os.environ.get("RANK", 0))
 
 
-def processes() -> int:
+def processes():
     """How many processes torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def is_main_process() -> bool:
+def is_main_process():
     """Whether this process prints and writes: the only one, or torchrun's first."""
     return rank() == 0
 
 
-def join_processes() -> None:
+def join_processes():
     """Joins the processes that torchrun started, if any. From then on only the main one prints."""
     if processes() == 1:
         return
@@ -1525,7 +1509,7 @@ def join_processes() -> None:
         sys.stdout = open(os.devnull, "w")
 
 
-def largest_of_processes(number: int) -> int:
+def largest_of_processes(number):
     """The largest of the processes' numbers, without waiting for a GPU."""
     largest = torch.tensor(number)
     if dist.is_initialized():
@@ -1572,7 +1556,7 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
 
 
-def progress(items, title: str) -> tqdm:
+def progress(items, title):
     """The items, with a bar on the main process's terminal."""
     disable = None if is_main_process() else True  # None: shown on terminals alone
     return tqdm(items, title, unit=" images", disable=disable, leave=False)
@@ -1586,7 +1570,7 @@ SIGNALS = [
 ]
 
 
-def ignore_signals(*_) -> None:
+def ignore_signals(*_):
     """For processes that read images: a signal to the group is the main process's business."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -1922,7 +1906,7 @@ def make_toy(folder: str, scenes: int = 400, photos: int = 480, textures: int = 
 
 
 # ---------------------------------------------------------------- the command
-def report(index: Index, vocabulary: dict) -> None:
+def report(index, vocabulary):
     """Prints what a source has: its classes, what is unlabelled, what is broken."""
     height, width = index.sizes.double().median(dim=0).values.int().tolist()
     print(

@@ -12,6 +12,7 @@ Predictions are evaluated at the label maps' own size; photos are parsed at thei
 
 import collections
 import colorsys
+import dataclasses
 import glob
 import math
 import os
@@ -30,7 +31,7 @@ from torch.utils.data import Dataset
 import balance_split
 import datasets
 import upernet
-from datasets import Index, Source, UserError
+from datasets import Source, UserError
 from upernet import LEVELS, TAGS, UPerNet, parse
 
 
@@ -129,14 +130,14 @@ def class_iou(confusion: Tensor) -> list[float | None]:
     return [value if n else None for value, n in zip(iou, labelled.tolist())]
 
 
-def accuracy(confusions) -> float | None:
+def accuracy(confusions):
     """The share of right predictions in all of the matrices."""
     right = sum(int(confusion.trace()) for confusion in confusions)
     total = sum(int(confusion.sum()) for confusion in confusions)
     return right / total if total else None
 
 
-def mean(values: list[float | None]) -> float | None:
+def mean(values):
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -151,15 +152,15 @@ def mean_score(metrics: dict) -> float:
 
 
 # ---------------------------------------------------------------- evaluation
+@dataclasses.dataclass
 class EvaluationImages(Dataset):
     """The validation images of sources: item k is (views, see `upernet.views_of`; the labels at
     their own size, see `Source.labels`). Textures are squares cut from the middle."""
 
-    def __init__(self, images: list[tuple[Source, int]], test_size, sizes=None, flip=False):
-        self.images = images
-        self.test_size = test_size
-        self.sizes = sizes
-        self.flip = flip
+    images: list[tuple[Source, int]]
+    test_size: tuple
+    sizes: list[int] | None
+    flip: bool
 
     def __len__(self) -> int:
         return len(self.images)
@@ -247,7 +248,7 @@ def table(results: dict, amp: torch.dtype | None = None) -> str:
     return "\n".join(lines)
 
 
-def class_rows(level: str, iou: dict) -> list[str]:
+def class_rows(level, iou):
     """The best and worst ten classes of a level, and how many have none."""
     if level == "part":
         part_iou = {}
@@ -266,7 +267,7 @@ def class_rows(level: str, iou: dict) -> list[str]:
     return rows
 
 
-def percent(value: float | None) -> str:
+def percent(value):
     return "     -" if value is None else f"{100 * value:6.2f}"
 
 
@@ -363,7 +364,7 @@ PANEL_SIDE = 1600  # of a photo's panel, pixels at most
 OPACITY = 0.6  # of the classes' colours on the photo
 
 
-def class_colour(k: int) -> tuple[int, int, int]:
+def class_colour(k):
     """The colour of a class, the same in every picture: hues a golden section apart, of another
     strength every five classes, so that a small table has no two alike.
     """
@@ -372,7 +373,7 @@ def class_colour(k: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def overlay(photo: Image.Image, classes: np.ndarray, clear: list[int]) -> Image.Image:
+def overlay(photo, classes, clear):
     """The photo with each class (H, W), -1 for none, in its colour and outlined in white; the
     classes `clear` without a colour."""
     classes = Image.fromarray(classes.astype(np.int32)).resize(photo.size, Image.Resampling.NEAREST)
@@ -387,7 +388,7 @@ def overlay(photo: Image.Image, classes: np.ndarray, clear: list[int]) -> Image.
     return Image.fromarray(picture)
 
 
-def panel(title: str, picture: Image.Image, lines: list[tuple[str, tuple | None]]) -> Image.Image:
+def panel(title, picture, lines):
     """A titled picture with a legend below, of (text, colour of its square or None)."""
     size = max(14, min(2 * picture.width, 3 * picture.height) // 80)  # of the text
     step = round(1.4 * size)
@@ -406,7 +407,7 @@ def panel(title: str, picture: Image.Image, lines: list[tuple[str, tuple | None]
     return sheet
 
 
-def map_panel(title: str, photo: Image.Image, classes: np.ndarray, names: list[str]) -> Image.Image:
+def map_panel(title, photo, classes, names):
     """A level's overlay with a legend of what is there, largest first, twelve at most. A class
     named background is not tinted."""
     clear = [k for k, name in enumerate(names) if name.lower() == "background"]
@@ -446,7 +447,7 @@ def panels(photo: Image.Image, parsed: dict, vocabulary: dict, what: str = "") -
     return result
 
 
-def labels_as_parsed(labels: dict, vocabulary: dict, part_slices: dict) -> dict:
+def labels_as_parsed(labels, vocabulary, part_slices):
     """An image's labels, see `Source.labels`, in the form of what `parse` sees."""
     parsed = dict(labels)
     for level in TAGS:
@@ -459,7 +460,7 @@ def labels_as_parsed(labels: dict, vocabulary: dict, part_slices: dict) -> dict:
     return parsed
 
 
-def draw_pictures(net, vocabulary, sources, folder, **how) -> None:
+def draw_pictures(net, vocabulary, sources, folder, **how):
     """Up to SHOWN validation images of each source, evenly spaced, truth above prediction.
 
     how: `levels`, `amp`, `sizes`, `flip`, as `parse` takes them.
@@ -489,7 +490,7 @@ def draw_pictures(net, vocabulary, sources, folder, **how) -> None:
 
 
 # ---------------------------------------------------------------- photos
-def photos_in(paths: list[str], results: str) -> dict[str, str]:
+def photos_in(paths, results):
     """Photo's path -> its name without the ending below the folder `results`: those among the
     files, and those in folders and their subfolders. UserError for two of one name."""
     photos = {}
@@ -519,11 +520,11 @@ def photos_in(paths: list[str], results: str) -> dict[str, str]:
     return photos
 
 
-def is_below(path: str, folder: str) -> bool:
+def is_below(path, folder):
     return Path(folder).resolve() in Path(path).resolve().parents
 
 
-def size_line(full: tuple[int, int], test_size: tuple, sizes: list[int] | None) -> str:
+def size_line(full, test_size, sizes):
     """At which size the network sees an image of (height, width) `full`, and what is lost."""
     views = [upernet.input_size(full, size) for size in upernet.view_sizes(test_size, sizes)]
     seen = " and ".join(f"{width}x{height}" for height, width in views)
@@ -536,7 +537,7 @@ def size_line(full: tuple[int, int], test_size: tuple, sizes: list[int] | None) 
     return text
 
 
-def write_photo(photo, parsed, vocabulary, path, numbers) -> list[str]:
+def write_photo(photo, parsed, vocabulary, path, numbers):
     """Writes what `parse` saw, and returns the names of the files.
 
     <path>_upernet.png: all levels, in panels of the photo's size, up to PANEL_SIDE;
@@ -563,7 +564,7 @@ def write_photo(photo, parsed, vocabulary, path, numbers) -> list[str]:
     return written
 
 
-def parse_photos(net, vocabulary, photos, results, numbers, relations, **how) -> list[str]:
+def parse_photos(net, vocabulary, photos, results, numbers, relations, **how):
     """Writes a picture and the maps of each photo; returns why others could not be read.
 
     photos: see `photos_in`. how: `levels`, `amp`, `sizes`, `flip`, as `parse` takes them.
@@ -589,7 +590,7 @@ def parse_photos(net, vocabulary, photos, results, numbers, relations, **how) ->
 
 
 # ---------------------------------------------------------------- networks, and what they validate on
-def open_network(path, release, labels) -> tuple[UPerNet, dict, dict]:
+def open_network(path, release, labels):
     """(network, vocabulary, what else a checkpoint holds) of a checkpoint, or of --release, which
     has no `split`. Raises UserError for files that are neither."""
     if bool(path) == bool(release):
@@ -617,7 +618,7 @@ def open_network(path, release, labels) -> tuple[UPerNet, dict, dict]:
     )
 
 
-def wanted_images(index, checkpoint, split, folder, cache) -> list[str]:
+def wanted_images(index, checkpoint, split, folder, cache):
     """The images of a source to evaluate on: those that --split names, else the checkpoint's
     validation images; of a released network those of split.json, else the official ones, else all.
     Never makes a split."""
@@ -644,7 +645,7 @@ def wanted_images(index, checkpoint, split, folder, cache) -> list[str]:
     return wanted
 
 
-def released_names(labels: str | None, index: Index, vocabulary: dict) -> dict[str, dict] | None:
+def released_names(labels, index, vocabulary):
     """The names of a source for a released network, as its data set's `names_by_level`.
 
     Without a folder `labels`, SceneParsing's numbers are its classes; the authors'
@@ -667,7 +668,7 @@ def released_names(labels: str | None, index: Index, vocabulary: dict) -> dict[s
     return {"object": dict(zip(sorted(index.names), vocabulary["object"]))}
 
 
-def assigned_names(path: str, index: Index, vocabulary: dict) -> dict[str, dict]:
+def assigned_names(path, index, vocabulary):
     """Level -> {number or scene in the source's files: class}, of the authors' table of labels."""
     names = {level: {} for level in index.data_set.levels}
     scenes = {}
@@ -694,13 +695,11 @@ def assigned_names(path: str, index: Index, vocabulary: dict) -> dict[str, dict]
     return names
 
 
-def plain_scene(name: str) -> str:
+def plain_scene(name):
     return re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def open_sources(
-    indexes, vocabulary, checkpoint, levels, labels, split, folder, cache
-) -> dict[str, Source]:
+def open_sources(indexes, vocabulary, checkpoint, levels, labels, split, folder, cache):
     """The sources that have labels of the network's levels and classes, with the images to evaluate
     on. UserError if there are none."""
     sources = {}
@@ -729,7 +728,7 @@ def open_sources(
     return sources
 
 
-def tell_sizes(sources, test_size, sizes) -> None:
+def tell_sizes(sources, test_size, sizes):
     """Prints at which size the network sees the images of each source: of the three commonest."""
     for name, source in sources.items():
         if not source.data_set.close_ups:
@@ -738,7 +737,7 @@ def tell_sizes(sources, test_size, sizes) -> None:
                 print(f"{name}: {n} {size_line(full, test_size, sizes)}")
 
 
-def relate(relations, net, sources, **how) -> None:
+def relate(relations, net, sources, **how):
     """Counts the relations in images of data sets, but for close-ups, without things in them."""
     for name, source in sources.items():
         if not source.data_set.close_ups:
@@ -747,7 +746,7 @@ def relate(relations, net, sources, **how) -> None:
 
 
 # ---------------------------------------------------------------- the command
-def make_parser() -> datasets.Parser:
+def make_parser():
     parser = datasets.make_parser(
         "evaluate.py", "evaluate.py ckpt.pt [options]: metrics and pictures of a network; photos."
     )
@@ -775,7 +774,7 @@ def make_parser() -> datasets.Parser:
     return parser
 
 
-def command(argv: list[str]) -> None:
+def command(argv):
     datasets.join_processes()
     parser = make_parser()
     args = parser.parse_args(argv)

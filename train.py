@@ -75,7 +75,7 @@ def update(
     return {level: value.item() for level, value in losses.items()}
 
 
-def without_exchange(model: nn.Module, is_last: bool):
+def without_exchange(model, is_last):
     """The context in which processes do not average gradients before the last batch."""
     if isinstance(model, DistributedDataParallel) and not is_last:
         return model.no_sync()
@@ -147,13 +147,13 @@ def train(net, stages, checkpoint, validate, out, lr, device, amp, workers, save
     return 0
 
 
-def has_diverged(loss: dict[str, float], scaler: torch.amp.GradScaler) -> bool:
+def has_diverged(loss, scaler):
     if scaler.is_enabled():  # it skips steps whose gradients overflow, and lowers its scale
         return scaler.get_scale() < 1
     return not all(math.isfinite(value) for value in loss.values())
 
 
-def finite(loss: dict[str, float]) -> dict[str, float | None]:
+def finite(loss):
     """The losses as JSON has them: None for one that is not finite, of a step that fp16 skipped."""
     return {level: value if math.isfinite(value) else None for level, value in loss.items()}
 
@@ -209,7 +209,7 @@ def plan_stages(
     return stages
 
 
-def training_images(sources: list[Source]) -> int:
+def training_images(sources):
     return sum(len(source.training) for source in sources)
 
 
@@ -251,9 +251,7 @@ def draw_batches(
     return datasets.Plan(sources, numbers)
 
 
-def prepare(
-    net, stage, checkpoint, device, amp
-) -> tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]:
+def prepare(net, stage, checkpoint, device, amp):
     """(model to call, optimizer, gradient scaler) of a stage, as the checkpoint left them."""
     optimizer = torch.optim.SGD(parameter_groups(net), momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
@@ -341,7 +339,7 @@ class Signals:
             os.kill(os.getpid(), number)
 
 
-def progress_bar(stage: Stage, first: int) -> tqdm:
+def progress_bar(stage, first):
     """The iterations of a stage from `first` on, with a bar."""
     return tqdm(
         range(first, stage.iterations),
@@ -355,7 +353,7 @@ def progress_bar(stage: Stage, first: int) -> tqdm:
 
 
 # ---------------------------------------------------------------- the weights to start from
-def read_start(path: str) -> dict:
+def read_start(path):
     """The file that --weights names, as a checkpoint of ours: one of ours, one of mmsegmentation's,
     or a backbone's state dict, as it is or under `state_dict` or `model`, with or without prefixes,
     of which there is `model` alone. A backbone gets images as torchvision's do: RGB, normalised.
@@ -389,7 +387,7 @@ def read_start(path: str) -> dict:
 NETWORK_OPTIONS = "backbone channels stem output_stride ppm fpn fusion head_conv".split()
 
 
-def options_of(start: dict, argv: list[str]) -> dict:
+def options_of(start, argv):
     """The options that a file of weights brings: its network; of our checkpoints the sizes and the
     data, unless the command names some."""
     given = {word.split("=")[0] for word in argv}
@@ -405,7 +403,7 @@ def options_of(start: dict, argv: list[str]) -> dict:
     return options
 
 
-def load_start(net, vocabulary, start, path) -> None:
+def load_start(net, vocabulary, start, path):
     """Loads what fits into the network, classifiers by class name; says what starts over."""
     ours = net.state_dict()
     theirs = dict(start["model"])
@@ -452,7 +450,7 @@ def load_imagenet(backbone: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------- checkpoint, log, curves
-def save(path, checkpoint, net, optimizer=None, scaler=None) -> None:
+def save(path, checkpoint, net, optimizer=None, scaler=None):
     """Writes a checkpoint, in the main process. FloatingPointError if the network has diverged."""
     if not datasets.is_main_process():
         return
@@ -466,7 +464,7 @@ def save(path, checkpoint, net, optimizer=None, scaler=None) -> None:
     draw_curves(os.path.dirname(path))
 
 
-def keep_best(metrics, out, checkpoint, *state) -> None:
+def keep_best(metrics, out, checkpoint, *state):
     """Keeps the network as best.pt if its mean score is the highest so far."""
     score = evaluate.mean_score(metrics)
     if score > checkpoint["best"]:
@@ -474,7 +472,7 @@ def keep_best(metrics, out, checkpoint, *state) -> None:
         save(f"{out}/best.pt", checkpoint, *state)
 
 
-def write_log(line: dict, out: str) -> None:
+def write_log(line, out):
     if not datasets.is_main_process():
         return
     path = f"{out}/log.jsonl"
@@ -487,7 +485,7 @@ def write_log(line: dict, out: str) -> None:
         draw_curves(out)
 
 
-def draw_curves(out: str) -> None:
+def draw_curves(out):
     """curves.png from log.jsonl: each level's loss in blue, the scores of the validations in red,
     and the learning rate."""
     if not os.path.exists(f"{out}/log.jsonl"):
@@ -542,7 +540,7 @@ MAY_CHANGE = (
 ).split()
 
 
-def make_parser() -> datasets.Parser:
+def make_parser():
     parser = datasets.make_parser(
         "train.py", "Trains UPerNet. In brackets the defaults (the paper's, if any), and the toy's."
     )
@@ -592,7 +590,7 @@ def make_parser() -> datasets.Parser:
     return parser
 
 
-def read_options(argv: list[str]) -> tuple:
+def read_options(argv):
     """(options, the checkpoint to resume or None, the file of weights to start from or None)."""
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -630,7 +628,7 @@ def read_options(argv: list[str]) -> tuple:
     return args, None, start
 
 
-def resumed_options(parser: datasets.Parser, argv: list[str], out: str, path: str) -> tuple:
+def resumed_options(parser, argv, out, path):
     """(the run's options, with those given that may change; its checkpoint)."""
     try:
         _, checkpoint = upernet.read_checkpoint(path)
@@ -647,9 +645,7 @@ def resumed_options(parser: datasets.Parser, argv: list[str], out: str, path: st
 
 
 # ---------------------------------------------------------------- the command
-def vocabulary_and_split(
-    indexes, thresholds, levels, split, split_path
-) -> tuple[dict, dict[str, list[str]]]:
+def vocabulary_and_split(indexes, thresholds, levels, split, split_path):
     """(vocabulary of the levels, validation images of each source) of a new run; a balanced split
     does not depend on the levels."""
     everything = datasets.build_vocabulary(indexes, thresholds, levels or LEVELS)
@@ -668,7 +664,7 @@ def vocabulary_and_split(
     return vocabulary, validation
 
 
-def describe(sources, vocabulary, stages, split, lr) -> None:
+def describe(sources, vocabulary, stages, split, lr):
     """Prints what the run is about to do, and what may be wrong with it. UserError if there is
     nothing to train on."""
     for name, source in sources.items():
@@ -698,7 +694,7 @@ def describe(sources, vocabulary, stages, split, lr) -> None:
         )
 
 
-def describe_images(batches: datasets.TrainingBatches, vocabulary: dict) -> None:
+def describe_images(batches, vocabulary):
     """Prints at which size images are trained on. UserError if that leaves nothing of them."""
     sizes = ", ".join(map(str, batches.sizes)) or f"{batches.crop // 2} to {2 * batches.crop}"
     then = f"then squares of {batches.crop}" if batches.crop else f"at most {batches.longest} long"
@@ -718,7 +714,7 @@ def describe_images(batches: datasets.TrainingBatches, vocabulary: dict) -> None
         raise UserError("--max-size: nothing is left of the images, see --crop")
 
 
-def new_network(vocabulary, test_size, weights, start, **options) -> UPerNet:
+def new_network(vocabulary, test_size, weights, start, **options):
     """The network of a new run, with the weights to start from."""
     if start:
         options["pool"] = start["network"].get("pool", "prroi")
@@ -731,7 +727,7 @@ def new_network(vocabulary, test_size, weights, start, **options) -> UPerNet:
     return net
 
 
-def resumed_network(checkpoint, indexes, out) -> UPerNet:
+def resumed_network(checkpoint, indexes, out):
     """The network of a run that is resumed. UserError if its data have changed."""
     for name, index in indexes.items():
         if index.content != checkpoint["arguments"]["content"][name]:
@@ -742,7 +738,7 @@ def resumed_network(checkpoint, indexes, out) -> UPerNet:
     return net
 
 
-def new_checkpoint(net, vocabulary, split, sources, stages, trained, options) -> dict:
+def new_checkpoint(net, vocabulary, split, sources, stages, trained, options):
     """What `save` writes of a new run, but for the network's weights: tensors and plain values.
 
     trained: images of each source that trained the weights to start from. options: the command's.
@@ -779,7 +775,7 @@ def new_checkpoint(net, vocabulary, split, sources, stages, trained, options) ->
     }
 
 
-def run(net, checkpoint, sources, out, workers, eval_every, **how) -> None:
+def run(net, checkpoint, sources, out, workers, eval_every, **how):
     """Trains, then evaluates: metrics, then pictures. how: further arguments of `train`."""
     path = f"{out}/ckpt.pt"
     vocabulary = checkpoint["vocabulary"]
@@ -812,14 +808,14 @@ def run(net, checkpoint, sources, out, workers, eval_every, **how) -> None:
     print(f"next: python evaluate.py {shlex.quote(path)} --photo YOUR.jpg")
 
 
-def is_finished(checkpoint: dict, out: str) -> bool:
+def is_finished(checkpoint, out):
     """Whether nothing is left to train or to evaluate."""
     validates = any(checkpoint["split"].values())
     evaluated = os.path.exists(f"{out}/metrics.json") or not validates
     return checkpoint["stage"] == "done" and evaluated
 
 
-def command(argv: list[str]) -> None:
+def command(argv):
     datasets.join_processes()
     args, checkpoint, start = read_options(argv)
     out = args.out

@@ -350,7 +350,7 @@ class UPerNet(nn.Module):
         return logits
 
 
-def make_heads(classes: dict, c2: int, channels: int, convs: int) -> nn.ModuleDict:
+def make_heads(classes, c2, channels, convs):
     """A head for each level, on maps of `channels`; the texture's on C2."""
     heads = nn.ModuleDict()
     for level, count in classes.items():
@@ -365,7 +365,7 @@ def make_heads(classes: dict, c2: int, channels: int, convs: int) -> nn.ModuleDi
     return heads
 
 
-def initialise(module: nn.Module) -> None:
+def initialise(module):
     """Kaiming normal, biases of norms 1e-4: as released, outside of the backbone."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -373,7 +373,7 @@ def initialise(module: nn.Module) -> None:
         nn.init.constant_(module.bias, 1e-4)
 
 
-def named_backbone(name: str, stem: str, output_stride: int) -> nn.Module:
+def named_backbone(name, stem, output_stride):
     try:
         from .resnet import ResNet  # the two files copied into a package
     except ImportError:
@@ -488,7 +488,7 @@ def resized(
     return max(1, rounding(size[0] * scale)), max(1, rounding(size[1] * scale))
 
 
-def half_up(x: float) -> int:
+def half_up(x):
     """Rounded, halves up."""
     return math.floor(x + 0.5)
 
@@ -506,7 +506,7 @@ def input_size(full: tuple[int, int], test_size: tuple) -> tuple[int, int]:
     return math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
 
 
-def pad_to_32(n: int) -> int:
+def pad_to_32(n):
     """Up to a multiple of the network's coarsest stride."""
     return math.ceil(n / 32) * 32
 
@@ -526,13 +526,13 @@ def network_input(photo: "PIL.Image.Image", test_size: tuple) -> View:
 
 
 def padded_image(
-    photo: "PIL.Image.Image",
-    size: tuple[int, int],
-    height: int,
-    width: int,
-    top: int = 0,
-    left: int = 0,
-) -> "np.ndarray":
+    photo,
+    size,
+    height,
+    width,
+    top=0,
+    left=0,
+):
     """A window of (height, width) at (top, left) of the photo resized to `size`, padded right and
     below with the mean colour: (3, height, width) uint8.
     """
@@ -564,7 +564,7 @@ def views_of(
     return views
 
 
-def view_sizes(test_size: tuple, sizes: list[int] | None) -> list[tuple]:
+def view_sizes(test_size, sizes):
     """`UPerNet.test_size` for each short side in `sizes`, by default its own. A size that is asked
     for has no cap on the long side, but for released networks, which keep theirs."""
     _, longest, multiple = test_size
@@ -575,7 +575,7 @@ def view_sizes(test_size: tuple, sizes: list[int] | None) -> list[tuple]:
     return [(short, longest, multiple) for short in sizes]
 
 
-def autocast(device: torch.device, amp: torch.dtype | None):
+def autocast(device, amp):
     """The context in which a network runs in mixed precision, if any."""
     return torch.autocast(device.type, amp) if amp else contextlib.nullcontext()
 
@@ -609,9 +609,7 @@ def predict(
     return dict(total), (4 * height, 4 * width)
 
 
-def logits_of(
-    net: UPerNet, view: View, levels: list[str], amp: torch.dtype | None
-) -> dict[str, Tensor]:
+def logits_of(net, view, levels, amp):
     """The network's answer to one view, without the batch's axis, in float32. Raises
     FloatingPointError if it is not finite."""
     device = net.mean.device
@@ -623,7 +621,7 @@ def logits_of(
     return {level: value[0].float() for level, value in logits.items()}
 
 
-def probabilities(logits: Tensor, level: str, part_slices: dict[int, slice]) -> Tensor:
+def probabilities(logits, level, part_slices):
     """The softmax of logits (K, ..) over the classes; of parts over those of each object."""
     if level != "part":
         return logits.softmax(dim=0)
@@ -873,7 +871,7 @@ MMSEG = [
 ]
 
 
-def renamed(state: dict, rules: list[tuple[str, str]]) -> dict:
+def renamed(state, rules):
     """The state dict under the keys that the rules make of its own."""
     result = {}
     for key, value in state.items():
@@ -927,7 +925,7 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
     return net, vocabulary
 
 
-def joint_vocabulary(folder: str) -> dict:
+def joint_vocabulary(folder):
     """The vocabulary of the authors' folder `joint_dataset`."""
     vocabulary = {}
     for level in ("scene", "object", "material"):
@@ -944,7 +942,7 @@ def joint_vocabulary(folder: str) -> dict:
     return vocabulary
 
 
-def read_table(path: str | Path, *columns: str) -> list[dict[str, str]]:
+def read_table(path, *columns):
     """The rows of a CSV file. Raises ValueError, with its name, if it cannot be read or lacks a
     column."""
     try:
@@ -995,7 +993,7 @@ def load_mmseg(path: str, names: list[str] | None = None) -> tuple[UPerNet, dict
     return net, {"object": distinct(names)}
 
 
-def depth_of(state: dict) -> int:
+def depth_of(state):
     """The depth of the ResNet in a state dict of others: 18, 50 or 101."""
     if any("layer3.22.conv1." in key for key in state):
         return 101
@@ -1004,12 +1002,12 @@ def depth_of(state: dict) -> int:
     return 18
 
 
-def first_synonym(name: str) -> str:
+def first_synonym(name):
     """ "car" of "car;auto" or "car, auto"."""
     return re.split("[,;]", name)[0].strip()
 
 
-def distinct(names: list[str]) -> list[str]:
+def distinct(names):
     """The names, with their number, from 1, behind those that occur more than once."""
     names = list(names)
     result = []
@@ -1075,7 +1073,7 @@ def conv_of_upsampled(maps: list[Tensor], weights: list[Tensor], size: tuple[int
     return y.view(n, height, width, channels).permute(0, 3, 1, 2)  # (n, o, H, W)
 
 
-def shifted_upsampling(n: int, size: int, like: Tensor) -> Tensor:
+def shifted_upsampling(n, size, like):
     """`resize` along one axis, from n to `size`, as a matrix, shifted by -1, 0 and 1 with zeros at
     the border, as the three taps of a padded convolution see it: (3, size, n), typed as `like`.
     """
@@ -1087,7 +1085,7 @@ def shifted_upsampling(n: int, size: int, like: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- checks
-def check_arguments(classes: dict, pool: str, fpn: int) -> None:
+def check_arguments(classes, pool, fpn):
     if not classes or not set(classes) <= set(LEVELS):
         raise ValueError(f"classes {classes}: its keys are not some of {', '.join(LEVELS)}")
     if pool not in ("prroi", "adaptive", "pspnet"):
@@ -1096,7 +1094,7 @@ def check_arguments(classes: dict, pool: str, fpn: int) -> None:
         raise ValueError(f"fpn {fpn!r} is not 0, 2, 3 or 4")
 
 
-def check_images(images: Tensor, levels: list[str], known: dict) -> None:
+def check_images(images, levels, known):
     unknown = sorted(set(levels) - set(known))
     if unknown:
         raise ValueError(f"no head for {', '.join(unknown)}: this network has {', '.join(known)}")
@@ -1114,7 +1112,7 @@ def check_images(images: Tensor, levels: list[str], known: dict) -> None:
         )
 
 
-def check_stages(stages: list[Tensor], channels: list[int], images: Tensor) -> None:
+def check_stages(stages, channels, images):
     if torch.compiler.is_compiling():
         return
     shapes = [tuple(getattr(stage, "shape", ())) for stage in stages]
