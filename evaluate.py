@@ -16,7 +16,6 @@ import dataclasses
 import glob
 import math
 import os
-import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -645,60 +644,6 @@ def wanted_images(index, checkpoint, split, folder, cache):
     return wanted
 
 
-def released_names(labels, index, vocabulary):
-    """The names of a source for a released network, as its data set's `names_by_level`.
-
-    Without a folder `labels`, SceneParsing's numbers are its classes; the authors'
-    label_assignment.csv maps the numbers and scenes of ADE20K 2021, and OpenSurfaces'. None for
-    textures.
-    """
-    if index.data_set.close_ups:
-        return None
-    has_tables = labels is not None and os.path.isdir(labels)
-    if has_tables == index.data_set.fixed_table:
-        wanted = "ADE20K_2021_17_01" if has_tables else "ADEChallengeData2016 (SceneParsing)"
-        raise UserError(f"{index.folder}: this network is measured on {wanted}")
-    if has_tables:
-        return assigned_names(os.path.join(labels, "label_assignment.csv"), index, vocabulary)
-    if len(index.names) != len(vocabulary["object"]):
-        raise UserError(
-            f"{index.folder}: has {len(index.names)} classes; this network is measured on data "
-            f"with its own {len(vocabulary['object'])}"
-        )
-    return {"object": dict(zip(sorted(index.names), vocabulary["object"]))}
-
-
-def assigned_names(path, index, vocabulary):
-    """Level -> {number or scene in the source's files: class}, of the authors' table of labels."""
-    names = {level: {} for level in index.data_set.levels}
-    scenes = {}
-    columns = ("dataset", "category", "broden_label", "broden_name", "raw_label", "raw_name")
-    try:
-        for row in upernet.read_table(path, *columns):
-            level = row["category"]
-            label = int(row["broden_label"])
-            if row["dataset"] != index.source or level not in names:
-                continue
-            if level == "scene" and label >= 0:
-                scenes[plain_scene(row["raw_name"].removesuffix("-s"))] = vocabulary[level][label]
-            elif level == "part" and label >= 1:
-                names[level][int(row["raw_label"])] = row["broden_name"]
-            elif label >= 1:
-                names[level][int(row["raw_label"])] = vocabulary[level][label]
-    except (ValueError, IndexError) as e:
-        raise UserError(f"{path}: not the authors' table of labels ({e})") from None
-    if "scene" in names:
-        names["scene"] = {tag: scenes.get(plain_scene(tag)) for tag in index.tags if tag}
-        unknown = sorted(tag for tag, scene in names["scene"].items() if scene is None)
-        if unknown:
-            print(f"{index.source}: scenes unknown to the network: {datasets.listed(unknown)}")
-    return names
-
-
-def plain_scene(name):
-    return re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")
-
-
 def open_sources(indexes, vocabulary, checkpoint, levels, labels, split, folder, cache):
     """The sources that have labels of the network's levels and classes, with the images to evaluate
     on. UserError if there are none."""
@@ -706,7 +651,7 @@ def open_sources(indexes, vocabulary, checkpoint, levels, labels, split, folder,
     for name, index in indexes.items():
         names = None
         if "split" not in checkpoint:
-            names = released_names(labels, index, vocabulary)
+            names = datasets.released_names(labels, index, vocabulary)
         elif index.data_set.fixed_table:
             table = index.data_set.names_by_level(index)["object"].values()
             unknown = [n for n in table if n not in vocabulary.get("object", ())]
