@@ -781,6 +781,7 @@ print(parsed["object"].shape, parsed["part"].shape, parsed["scene"].shape)
             ({"model": {**model, key: model[key][:-1]}}, key),
             ({"model": {**model, "heads.colour.weight": model[key]}}, "heads.colour.weight"),
             ({"vocabulary": {"object": ["wall"]}}, "object"),
+            ({"vocabulary": {"object": ["wall"], "part": {3: ["background"]}}}, "vocabulary"),
         ):
             torch.save({**content, **wrong}, self.path)
             with self.subTest(named), self.assertRaisesRegex(ValueError, named) as caught:

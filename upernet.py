@@ -809,7 +809,10 @@ def read_checkpoint(path: str) -> tuple[UPerNet, dict]:
                 f"{path}: not a checkpoint of train.py, without {key}; load_mmseg reads theirs"
             )
     net = build(checkpoint["network"], checkpoint["model"], path)
-    counts = class_counts(checkpoint["vocabulary"])
+    try:
+        counts = class_counts(checkpoint["vocabulary"])
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: no vocabulary of ours ({e}), see `load`") from None
     if counts != net.classes:
         raise ValueError(f"{path}: names of {counts} classes, a network of {net.classes}")
     return net, checkpoint
