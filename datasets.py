@@ -1312,11 +1312,14 @@ def quarter_labels(sample, level, height, width):
     return quarter
 
 
-def centres(n, start, full, rows):
-    """The rows of a label map at the centres of cells. A photo of `full` rows is cut into cells of 4,
-    from row `start` on; those count whose centre lies within n rows. Its label map has `rows`."""
+def centres(n, start, full, label_rows):
+    """The rows of a label map at the centres of the cells of 4 rows in a window of a photo.
+
+    The window has the photo's rows `start` to `start + n`; the photo has `full` rows, its label map
+    `label_rows`. For n = 12, start = 100 and a label map of the photo's size: 102, 106, 110.
+    """
     centre = start + 4 * np.arange(math.ceil((n - 2) / 4)) + 2
-    return centre * rows // full
+    return centre * label_rows // full
 
 
 def texture_square(source, i, place):

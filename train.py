@@ -87,11 +87,11 @@ NOT_FINITE = 1000  # an event of `train`, as the numbers of signals, which are l
 
 def train(net, stages, checkpoint, validate, out, lr, device, amp, workers, save_every, eval_every):
     """Trains the stages that are left, saving on the way. There are three ways out: all is trained
-    (returns 0), a signal came (returns its number, after saving), the loss or the network is not
-    finite (FloatingPointError, without saving).
+    (returns 0), a signal came (returns its number, after saving), the loss or (seen by `save`) the
+    network is not finite (FloatingPointError, without saving).
 
     stages: name -> Stage. checkpoint: what `save` writes but for the network; its stage, iteration
-    and best are kept up to date. validate: () -> metrics. For the others see `make_parser`.
+    and best are kept up to date. validate: () -> metrics. save_every, eval_every: iterations.
     """
     names = [*stages, "done"]
     saved_at = time.monotonic()
@@ -297,8 +297,11 @@ SIZES = [300, 375, 450, 525, 600]  # section 3.1: short sides, with a long side 
 
 
 def test_and_largest_size(sizes: list[int], max_size: int, crop: int) -> tuple[tuple, tuple]:
-    """(`UPerNet.test_size` after training at these sizes: the middle short side, which is 450 of the
-    paper's (ours, for others); (short side, longest side) of the largest image in training)."""
+    """(`test_size`, largest size): two sizes that follow from those of training.
+
+    `UPerNet.test_size` has the middle short side: 450 of the paper's `SIZES`, as section 3.1 tests
+    (ours, for others). The largest size, (short side, longest side), is for prepared labels.
+    """
     shorts = sorted(sizes or [crop // 2, crop, 2 * crop])
     middle = shorts[len(shorts) // 2]
     if crop:  # the longest side is 4 times the short one, see `TrainingBatches.sample`

@@ -105,7 +105,7 @@ class PoolingBranch(ConvBNReLU):
         conv, norm, relu = self
         if self.pool == "pspnet":
             return resize(relu(norm(conv(pooled))), (height, width))
-        # As released, BN after the resize. Released, the convolution is too; it commutes with it.
+        # As released, BN after the resize (as is their 1x1 convolution, which commutes with it).
         return relu(norm(resize(conv(pooled), (height, width))))
 
 
@@ -399,7 +399,7 @@ def part_slices(parts: dict[int, int]) -> dict[int, slice]:
 def losses(
     logits: dict[str, Tensor], labels: dict[str, Tensor], part_slices: dict[int, slice]
 ) -> dict[str, Tensor]:
-    """The loss of each level in `logits`, before LOSS_WEIGHTS: float32 scalars, 0 without a label.
+    """The loss of each level in `logits`, before LOSS_WEIGHTS: float32 scalars, 0 if no label is set.
 
     labels, with UNLABELLED (-1) where there is none:
       scene, texture     (N,) class indices
@@ -407,8 +407,7 @@ def losses(
       part               (N, H/4, W/4) index in the list of parts of the object at that pixel; 0,
                          background, elsewhere
     A loss of 0 stays connected to the graph: the level's parameters get gradients of zero. Every
-    level in `logits` needs labels, parts those of object too: ask the network for the labelled
-    levels alone.
+    level in `logits` needs its entry in `labels`, parts that of object too.
     """
     result = {}
     for level in ("scene", "object", "material"):
