@@ -1442,6 +1442,8 @@ class TestOwnData(unittest.TestCase):
         self.assertEqual(index.official, ["train", "train", "val", "val"])
         vocabulary = vocabulary_of(index, images=50, pixels=10**6, scenes=2)
         self.assertEqual(vocabulary, {"scene": ["street"], "object": ["class 1", "class 2"]})
+        sides = [datasets.side_of(name) for name in ("train2017", "valid", "dev", "test", "more")]
+        self.assertEqual(sides, ["train", "val", "val", "test", ""])
 
     def test_images_without_a_label_neither_train_nor_validate(self):
         masks = [self.MASK, 0 * self.MASK, columns(9, 255), self.MASK, 0 * self.MASK]
@@ -1492,6 +1494,8 @@ class TestOwnData(unittest.TestCase):
             "7 sky\ncar\n",
             "number name\n1 sky\n2 car\n",
             "sky,2\ncar,7\n",
+            "sky;2\ncar;7\n",
+            "sky 2\ncar 7\n",
         ):
             write(join(root, "classes.txt"), table)
             with self.subTest(table=table):
@@ -2839,12 +2843,13 @@ class TestResume(Runs):
         trained("--resume", out=stopped)
         self.assert_same_run(whole, stopped)
 
-    def test_a_resumed_run_keeps_the_best_network(self):
+    def test_the_best_network_stays_where_the_log_was_lost(self):
         argv = (*self.toy, "--iters", 4, "--texture-iters", 0)
         argv = (*argv, "--eval-every", 1, "--save-every", 1)
         with mock.patch("evaluate.evaluate", return_value={"scene": {"top1": 0.9}}):
             out = killed(2, *argv)
         best = Path(out, "best.pt").read_bytes()
+        os.remove(join(out, "log.jsonl"))
         with mock.patch("evaluate.evaluate", return_value={"scene": {"top1": 0.1}}):
             trained(*argv, "--resume", out=out, validates=True)
         self.assertEqual(checkpoint_of(out)["best"], 0.9)
@@ -3029,14 +3034,19 @@ class TestOwnRuns(Runs):
             self.assertEqual(os.path.exists(join(out, "metrics.json")), count > 1)
             self.assertIn("finished", trained("--resume", out=out)[1])
 
-    def test_long_strips_are_counted(self):
+    def test_images_without_a_label_and_long_strips_are_counted(self):
         strip = np.ones((60, 4000))
         strip[:, :9] = 2
-        root = own_data(new_folder("strips"), [strip] * 3 + [strip[:, :80]] * 3)
+        masks = [strip] * 3 + [strip[:, :80]] * 3 + [0 * strip[:, :80]]
+        root = own_data(new_folder("strips"), masks)
         out, said = trained(*OWN, "--root", root, "--iters", 1)
+        self.assertRegex(said, "(?m)^ade20k: 1 .*label")
         strips = {f"images/training/{k}.jpg" for k in range(3)}
         count = len(strips & set(checkpoint_of(out)["trained"]["ade20k"]))
         self.assertRegex(said, f"(?m)^{count} of .*--max-size.*--crop")
+        root = own_data(new_folder("strips"), [strip] * 2)
+        argv = (*OWN, "--root", root, "--out", new_folder("out"))
+        self.assertRegex(refusal(self, train.main, *argv), "--max-size.*--crop")
 
     def test_an_official_split_trains_on_no_test_folder(self):
         root = coloured("a", "b", images=10)
