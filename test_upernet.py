@@ -316,6 +316,13 @@ class TestResNet(unittest.TestCase):
                 with self.subTest(depth=depth, output_stride=output_stride):
                     self.assertLessEqual(relative_error(found, stage), 1e-6)
 
+    def test_basic_blocks_are_dilated_as_bottlenecks_are(self):
+        """Which torchvision has not."""
+        net = ResNet(18, output_stride=8)
+        convs = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+        dilations = [conv.dilation[0] for conv in convs if conv.kernel_size == (3, 3)]
+        self.assertEqual(dilations[-8:], [1, 2, 2, 2, 2, 4, 4, 4])  # of layer3 and layer4
+
     def test_imagenet_weights_are_torchvisions(self):
         theirs = torchvision.models.resnet18().state_dict()
         net = ResNet(18)
@@ -343,6 +350,35 @@ class Strided(nn.Module):
 
 
 class TestNetwork(unittest.TestCase):
+    def test_names_of_parameters(self):
+        for name in small_net().state_dict():
+            self.assertRegex(name, r"^(mean|std)$|^(backbone|ppm|fpn|fusion|heads)\.")
+            levels = [level for level in CLASSES if level in name]
+            expected = [name.split(".")[1]] if name.startswith("heads.") else []
+            self.assertEqual(levels, expected)
+
+    def test_computes_only_what_the_levels_need_and_that_alike(self):
+        net = small_net()
+        images = torch.rand(1, 3, 64, 96)
+        together = net(images)
+        ran = []
+        for name, module in net.named_modules():
+            if re.fullmatch(r"ppm|fusion|fpn\.convs\.\d|heads\.\w+", name):
+                module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        fused = ["ppm", "fpn.convs.2", "fpn.convs.1", "fpn.convs.0", "fusion"]
+        for level, needed in (
+            ("texture", []),
+            ("scene", ["ppm"]),
+            ("material", ["ppm", "fpn.convs.0"]),
+            ("object", fused),
+            ("part", fused),
+        ):
+            ran.clear()
+            logits = net(images, levels=[level])
+            self.assertEqual(sorted(ran), sorted([*needed, f"heads.{level}"]))
+            self.assertEqual(logits.keys() - {"texture_map"}, {level})
+            for key, value in logits.items():
+                torch.testing.assert_close(value, together[key])
 
     def test_rows_of_table_2_against_the_network_written_out(self):
         images = torch.rand(2, 3, 75, 107)
@@ -374,6 +410,8 @@ class TestNetwork(unittest.TestCase):
 
     def test_another_backbone_has_four_maps_from_stride_4(self):
         images = torch.rand(1, 3, 64, 64)
+        net = UPerNet(CLASSES, Strided(4, 8, 16, 32), channels=8).eval()
+        self.assertEqual(net(images)["object"].shape, (1, 7, 16, 16))
         for strides in ([4, 8, 16], [2, 4, 8, 16]):
             net = UPerNet(CLASSES, Strided(*strides), channels=8).eval()
             with self.subTest(strides=strides), self.assertRaisesRegex(ValueError, "backbone"):
@@ -424,36 +462,6 @@ class TestNetwork(unittest.TestCase):
                 self.assertTrue((module.weight == 1).all())
                 self.assertTrue((module.bias == 1e-4).all())
 
-    def test_names_of_parameters(self):
-        for name in small_net().state_dict():
-            self.assertRegex(name, r"^(mean|std)$|^(backbone|ppm|fpn|fusion|heads)\.")
-            levels = [level for level in CLASSES if level in name]
-            expected = [name.split(".")[1]] if name.startswith("heads.") else []
-            self.assertEqual(levels, expected)
-
-    def test_computes_only_what_the_levels_need_and_that_alike(self):
-        net = small_net()
-        images = torch.rand(1, 3, 64, 96)
-        together = net(images)
-        ran = []
-        for name, module in net.named_modules():
-            if re.fullmatch(r"ppm|fusion|fpn\.convs\.\d|heads\.\w+", name):
-                module.register_forward_hook(lambda *_, name=name: ran.append(name))
-        fused = ["ppm", "fpn.convs.2", "fpn.convs.1", "fpn.convs.0", "fusion"]
-        for level, needed in (
-            ("texture", []),
-            ("scene", ["ppm"]),
-            ("material", ["ppm", "fpn.convs.0"]),
-            ("object", fused),
-            ("part", fused),
-        ):
-            ran.clear()
-            logits = net(images, levels=[level])
-            self.assertEqual(sorted(ran), sorted([*needed, f"heads.{level}"]))
-            self.assertEqual(logits.keys() - {"texture_map"}, {level})
-            for key, value in logits.items():
-                torch.testing.assert_close(value, together[key])
-
 
 # ---------------------------------------------------------------- in somebody else's hands
 class TestElsewhere(unittest.TestCase):
@@ -479,6 +487,28 @@ class TestElsewhere(unittest.TestCase):
             self.assertTrue(promised)
             for line, shapes in zip(said.getvalue().splitlines(), promised, strict=True):
                 self.assertEqual(re.findall(r"\d+", line), re.findall(r"\d+", shapes))
+
+    def test_every_module_runs_by_being_called(self):
+        called = set()
+        for name, module in self.net.named_modules():
+            module.register_forward_hook(lambda *_, name=name: called.add(name))
+        self.net(self.images)
+        for name, module in self.net.named_modules():
+            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+                self.assertIn(name, called)
+
+    def test_batch_norm_can_be_folded_into_the_convolutions(self):
+        for pool in ("prroi", "adaptive", "pspnet"):
+            net = small_net(pool=pool)
+            folded = copy.deepcopy(net)
+            for module in folded.modules():
+                if isinstance(module, nn.Sequential) and len(module) > 1:
+                    if isinstance(module[1], nn.BatchNorm2d):
+                        module[0] = fuse_conv_bn_eval(module[0], module[1])
+                        module[1] = nn.Identity()
+            self.assertIsNotNone(folded.fusion.conv[0].bias)
+            with torch.inference_mode():
+                self.assert_same(folded(self.images), net(self.images))
 
     def test_export_with_free_batch_height_and_width(self):
         free = getattr(torch.export.Dim, "AUTO", None)
@@ -523,28 +553,6 @@ class TestElsewhere(unittest.TestCase):
             for amp in (torch.bfloat16, torch.float16):
                 with torch.autocast("cuda", amp):
                     self.assert_same(net(images), exact, 0.1)
-
-    def test_every_module_runs_by_being_called(self):
-        called = set()
-        for name, module in self.net.named_modules():
-            module.register_forward_hook(lambda *_, name=name: called.add(name))
-        self.net(self.images)
-        for name, module in self.net.named_modules():
-            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-                self.assertIn(name, called)
-
-    def test_batch_norm_can_be_folded_into_the_convolutions(self):
-        for pool in ("prroi", "adaptive", "pspnet"):
-            net = small_net(pool=pool)
-            folded = copy.deepcopy(net)
-            for module in folded.modules():
-                if isinstance(module, nn.Sequential) and len(module) > 1:
-                    if isinstance(module[1], nn.BatchNorm2d):
-                        module[0] = fuse_conv_bn_eval(module[0], module[1])
-                        module[1] = nn.Identity()
-            self.assertIsNotNone(folded.fusion.conv[0].bias)
-            with torch.inference_mode():
-                self.assert_same(folded(self.images), net(self.images))
 
 
 # ---------------------------------------------------------------- pooling and fusion
@@ -679,6 +687,13 @@ class TestLosses(unittest.TestCase):
 
 
 # ---------------------------------------------------------------- photos
+# A pixel of three times 16 bits, which Pillow reads and cannot write.
+DEEP_PNG = (
+    "89504e470d0a1a0a0000000d4948445200000001000000011002000000c0e78f9d"
+    "0000000b4944415478da6360040300001c00072c7d16a40000000049454e44ae426082"
+)
+
+
 class TestPhoto(unittest.TestCase):
     def test_alpha_is_ignored(self):
         photo = noise(24, 32)
@@ -687,9 +702,11 @@ class TestPhoto(unittest.TestCase):
         assert_array_equal(upernet.rgb_photo(transparent), photo)
 
     def test_more_than_8_bits_a_channel_are_refused(self):
-        for mode in ("I;16", "I", "F"):
-            with self.subTest(mode), self.assertRaises(ValueError):
-                upernet.rgb_photo(Image.new(mode, (8, 8)))
+        photos = [Image.new(mode, (8, 8)) for mode in ("I;16", "I", "F")]
+        photos.append(Image.open(io.BytesIO(bytes.fromhex(DEEP_PNG))))
+        for photo in photos:
+            with self.subTest(photo.mode), self.assertRaises(ValueError):
+                upernet.rgb_photo(photo)
 
 
 # ---------------------------------------------------------------- our checkpoints
@@ -762,7 +779,9 @@ print(parsed["object"].shape, parsed["part"].shape, parsed["scene"].shape)
             ({"best": np.float64(1)}, r"numpy\S*\.scalar"),  # no tensor: could run code
             ({"model": without}, key),
             ({"model": {**model, key: model[key][:-1]}}, key),
+            ({"model": {**model, "heads.colour.weight": model[key]}}, "heads.colour.weight"),
             ({"vocabulary": {"object": ["wall"]}}, "object"),
+            ({"vocabulary": {"object": ["wall"], "part": {3: ["background"]}}}, "vocabulary"),
         ):
             torch.save({**content, **wrong}, self.path)
             with self.subTest(named), self.assertRaisesRegex(ValueError, named) as caught:
@@ -981,6 +1000,11 @@ class TestRelease(unittest.TestCase):
             different = [key for key in found ^ expected if "auxiliary_head" not in key]
             self.assertEqual(different, [])
 
+    def test_another_depth_and_width(self):
+        files, _ = released_files("paper", 3, backbone="resnet101", channels=32)
+        net, _ = upernet.load_release(*files, self.tables)
+        self.assertEqual((net.network["backbone"], net.network["channels"]), ("resnet101", 32))
+
     def test_sizes_and_classes(self):
         sizes = {release: net.test_size for release, (net, _) in self.networks.items()}
         expected = {"paper": (450, 1000, 8), "ade20k": (450, 1000, 32), "mmseg": (512, 2048, 1)}
@@ -991,6 +1015,7 @@ class TestRelease(unittest.TestCase):
         self.assertEqual(counts, {**COUNTS, "part": 78})
         first = [names[level][0] for level in ("scene", "object", "material")]
         self.assertEqual(first, ["scene 0", "background", "background"])
+        self.assertEqual(names["part"]["object 78"][:3], ["background", "part 1", "part 2"])
         objects = self.networks["ade20k"][1]["object"]
         self.assertEqual(objects[0], "thing 1")
         self.assertEqual(len(set(objects)), 150)  # although two begin with "screen"
@@ -1016,8 +1041,8 @@ class TestRelease(unittest.TestCase):
 class TestMmseg(unittest.TestCase):
     """Files of mmsegmentation's; what its network answers is in TestRelease."""
 
-    def file(self, meta: dict = {}) -> str:
-        network = {"backbone": "resnet18", "channels": 8, "classes": {"object": 3}}
+    def file(self, meta: dict = {}, backbone="resnet18") -> str:
+        network = {"backbone": backbone, "channels": 8, "classes": {"object": 3}}
         return released_files("mmseg", 1, meta, **network)[0][0]
 
     def test_names_of_the_classes(self):
@@ -1035,8 +1060,10 @@ class TestMmseg(unittest.TestCase):
     def test_refused_files(self):
         aligned = "decode_head=dict(type='UPerHead', align_corners = True)"  # its 769x769 networks
         for path, names in (
+            (self.file({"config": aligned}), None),
             (self.file({"cfg": aligned}), None),
             (self.file(), ["a"]),
+            (self.file(backbone=Strided(4, 8, 16, 32)), None),
         ):
             with self.subTest(path), self.assertRaisesRegex(ValueError, re.escape(path)):
                 upernet.load_mmseg(path, names)
@@ -1316,6 +1343,7 @@ class TestScan(unittest.TestCase):
             (".jpg", "no picture"),
             ("_seg.png", "missing"),
             ("_seg.png", "other size"),
+            ("_parts_1.png", "no picture"),
             ("_parts_1.png", "other size"),
             (".json", "{"),
             (".json", wrong_object),
@@ -1337,19 +1365,29 @@ class TestScan(unittest.TestCase):
         grey.putpalette([0, 0, 0, 100, 100, 100, 200, 200, 200])  # 0, 1, 2 or 0, 100, 200?
         coloured = mask.convert("RGB")
         coloured.putpixel((0, 0), (1, 200, 0))
-        for name, picture in (
-            ("0.jpg", mask),
-            ("0.png", coloured),
-            ("0.png", grey),
-            ("0.png", mask.resize((30, 20))),
-            ("0.tif", mask.convert("F")),
+        pages = {"save_all": True, "append_images": [mask]}
+        for name, picture, options in (
+            ("0.jpg", mask, {}),
+            ("0.png", coloured, {}),
+            ("0.png", grey, {}),
+            ("0.gif", grey, {}),
+            ("0.png", mask.resize((30, 20)), {}),
+            ("0.tif", mask.convert("F"), {}),
+            ("0.tif", mask, pages),
         ):
             root = own_root(columns(0, 1, 2))
             folder = join(root, "annotations", "training")
             os.remove(join(folder, "0.png"))
-            picture.save(join(folder, name))
+            picture.save(join(folder, name), **options)
             with self.subTest(name=name, mode=picture.mode):
                 self.assert_broken(root, f"annotations/training/{name}")
+
+    def test_two_masks_of_one_name_are_refused(self):
+        root = own_root(columns(1, 2))
+        save(columns(1, 2), root, "annotations", "training", "0.tif")
+        line = scan_refusal(self, root)
+        for name in ("0.png", "0.tif"):
+            self.assertIn(f"annotations/training/{name}", line)
 
     def test_one_broken_image_in_twenty_is_set_aside(self):
         ade = Ade()
@@ -1361,6 +1399,16 @@ class TestScan(unittest.TestCase):
         os.remove(f"{second}_seg.png")
         for text in (err, said, scan_refusal(self, ade.root)):
             self.assertIn("ADE_train_00000000_seg.png", text)
+
+    def test_parts_count_in_labelled_objects_and_unknown_numbers_are_reported(self):
+        ade = Ade()
+        names = {5: "car", 6: "wheel"}
+        ade.add(columns(0, 5, 99, 5), names, ["street"], columns(6, 6, 6, 798))
+        index, err = scanned(ade.root)
+        whole = [[0, 0, 0, 400], [0, 5, 0, 800], [0, 99, 0, 400]]
+        parts = [[0, 5, 6, 400], [0, 5, 798, 400], [0, 99, 6, 400]]
+        self.assertEqual(index.pixels.tolist(), whole + parts)
+        self.assertEqual(re.findall(r"\d+", err.split(":")[-1]), ["99", "798"])
 
     def test_opens_nothing_again_until_something_changes(self):
         ade = Ade()
@@ -1374,14 +1422,17 @@ class TestScan(unittest.TestCase):
         ade.add(self.WALL + 1, {6: "sky"}, ["street"])
         photo.unlink()
         self.assertEqual(ade.index().names, {6: "sky"})
+        (path,) = Path(ade.root, ".cache").glob("ade20k*")
+        path.write_bytes(path.read_bytes()[:999])  # damaged
+        self.assertEqual(ade.index().names, {6: "sky"})
         self.assertEqual(scanned(ade.folder)[0].names, {6: "sky"})  # it may be the root itself
 
-    def test_two_masks_of_one_name_are_refused(self):
-        root = own_root(columns(1, 2))
-        save(columns(1, 2), root, "annotations", "training", "0.tif")
-        line = scan_refusal(self, root)
-        for name in ("0.png", "0.tif"):
-            self.assertIn(f"annotations/training/{name}", line)
+    def test_other_layouts_are_told_what_to_rename(self):
+        for layout in ("masks", "ade20k/labels", "leftImg8bit", "ade20k/JPEGImages"):
+            root = new_folder("layout")
+            os.makedirs(join(root, layout))
+            advice = f"{os.path.basename(layout)}.*annotations/"
+            self.assertRegex(scan_refusal(self, root), advice)
 
 
 class TestPhotos(unittest.TestCase):
@@ -1396,6 +1447,14 @@ class TestPhotos(unittest.TestCase):
         for i in range(len(names)):
             self.assertLess(abs(np.asarray(source.photo(i), int) - 90).max(), 3)
             assert_array_equal(source.labels(i)["object"], columns(0, 1))
+
+    def test_of_more_than_8_bits_a_channel_are_broken(self):
+        ramp = np.linspace(0, 65535, 800).reshape(40, 20)
+        for name, number in (("0.png", np.uint16), ("0.tif", np.float32)):
+            root = own_root(columns(1, 2))
+            os.remove(join(root, "images", "training", "0.jpg"))
+            Image.fromarray(ramp.astype(number)).save(join(root, "images", "training", name))
+            self.assertRegex(scan_refusal(self, root), f" images/training/{name}: .*bits")
 
     def test_are_turned_as_their_exif_data_say(self):
         picture = np.zeros((30, 40, 3), np.uint8)
@@ -1517,6 +1576,7 @@ class TestOwnData(unittest.TestCase):
             ((51, 52), {"classes": "one\ntwo\n"}, 2),
             ((0, 85, 170, 255), {}, 2),  # gray levels
             ((1001, 1002, 2001), {}, 2),  # class * 1000 + instance
+            ((3, 5, 255, 0), {}, 2),
             ((2, 4, 255, 0), {}, 0),
         ):
             root = own_root(columns(*numbers), **tables)
@@ -1664,6 +1724,11 @@ class TestBatches(unittest.TestCase):
         heights = {batches[k].images.shape[2] for k in range(12)}
         self.assertEqual(heights, {64, 96})
 
+    def test_half_of_the_images_are_mirrored(self):
+        red = self.reds([[0]] * 20, sizes=[96])
+        flips = (red[:, 0] > red[:, 60]).sum()
+        self.assertTrue(4 < flips < 16)
+
     def test_labels_lie_on_what_they_label(self):
         """Resized, cut to crops smaller and larger than the image, mirrored; unlabelled and of the
         mean colour where it ends."""
@@ -1698,26 +1763,6 @@ class TestBatches(unittest.TestCase):
                 self.assertTrue(0.7 < scales.min() < 0.9)
                 self.assertTrue(2.4 < scales.max() < 3.1)
 
-    def test_the_preferred_windows_are_trained_on(self):
-        """Mirrored or not: nearly all of ten have one with much of the left half."""
-        mask = np.full((96, 160), 3)
-        mask[:, :80] = np.arange(80) // 8 % 2 + 1
-        source = source_of(own_data(new_folder("halves"), [mask] * 2))
-        batches = self.batches([[0]] * 30, [source], sizes=[96], crop=64)
-        for k in range(30):
-            counts = np.bincount(batches[k].labels["object"].ravel())
-            self.assertLess(counts.max(), 0.75 * 16 * 16)
-
-    def test_textures_are_cut_to_squares_at_random_and_mirrored(self):
-        texture = source_of(textures(new_folder("squares"), train1=["a/ein 点.png"]), "dtd")
-        self.assertEqual(texture.labels(0), {"texture": 0})
-        red = self.reds([[0]] * 10, [self.source, texture], crop=96)
-        self.assertEqual(red.shape, (10, 64))
-        self.assertGreater(np.ptp(red.mean(axis=1)), 50)
-        slopes = red[:, -1] - red[:, 0]
-        self.assertLess(slopes.min(), -50)
-        self.assertGreater(slopes.max(), 50)
-
     def test_windows_of_several_classes_are_preferred(self):
         """Against a plain loop."""
         labels = np.zeros((60, 100), np.int16)
@@ -1740,26 +1785,58 @@ class TestBatches(unittest.TestCase):
             shares.append(share)
         self.assertTrue(min(shares) < 0.75 < max(shares))
 
+    def test_the_preferred_windows_are_trained_on(self):
+        """Mirrored or not: nearly all of ten have one with much of the left half."""
+        mask = np.full((96, 160), 3)
+        mask[:, :80] = np.arange(80) // 8 % 2 + 1
+        source = source_of(own_data(new_folder("halves"), [mask] * 2))
+        batches = self.batches([[0]] * 30, [source], sizes=[96], crop=64)
+        for k in range(30):
+            counts = np.bincount(batches[k].labels["object"].ravel())
+            self.assertLess(counts.max(), 0.75 * 16 * 16)
+
+    def test_textures_are_cut_to_squares_at_random_and_mirrored(self):
+        texture = source_of(textures(new_folder("squares"), train1=["a/ein 点.png"]), "dtd")
+        self.assertEqual(texture.labels(0), {"texture": 0})
+        red = self.reds([[0]] * 10, [self.source, texture], crop=96)
+        self.assertEqual(red.shape, (10, 64))
+        self.assertGreater(np.ptp(red.mean(axis=1)), 50)
+        slopes = red[:, -1] - red[:, 0]
+        self.assertLess(slopes.min(), -50)
+        self.assertGreater(slopes.max(), 50)
+
 
 class TestPrepared(unittest.TestCase):
     def setUp(self):
         """320 classes, six pixels each; all but the first have a wheel of three."""
         pixels = np.arange(40 * 48).reshape(40, 48)
-        objects = pixels // 6 + 1
+        self.objects = pixels // 6 + 1
         self.wheels = (pixels % 6 > 2) & (pixels > 5)
         self.ade = Ade()
         names = {n: f"thing {n}" for n in range(1, 321)}
         names[400] = "wheel"
-        self.ade.add(objects, names, ["street"], 400 * self.wheels)
+        self.stem = self.ade.add(self.objects, names, ["street"], 400 * self.wheels)
         self.source = source_of(self.ade.root)
         self.first = self.source.prepared(0)
+        (self.folder,) = self.folders()
 
-    def test_batches_have_every_fourth_of_the_labels(self):
-        """As arrays of the smallest types."""
+    def folders(self) -> list[Path]:
+        return list(Path(self.ade.root, ".cache").glob("ade20k-*"))
+
+    def test_are_pictures_of_class_plus_1_and_of_parts(self):
         labels = self.source.labels(0)
         self.assertEqual(len(np.unique(labels["object"])), 320)
         assert_array_equal(self.first["object"], labels["object"])
         assert_array_equal(self.first["part"], self.wheels)
+        with Image.open(self.folder / "0.png") as picture:
+            self.assertIn(picture.mode, ("I;16", "I"))  # I: Pillow before version 11
+            assert_array_equal(picture, labels["object"] + 1)
+        with Image.open(self.folder / "0_parts.png") as picture:
+            self.assertEqual(picture.mode, "L")
+            assert_array_equal(picture, self.wheels)
+
+    def test_batches_have_every_fourth_of_their_labels(self):
+        """Arrays of the smallest types, not tensors, which would take shared memory."""
         plan = datasets.Plan([0], np.zeros((1, 1, 1, 1), int))
         batch = datasets.TrainingBatches([self.source], plan, [40], 99, 0, flip=False)[0]
         self.assertEqual(batch.images.dtype, np.uint8)
@@ -1768,6 +1845,24 @@ class TestPrepared(unittest.TestCase):
             quarters = batch.labels[level]
             self.assertEqual((quarters.shape, quarters.dtype), ((1, 16, 16), labels.dtype))
             assert_array_equal(quarters[0, :10, :12], labels[2::4, 2::4])
+        self.assertEqual(quarters[0, 10:].max(), 0)  # parts in the padding
+
+    def test_are_written_again_when_deleted_and_else_only_read(self):
+        for name in ("0.png", "0_parts.png"):
+            content = (self.folder / name).read_bytes()
+            os.remove(self.folder / name)
+            self.source.prepared(0)
+            self.assertEqual((self.folder / name).read_bytes(), content)
+        os.remove(f"{self.stem}_seg.png")
+        np.testing.assert_equal(self.source.prepared(0), self.first)
+
+    def test_a_damaged_one_is_named(self):
+        path = self.folder / "0.png"
+        whole = path.read_bytes()
+        for damaged in (b"", whole[: len(whole) // 2], whole[:-40] + bytes(40)):
+            path.write_bytes(damaged)
+            with self.assertRaisesRegex(datasets.UserError, str(path)):
+                self.source.prepared(0)
 
     def test_each_vocabulary_and_size_has_its_own(self):
         vocabulary = vocabulary_of(self.source.index)
@@ -1780,7 +1875,7 @@ class TestPrepared(unittest.TestCase):
         across = ((np.arange(20) + 0.5) * 48 / 20).astype(int)
         for level, labels in smaller.items():
             assert_array_equal(labels, self.first[level][rows[:, None], across])
-        np.testing.assert_equal(source_of(self.ade.root).prepared(0), self.first)
+        self.assertEqual(len(self.folders()), 3)
 
 
 class TestSplit(unittest.TestCase):
@@ -1847,28 +1942,36 @@ class TestSplit(unittest.TestCase):
         entries = read_json(path)["sources"]
         self.assertEqual(entries["dtd"], dtd)
         entry = entries["os"]
+        keys = "images fingerprint validation deviation_before deviation_after"
+        self.assertEqual(entry.keys(), set(keys.split()))
         self.assertEqual((entry["images"], len(entry["validation"])), (30, 3))
         self.assertLess(entry["deviation_after"], entry["deviation_before"])
         line = refusal(self, balance_split.main, *options, "--fraction", 0.9)  # dtd has 0.1
         self.assertIn(path, line)
 
-    def test_a_split_is_kept_and_refused_for_other_images(self):
+    def test_a_split_is_added_and_kept_and_refused_for_other_images(self):
         root = textures(new_folder("split"), train1=[f"a/{k}.png" for k in range(4)])
         path = join(root, "split.json")
+        other = {"validation": []}
+        write(path, json.dumps({"fraction": 0.5, "sources": {"os": other}}))
         index, _ = scanned(root, "dtd")
         vocabulary = vocabulary_of(index)
         find = balance_split.validation_images
         with self.assertRaisesRegex(datasets.UserError, path):
             find(index, "balanced", path)  # as evaluate.py does
-        self.assertEqual(len(find(index, "balanced", path, vocabulary)), 1)
+        validation = find(index, "balanced", path, vocabulary)
+        self.assertEqual(len(validation), 2)
         content = read_json(path)
+        self.assertEqual(content["sources"]["os"], other)
         content["sources"]["dtd"]["validation"] = index.images[:1]
         write(path, json.dumps(content))
         self.assertEqual(find(index, "balanced", path, vocabulary), index.images[:1])
         os.remove(join(root, "dtd", "images", "a", "0.png"))
         fewer, _ = scanned(root, "dtd")
-        with self.assertRaisesRegex(datasets.UserError, path):
-            find(fewer, "balanced", path, vocabulary)
+        for text in (json.dumps(content), "{"):
+            write(path, text)
+            with self.assertRaisesRegex(datasets.UserError, path):
+                find(fewer, "balanced", path, vocabulary)
 
     def test_official_validation(self):
         find = balance_split.validation_images
@@ -2028,6 +2131,11 @@ class TestMetrics(unittest.TestCase):
         self.assertEqual(results["material"], expected)
         self.assertIsNone(results["part"]["mean_iou_bg"])
         self.assertEqual(results["texture"], {"top1": None, "n": 0})
+
+    def test_the_table_has_the_best_and_worst_ten_classes(self):
+        iou = {f"class {k:02d}": 1 - k / 100 for k in range(25)}
+        shown = evaluate.table({"object": {"pixel_accuracy": 0.5, "mean_iou": 0.25, "iou": iou}})
+        self.assertEqual(set(iou) - set(re.findall(r"class \d\d", shown)), set(list(iou)[10:15]))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -2364,6 +2472,19 @@ class TestPictures(unittest.TestCase):
             self.assertEqual((panel == below).all(axis=2).sum(), clear)
             self.assertEqual((abs(panel - car) <= 1).all(axis=2).sum(), 180)
 
+    def test_curves_show_means_and_an_iterations_last_line(self):
+        out = new_folder("curves")
+        line = {"stage": "main", "iteration": 0, "lr": 0.04, "loss": {"object": 9}}
+        lines = [line]  # trained again by a resumed run
+        for k in range(320):
+            lines.append({**line, "iteration": k, "loss": {"object": k / 4}})
+        write(join(out, "log.jsonl"), "\n".join(map(json.dumps, lines)))
+        with mock.patch("datasets.plot", return_value=Image.new("RGB", (9, 9))) as plot:
+            train.draw_curves(out)
+        self.assertTrue(os.path.exists(join(out, "curves.png")))
+        _, _, _, [(losses, _)] = plot.call_args_list[0].args
+        self.assertEqual(losses, [[2 * k + 0.5, k / 2 + 0.125] for k in range(160)])
+
 
 class TestOwnNetwork(unittest.TestCase):
     """From one's own photos and masks to masks of new photos."""
@@ -2398,7 +2519,13 @@ class TestOwnNetwork(unittest.TestCase):
         self.assertGreater((numbers == truth).mean(), 0.5)
 
     def test_split_all_evaluates_every_image_and_counts_those_that_trained(self):
-        for n, argv in ((4, ()), (20, ("--split", "all"))):
+        link = join(new_folder("elsewhere"), "link")
+        os.symlink(self.root, link)
+        for n, argv in (
+            (4, ()),
+            (20, ("--split", "all")),
+            (20, ("--split", "all", "--root", link)),
+        ):
             metrics, said = self.evaluated(*argv)
             self.assertEqual(metrics["scene"]["n"], n)
             self.assertIn(f"{n} of 20 images", said)
@@ -2427,22 +2554,22 @@ class TestOwnNetwork(unittest.TestCase):
         self.assertIn("split.json", refusal(self, evaluate.main, *argv))
         self.assertFalse(os.path.exists(join(root, "split.json")))
 
+    def test_metrics_are_written_before_pictures(self):
+        path = join(new_folder("metrics"), "m.json")
+        argv = ("--json", path, "--pictures", self.checkpoint)  # a file, no folder
+        self.assertIn(self.checkpoint, refusal(self, evaluate.main, self.checkpoint, *argv))
+        self.assertIn("object", read_json(path))
+
     def test_evaluation_leaves_each_modules_mode_as_it_was(self):
         net, vocabulary = upernet.load(self.checkpoint)
         validation = ["images/validation/4.png"]
         source = datasets.Source(scanned(self.root)[0], vocabulary, validation=validation)
         expected = evaluate.evaluate(net, vocabulary, {"ade20k": source})
         net.train()
-        net.ppm.eval()  # as the texture stage has most of it
+        net.ppm.eval()
         modes = [module.training for module in net.modules()]
         self.assertEqual(evaluate.evaluate(net, vocabulary, {"ade20k": source}), expected)
         self.assertEqual([module.training for module in net.modules()], modes)
-
-    def test_metrics_are_written_before_pictures(self):
-        path = join(new_folder("metrics"), "m.json")
-        argv = ("--json", path, "--pictures", self.checkpoint)  # a file, no folder
-        self.assertIn(self.checkpoint, refusal(self, evaluate.main, self.checkpoint, *argv))
-        self.assertIn("object", read_json(path))
 
 
 # ---------------------------------------------------------------- runs of train.py
@@ -2586,12 +2713,17 @@ class TestUpdate(unittest.TestCase):
             mean = (step_1[name] + step_2[name]) / 2
             torch.testing.assert_close(value, mean, rtol=1e-3, atol=1e-6)
 
-    def test_a_scaler_leaves_the_step_alone(self):
+    def test_a_scaler_leaves_the_step_alone_and_skips_one_that_overflows(self):
         scaler = torch.amp.GradScaler("cpu", init_scale=1024)
         _, step = self.step(self.batch(1), scaler=scaler)
         _, expected = self.plain_step(self.batch(1))
         for name, value in step.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-6)
+        plain = upernet.part_loss
+        with mock.patch("upernet.part_loss", lambda *inputs: math.inf * plain(*inputs)):
+            _, step = self.step(self.batch(1), scaler=scaler)
+        self.assertFalse(any(value.any() for value in step.values()))
+        self.assertEqual(scaler.get_scale(), 512)
 
     def test_no_decay_on_biases_and_norms(self):
         net = small_net()
@@ -2600,6 +2732,12 @@ class TestUpdate(unittest.TestCase):
         self.assertEqual((decayed["weight_decay"], others["weight_decay"]), (1e-4, 0))
         self.assertEqual(set(decayed["params"]), decays)
         self.assertEqual(set(others["params"]), set(net.parameters()) - decays)
+
+    def test_mixed_precision_depends_on_the_gpu(self):
+        for capability, expected in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+            with mock.patch("torch.cuda.get_device_capability", return_value=capability):
+                self.assertEqual(datasets.pick_amp("auto", torch.device("cuda")), expected)
+        self.assertIsNone(datasets.pick_amp("auto", torch.device("cpu")))
 
 
 # ---------------------------------------------------------------- a whole run
@@ -2627,9 +2765,13 @@ class TestTraining(Runs):
         # The texture stage has a policy of its own.
         np.testing.assert_allclose(log[3]["lr"], 0.04 * (3 / 6) ** 0.9)
         np.testing.assert_allclose(log[7]["lr"], 0.04 * (1 / 2) ** 0.9)
+        objects = checkpoint_of(self.out)["vocabulary"]["object"]
+        self.assertEqual(list(log[1]["metrics"]["object"]["iou"]), objects)
 
-    def test_the_checkpoint_names_the_images_that_trained_and_that_validated(self):
+    def test_the_checkpoint(self):
         content = checkpoint_of(self.out)
+        keys = "model network vocabulary optimizer scaler stage iteration best split trained"
+        self.assertEqual(set(content), {*keys.split(), "arguments"})
         self.assertEqual(content["stage"], "done")
         for source, images in content["split"].items():
             self.assertFalse(set(images) & set(content["trained"][source]))
@@ -2726,6 +2868,11 @@ class TestTraining(Runs):
         trained("--resume", out=stopped)
         self.assert_same_run(whole, stopped)
 
+    def test_the_log_is_strict_json_where_fp16_overflows(self):
+        with mock.patch("train.update", return_value={"object": math.inf, "scene": math.nan}):
+            out, _ = trained(*self.toy, "--amp", "fp16", "--iters", 1, "--texture-iters", 0)
+        self.assertEqual(read_log(out)[0]["loss"], {"object": None, "scene": None})
+
     def test_readers_return_no_tensors(self):
         """These would take shared memory, of which containers have little."""
         items = []
@@ -2748,11 +2895,6 @@ class TestTraining(Runs):
             if isinstance(item, (list, tuple)):
                 items += item
 
-    def test_the_log_is_strict_json_where_fp16_overflows(self):
-        with mock.patch("train.update", return_value={"object": math.inf, "scene": math.nan}):
-            out, _ = trained(*self.toy, "--amp", "fp16", "--iters", 1, "--texture-iters", 0)
-        self.assertEqual(read_log(out)[0]["loss"], {"object": None, "scene": None})
-
 
 # ---------------------------------------------------------------- what ends a run, and --resume
 PREAMBLE = """
@@ -2763,6 +2905,16 @@ import datasets, evaluate, resnet, train, upernet
 
 resnet.BLOCKS[18] = (1, 1, 1, 1)
 update = train.update
+"""
+HANGS = """
+def hanging(*arguments):
+    if os.path.exists(os.path.join(sys.argv[-1], "log.jsonl")):
+        print("hangs", flush=True)
+        time.sleep(60)
+    return update(*arguments)
+
+train.update = hanging
+train.main()
 """
 
 
@@ -2823,6 +2975,18 @@ class TestResume(Runs):
             os.kill(os.getpid(), signal.SIGHUP)
         self.assertEqual(signals.received, 0)
 
+    def test_a_second_signal_after_two_seconds_ends_an_iteration_that_hangs(self):
+        run = started(HANGS, *self.toy, "--iters", 9, "--out", new_folder("hanging"))
+        self.assertTrue(any("hangs" in line for line in run.stdout))
+        began = time.monotonic()
+        self.addCleanup(run.kill)
+        while run.poll() is None and time.monotonic() - began < 30:  # to groups they come twice
+            run.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        self.assertGreater(time.monotonic() - began, 2)
+        self.assertLess(time.monotonic() - began, 30)
+        self.assertEqual((run.returncode, run.communicate()[1]), (-signal.SIGINT, ""))
+
     def test_a_kill_and_a_signal_to_the_group_resume_bit_for_bit(self):
         """With a process that reads images, which both reach too; without one it is the same."""
         argv = (*self.toy, "--iters", 12, "--texture-iters", 8, "--save-every", 2)
@@ -2863,11 +3027,14 @@ class TestResume(Runs):
         self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         self.addCleanup(signal.signal, signal.SIGXFSZ, handler)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, limits[1]))
-        self.assertIn(str(path), refusal(self, train.main, "--resume", "--out", out))
-        self.assertEqual(path.read_bytes(), good)
+        log = Path(out, "log.jsonl")
+        for file, limit in ((path, len(good) // 2), (log, log.stat().st_size + 9)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+            self.assertIn(str(file), refusal(self, train.main, "--resume", "--out", out))
+            self.assertEqual(path.read_bytes(), good)
+            self.assertFalse(list(Path(out).glob(".*")))
 
-    def test_out_of_memory_names_the_option_that_helps(self):
+    def test_out_of_memory_is_one_line_and_a_mistake_of_ours_a_traceback(self):
         argv = (*self.toy, "--batch-size", 4, "--iters", 2, "--texture-iters", 0)
         for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried")):
             out = new_folder("failing")
@@ -2876,6 +3043,9 @@ class TestResume(Runs):
             self.assertIn("--batch-size", err)
         trained("--resume", "--batch-size", 2, "--accumulate", 2, out=out)
         self.assertEqual(log_lines(out), 2)
+        out = new_folder("ours")
+        with mock.patch("upernet.losses", side_effect=RuntimeError("a mistake of ours")):
+            self.assertRaises(RuntimeError, command, train.main, *argv, "--out", out)
 
     def test_what_is_not_finite_ends_the_run_and_is_not_written(self):
         out = new_folder("infinite")
@@ -2885,7 +3055,11 @@ class TestResume(Runs):
             model.backbone.bn1.running_var.fill_(math.inf)
             return {"material": 1.0}
 
-        for failure in (mock.Mock(return_value={"material": math.nan}), diverge):
+        for failure in (
+            mock.Mock(return_value={"material": math.inf}),
+            mock.Mock(return_value={"material": math.nan}),
+            diverge,
+        ):
             shutil.rmtree(out, ignore_errors=True)
             with mock.patch("train.update", failure):
                 err = refusal(self, train.main, *self.toy, "--iters", 1, "--out", out)
@@ -3032,7 +3206,9 @@ class TestOwnRuns(Runs):
             self.assertEqual(len(content["split"]["ade20k"]), validates)
             self.assertEqual(len(content["trained"]["ade20k"]), count - validates)
             self.assertEqual(os.path.exists(join(out, "metrics.json")), count > 1)
+            before = Path(out, "ckpt.pt").read_bytes()
             self.assertIn("finished", trained("--resume", out=out)[1])
+            self.assertEqual(Path(out, "ckpt.pt").read_bytes(), before)
 
     def test_images_without_a_label_and_long_strips_are_counted(self):
         strip = np.ones((60, 4000))
@@ -3113,6 +3289,18 @@ class TestStart(Runs):
             self.assertEqual(ours[key], self.theirs[key])
         self.assertNotIn("have trained", self.said)
 
+    def test_validation_images_that_trained_it_are_counted_and_stay_known(self):
+        trained_by = set(self.theirs["trained"]["ade20k"])
+        self.assertEqual(len(trained_by), 18)
+        root = shutil.copytree(self.root, join(new_folder("other"), "split"))
+        split = read_json(root, "split.json")
+        split["sources"]["ade20k"]["validation"] = sorted(trained_by)[:3]
+        write(join(root, "split.json"), json.dumps(split))
+        data = ("--data", "ade20k", "--root", root)
+        ours = self.begun(*data, "--weights", self.path)
+        self.assertRegex(self.said, r"(?m)^ade20k: 3 .*trained")
+        self.assertEqual(len(ours["trained"]["ade20k"]), 20)
+
     def test_mmsegmentations(self):
         network = {"classes": {"object": 3}, "backbone": "resnet18", "channels": 8}
         (path,), state = released_files("mmseg", 5, {"CLASSES": ["a", "b", "c"]}, **network)
@@ -3138,18 +3326,6 @@ class TestStart(Runs):
             for key, value in theirs.items():
                 if not key.startswith("fc."):
                     self.assertTrue(torch.equal(ours[f"backbone.{key}"], value), key)
-
-    def test_validation_images_that_trained_it_are_counted_and_stay_known(self):
-        trained_by = set(self.theirs["trained"]["ade20k"])
-        self.assertEqual(len(trained_by), 18)
-        root = shutil.copytree(self.root, join(new_folder("other"), "split"))
-        split = read_json(root, "split.json")
-        split["sources"]["ade20k"]["validation"] = sorted(trained_by)[:3]
-        write(join(root, "split.json"), json.dumps(split))
-        data = ("--data", "ade20k", "--root", root)
-        ours = self.begun(*data, "--weights", self.path)
-        self.assertRegex(self.said, r"(?m)^ade20k: 3 .*trained")
-        self.assertEqual(len(ours["trained"]["ade20k"]), 20)
 
     def test_damaged_imagenet_weights_are_named(self):
         home = new_folder("torch")
@@ -3205,13 +3381,25 @@ class TestMistakes(Runs):
             self.refused(train.main, "--weights none", *self.new, "--weights", "imagenet")
         self.assertFalse(os.path.exists(self.at("new", "ckpt.pt")))
 
+    def test_options_of_the_other_scripts(self):
+        ckpt = self.checkpoint
+        photo = ("--photo", self.at("x.jpg"))
+        for name, *argv in (
+            ("--release",),
+            ("--labels", "--release", self.at("a"), self.at("b")),
+            ("before the options", *photo),
+            ("nowhere", ckpt, "--data", "dtd", "--root", self.at("nowhere")),
+            ("--json", ckpt, *photo, "--json", self.at("m.json")),
+        ):
+            self.refused(evaluate.main, name, *argv)
+        self.refused(balance_split.main, "--fraction", *self.toy[:2], "--fraction", 2)
+
     def test_folders_and_tables(self):
         root = surfaces(self.at("surfaces"), ["wood"], [columns(1)])
         argv = ("--data", "os", "--root", root)
         occupied = write(self.at("occupied"), "a file")
         self.refused(datasets.main, occupied, "--data", "os", "--root", occupied)
         self.refused(datasets.main, occupied, *argv, "--cache", occupied)
-        self.refused(datasets.main, "nowhere", "--data", "os", "--root", self.at("nowhere"))
         table = join(root, "os", "label-substance-colors.csv")
         os.remove(table)
         self.refused(datasets.main, table, *argv)

@@ -524,14 +524,7 @@ def network_input(photo: "PIL.Image.Image", test_size: tuple) -> View:
     return View(padded_image(photo, size, height, width)[None], filled)
 
 
-def padded_image(
-    photo,
-    size,
-    height,
-    width,
-    top=0,
-    left=0,
-):
+def padded_image(photo, size, height, width, top=0, left=0):
     """A window of (height, width) at (top, left) of the photo resized to `size`, padded right and
     below with the mean colour: (3, height, width) uint8.
     """
