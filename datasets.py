@@ -1300,7 +1300,8 @@ def varied_window(sample, level, side, rng):
 
 def quarter_labels(sample, level, height, width):
     """A level's labels for a window of (height, width), at a quarter of it: each cell's label is
-    the one at its centre; in the padding unlabelled (part: 0).
+    the one at its centre; in the padding unlabelled (part: 0). The label map may have another size
+    than the photo, see `Source.prepared`.
     """
     labels = sample.labels[level]
     h, w = sample.size

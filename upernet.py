@@ -105,7 +105,8 @@ class PoolingBranch(ConvBNReLU):
         conv, norm, relu = self
         if self.pool == "pspnet":
             return resize(relu(norm(conv(pooled))), (height, width))
-        # As released, BN after the resize (as is their 1x1 convolution, which commutes with it).
+        # As released, BN after the resize. Their 1x1 convolution comes after it, too: the two
+        # commute, so ours comes first, on the small map.
         return relu(norm(resize(conv(pooled), (height, width))))
 
 
@@ -435,8 +436,8 @@ def part_loss(
     """Cross entropy over the parts of each object, within its pixels, summed over the objects.
 
     An object is valid in an image where at least one of its pixels has a part; there all its pixels
-    count, those without a part as background. Per object the mean over its pixels in all such
-    images of the batch (as released).
+    count, those without a part in the object's list as background. Per object the mean over its
+    pixels in all such images of the batch (as released).
     """
     annotated = parts > 0
     present = set(torch.unique(objects[annotated]).tolist())
