@@ -1969,8 +1969,7 @@ def report(index, vocabulary):
     """Prints what a source has: its classes, what is unlabelled, what is broken."""
     height, width = index.sizes.double().median(dim=0).values.int().tolist()
     print(
-        f"{index.source}: {len(index.images)} images in {index.folder} ({index.layout}), median "
-        f"{width} x {height}"
+        f"{index.source}: {len(index.images)} images in {index.folder}, median {width} x {height}"
     )
     for level, classes in class_pixels(index, vocabulary).items():
         text = "no class is large enough: see the --min- options"
