@@ -2481,7 +2481,7 @@ class TestPictures(unittest.TestCase):
         with mock.patch("datasets.plot", return_value=Image.new("RGB", (9, 9))) as plot:
             train.draw_curves(out)
         self.assertTrue(os.path.exists(join(out, "curves.png")))
-        _, _, _, [(losses, _)] = plot.call_args_list[0].args
+        _, _, _, [(losses, _), _] = plot.call_args_list[0].args
         self.assertEqual(losses, [[2 * k + 0.5, k / 2 + 0.125] for k in range(160)])
 
 

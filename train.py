@@ -162,7 +162,6 @@ def finite(loss):
 class Stage(NamedTuple):
     name: str  # "main" or "texture"
     batches: datasets.TrainingBatches  # of this process
-    image_count: int  # that it trains on, of all its sources
 
     @property
     def iterations(self) -> int:
@@ -200,12 +199,12 @@ def plan_stages(
         groups = image_groups(others, by_orientation=not crop)  # squares need no padding
         plan = draw_batches(groups, iters, shape, seed)
         batches = datasets.TrainingBatches(others, plan, **augmentation)
-        stages["main"] = Stage("main", batches, training_images(others))
+        stages["main"] = Stage("main", batches)
     if texture_iters and training_images(textures):
         groups = image_groups(textures, by_orientation=False)
         plan = draw_batches(groups, texture_iters, texture_shape, seed)
         batches = datasets.TrainingBatches(textures, plan, **augmentation)
-        stages["texture"] = Stage("texture", batches, training_images(textures))
+        stages["texture"] = Stage("texture", batches)
     return stages
 
 
@@ -482,13 +481,10 @@ def write_log(line, out):
             file.write(json.dumps(line) + "\n")
     except OSError as e:  # of a full disk, without the file's name
         raise UserError(f"{path}: cannot be written ({e.strerror})") from None
-    if "metrics" in line:
-        draw_curves(out)
 
 
 def draw_curves(out):
-    """curves.png from log.jsonl: each level's loss in blue, the scores of the validations in red,
-    and the learning rate."""
+    """curves.png from log.jsonl: each level's loss in blue, its scores in validations in red."""
     if not os.path.exists(f"{out}/log.jsonl"):
         return
     lines = {}  # an iteration's last line counts: a resumed run repeats some
@@ -498,27 +494,24 @@ def draw_curves(out):
     losses = collections.defaultdict(list)
     scores = collections.defaultdict(list)
     for k, line in enumerate(lines.values()):
-        losses["learning rate"].append((k, line["lr"]))
         for level, value in line["loss"].items():
             if value is not None:
                 losses[level].append((k, value))
         for level, metrics in line.get("metrics", {}).items():
             scores[level].append((k, evaluate.mean_score({level: metrics})))
     panels = []
-    for name in (*LEVELS, "learning rate"):
-        if losses[name]:
-            stretches = np.array_split(losses[name], min(160, len(losses[name])))
-            means = [stretch.mean(axis=0).tolist() for stretch in stretches]
-            top = max(y for _, y in means)
-            curves = [(means, "#2255cc")]
-            title = f"{name} by iteration"
-            if name in LEVELS:
-                title = f"loss of {name} by iteration"
-            if scores[name]:
-                title = f"loss of {name}; red, 0 to 1: validation"
-                curves.append(([(k, top * score) for k, score in scores[name]], "#cc3333"))
-            panels.append(datasets.plot(title, len(lines), top, curves))
-    datasets.save_picture(datasets.sheet_of([panels[:3], panels[3:]]), f"{out}/curves.png")
+    for level, points in losses.items():
+        stretches = np.array_split(points, min(160, len(points)))
+        means = [stretch.mean(axis=0).tolist() for stretch in stretches]
+        top = max(y for _, y in means)
+        scaled = [(k, top * score) for k, score in scores[level]]
+        title = f"loss of {level} by iteration"
+        if scaled:
+            title = f"loss of {level}; red, 0 to 1: validation"
+        curves = [(means, "#2255cc"), (scaled, "#cc3333")]
+        panels.append(datasets.plot(title, len(lines), top, curves))
+    if panels:
+        datasets.save_picture(datasets.sheet_of([panels[:3], panels[3:]]), f"{out}/curves.png")
 
 
 # ---------------------------------------------------------------- options
@@ -665,7 +658,7 @@ def vocabulary_and_split(indexes, thresholds, levels, split, split_path):
     return vocabulary, validation
 
 
-def describe(sources, vocabulary, stages, split, lr):
+def describe(sources, vocabulary, stages, split):
     """Prints what the run is about to do, and what may be wrong with it. UserError if there is
     nothing to train on."""
     for name, source in sources.items():
@@ -688,11 +681,7 @@ def describe(sources, vocabulary, stages, split, lr):
         if stage.name == "main":
             describe_images(stage.batches, vocabulary)
         step = math.prod(stage.batches.plan.images.shape[1:])
-        passes = stage.iterations * step / stage.image_count
-        print(
-            f"{stage.name} stage: {stage.iterations} iterations of {step} images, {passes:.1f} "
-            f"passes, learning rate {lr:g}"
-        )
+        print(f"{stage.name} stage: {stage.iterations} iterations of {step} images")
 
 
 def describe_images(batches, vocabulary):
@@ -844,7 +833,7 @@ def command(argv):
         flip=args.flip,
     )
     if is_new:
-        describe(sources, vocabulary, stages, args.split, args.lr)
+        describe(sources, vocabulary, stages, args.split)
         evaluate.tell_sizes(sources, test_size, None)
         torch.manual_seed(args.seed)
         options = {key: getattr(args, key) for key in NETWORK_OPTIONS}
