@@ -1319,7 +1319,8 @@ def centres(n, start, full, label_rows):
     The window has the photo's rows `start` to `start + n`; the photo has `full` rows, its label map
     `label_rows`. For n = 12, start = 100 and a label map of the photo's size: 102, 106, 110.
     """
-    centre = start + 4 * np.arange(math.ceil((n - 2) / 4)) + 2
+    cells = math.ceil((n - 2) / 4)  # those whose centre lies in the window
+    centre = start + 4 * np.arange(cells) + 2
     return centre * label_rows // full
 
 

@@ -61,6 +61,7 @@ def update(
     losses = {}
     for k, batch in enumerate(batches):
         images = torch.from_numpy(batch.images).to(device) / 255
+        # Of all levels of the source, also those without a label in this batch.
         labels = {level: torch.from_numpy(y).to(device) for level, y in batch.labels.items()}
         with without_exchange(model, is_last=k == len(batches) - 1):
             with upernet.autocast(device, amp):

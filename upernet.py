@@ -161,8 +161,8 @@ class FPN(nn.Module):
 class Fusion(nn.Module):
     """P2..P5 fused into one map of P2's size, for objects and parts.
 
-    `plain` is the definition; nothing but the tests calls it. `forward` gives the same, up to
-    rounding, with fewer operations: see `ConvOfMaps` at the end of this file.
+    `plain` is the definition; only the tests call it, which hold the two equal. `forward` gives
+    the same, up to rounding, with fewer operations: see `ConvOfMaps` at the end of this file.
     """
 
     def __init__(self, maps: int, channels: int):
