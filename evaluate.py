@@ -528,6 +528,8 @@ def size_line(full, test_size, sizes):
     views = [upernet.input_size(full, size) for size in upernet.view_sizes(test_size, sizes)]
     seen = " and ".join(f"{width}x{height}" for height, width in views)
     text = f"images of {full[1]}x{full[0]} are seen at {seen}"
+    if not sizes:
+        text += f" (trained at a short side of {test_size[0]}; evaluate.py --size N takes another)"
     scale = max(full) / max(max(size) for size in views)
     if scale > 2:
         text += f"; things below {math.ceil(8 * scale)} pixels are lost"

@@ -1508,10 +1508,9 @@ class TestOwnData(unittest.TestCase):
         masks = [self.MASK, 0 * self.MASK, columns(9, 255), self.MASK, 0 * self.MASK]
         tables = {"classes": "sea\nland\n", "sceneCategories": "4 street\n"}
         index, _ = scanned(own_root(*masks, **tables))
-        with contextlib.redirect_stdout(io.StringIO()) as said:
+        with contextlib.redirect_stdout(io.StringIO()):
             source = datasets.Source(index, vocabulary_of(index), validation=index.images[:2])
         self.assertEqual((source.training, source.validation), ([3, 4], [0]))
-        self.assertRegex(said.getvalue(), "ade20k: 2 .*label")
 
     def test_names_of_the_tables(self):
         """All classes of a table whatever they have, those of one name apart; synonyms are cut in
@@ -3209,6 +3208,20 @@ class TestOwnRuns(Runs):
             self.assertIn("finished", trained("--resume", out=out)[1])
             self.assertEqual(Path(out, "ckpt.pt").read_bytes(), before)
 
+    def test_images_without_a_label_and_long_strips_are_counted(self):
+        strip = np.ones((60, 4000))
+        strip[:, :9] = 2
+        masks = [strip] * 3 + [strip[:, :80]] * 3 + [0 * strip[:, :80]]
+        root = own_data(new_folder("strips"), masks)
+        out, said = trained(*OWN, "--root", root, "--iters", 1)
+        self.assertRegex(said, "(?m)^ade20k: 1 .*label")
+        strips = {f"images/training/{k}.jpg" for k in range(3)}
+        count = len(strips & set(checkpoint_of(out)["trained"]["ade20k"]))
+        self.assertRegex(said, f"(?m)^{count} of .*--max-size.*--crop")
+        root = own_data(new_folder("strips"), [strip] * 2)
+        argv = (*OWN, "--root", root, "--out", new_folder("out"))
+        self.assertRegex(refusal(self, train.main, *argv), "--max-size.*--crop")
+
     def test_an_official_split_trains_on_no_test_folder(self):
         root = coloured("a", "b", images=10)
         for kind in ("images", "annotations"):
@@ -3311,6 +3324,16 @@ class TestStart(Runs):
             for key, value in theirs.items():
                 if not key.startswith("fc."):
                     self.assertTrue(torch.equal(ours[f"backbone.{key}"], value), key)
+
+    def test_damaged_imagenet_weights_are_named(self):
+        home = new_folder("torch")
+        weights = torchvision.models.get_model_weights("resnet18")["IMAGENET1K_V1"]
+        path = join(home, "hub", "checkpoints", os.path.basename(weights.url))
+        argv = (*OWN, "--root", self.root, "--out", new_folder("out"), "--weights", "imagenet")
+        for text in ("<html>log in first</html>", ""):
+            write(path, text)
+            with mock.patch.dict(os.environ, TORCH_HOME=home):
+                self.assertIn(path, refusal(self, train.main, *argv))
 
 
 # ---------------------------------------------------------------- mistakes

@@ -444,10 +444,12 @@ def load_imagenet(backbone: nn.Module) -> None:
     try:
         resnet.load_imagenet(backbone)
     except Exception as e:  # whatever a damaged file makes of the reader
+        advice = "give --weights none, or a file"
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        for cached in folder.glob(f"resnet{backbone.depth}-*.pth"):
+            advice = f"delete {cached} if it is damaged, or {advice}"
         reason = datasets.reason_of(e)
-        raise UserError(
-            f"--weights imagenet: not available ({reason}); give --weights none, or a file"
-        ) from None
+        raise UserError(f"--weights imagenet: not available ({reason}); {advice}") from None
 
 
 # ---------------------------------------------------------------- checkpoint, log, curves
@@ -482,6 +484,8 @@ def write_log(line, out):
             file.write(json.dumps(line) + "\n")
     except OSError as e:  # of a full disk, without the file's name
         raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+    if "metrics" in line:
+        draw_curves(out)
 
 
 def draw_curves(out):
@@ -686,13 +690,23 @@ def describe(sources, vocabulary, stages, split):
 
 
 def describe_images(batches, vocabulary):
-    """Prints at which size images are trained on, and whether mirroring confuses classes."""
+    """Prints at which size images are trained on. UserError if that leaves nothing of them."""
     sizes = ", ".join(map(str, batches.sizes)) or f"{batches.crop // 2} to {2 * batches.crop}"
     then = f"then squares of {batches.crop}" if batches.crop else f"at most {batches.longest} long"
     print(f"images: short side of {sizes}, {then}")
     sides = [n for n in vocabulary.get("object", ()) if re.search(r"\b(left|right)\b", n, re.I)]
     if sides and batches.flip:
         print(f"images are mirrored, and so {datasets.listed(sides)}: --no-flip")
+    short = []
+    for source in batches.sources:
+        for size in source.index.sizes[source.training].tolist():
+            short.append(min(upernet.resized(size, *source.largest)))
+    thin = sum(side < 32 for side in short)
+    if thin:
+        text = f"{thin} of {len(short)} images are less than 32 pixels wide or high at these sizes"
+        print(f"{text}; see --max-size, --crop")
+    if thin == len(short):
+        raise UserError("--max-size: nothing is left of the images, see --crop")
 
 
 def new_network(vocabulary, test_size, weights, start, **options):
