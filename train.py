@@ -505,8 +505,8 @@ def draw_curves(out):
         for level, metrics in line.get("metrics", {}).items():
             scores[level].append((k, evaluate.mean_score({level: metrics})))
     panels = []
-    for level, points in losses.items():
-        stretches = np.array_split(points, min(160, len(points)))
+    for level in sorted(losses, key=LEVELS.index):
+        stretches = np.array_split(losses[level], min(160, len(losses[level])))
         means = [stretch.mean(axis=0).tolist() for stretch in stretches]
         top = max(y for _, y in means)
         scaled = [(k, top * score) for k, score in scores[level]]
