@@ -474,7 +474,7 @@ def rgb_photo(picture: "PIL.Image.Image") -> "PIL.Image.Image":
     except Exception:  # whatever damaged EXIF data make of the reader
         picture = picture.copy()
     picture.info.pop("transparency", None)  # of which Pillow would warn
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def resized(
