@@ -1199,13 +1199,20 @@ class TrainingBatches(Dataset):
     flip: bool = True  # whether half of the images are mirrored
     rank: int = 0  # each process takes its share of every batch
 
+    @property
+    def iterations(self) -> int:
+        return self.plan.images.shape[0]
+
+    @property
+    def accumulate(self) -> int:
+        return self.plan.images.shape[1]
+
     def __len__(self) -> int:
-        iterations, accumulate, _, _ = self.plan.images.shape
-        return iterations * accumulate
+        return self.iterations * self.accumulate
 
     def __getitem__(self, k: int) -> Batch:
-        _, accumulate, processes, n = self.plan.images.shape
-        iteration, batch_of_step = divmod(k, accumulate)
+        _, _, processes, n = self.plan.images.shape
+        iteration, batch_of_step = divmod(k, self.accumulate)
         source = self.sources[self.plan.sources[iteration]]
         images = self.plan.images[iteration, batch_of_step, self.rank].tolist()
         first = (batch_of_step * processes + self.rank) * n  # of the images of the whole step
@@ -1412,24 +1419,15 @@ def plot(title: str, right: float, top: float, curves: list) -> Image.Image:
 
 
 # ---------------------------------------------------------------- shared by the scripts: options
-class Parser(argparse.ArgumentParser):
-    """argparse's, where a mistake is one line on stderr, without the usage."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def make_parser(prog, description):
-    parser = Parser(
+    """A parser whose mistakes are one line on stderr, without the usage, and status 2."""
+    return argparse.ArgumentParser(
         prog=prog,
         description=description,
         usage=argparse.SUPPRESS,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=31),
         allow_abbrev=False,
-        add_help=False,
     )
-    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-    return parser
 
 
 TOY_OPTIONS = {"min_images": 20, "min_pixels": 5000}

@@ -724,10 +724,8 @@ def command(argv):
     parser = make_parser()
     args = parser.parse_args(argv)
     net, vocabulary, checkpoint = open_network(args.checkpoint, args.release, args.labels)
-    stored = {key: checkpoint["arguments"].get(key) for key in ("data", "root", "cache")}
-    if any(word.split("=")[0] == "--root" for word in argv):
-        stored["cache"] = None
-    stored = {key: value for key, value in stored.items() if value is not None}
+    arguments = checkpoint["arguments"]
+    stored = {key: arguments[key] for key in ("data", "root") if key in arguments}
     args = datasets.parse_options(parser, argv, {}, stored)
     device = datasets.pick_device(args.device)
     net.to(device)
@@ -743,7 +741,7 @@ def command(argv):
         )
     amp = datasets.pick_amp(args.amp, device)
     how = {"levels": levels, "amp": amp, "sizes": args.size, "flip": args.flip}
-    numbers = checkpoint["arguments"].get("numbers", {})
+    numbers = arguments.get("numbers", {})
     failed = []
     if args.photo:
         if args.json or dist.is_initialized():

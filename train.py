@@ -20,7 +20,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ import datasets
 import evaluate
 import resnet
 import upernet
-from datasets import Batch, Source, UserError
+from datasets import Batch, Source, TrainingBatches, UserError
 from upernet import LEVELS, LOSS_WEIGHTS, UPerNet
 
 
@@ -91,21 +90,22 @@ def train(net, stages, checkpoint, validate, out, lr, device, amp, workers, save
     (returns 0), a signal came (returns its number, after saving), the loss or (seen by `save`) the
     network is not finite (FloatingPointError, without saving).
 
-    stages: name -> Stage. checkpoint: what `save` writes but for the network; its stage, iteration
+    stages: name -> its batches. checkpoint: what `save` writes but for the network; its stage, iteration
     and best are kept up to date. validate: () -> metrics. save_every, eval_every: iterations.
     """
     names = [*stages, "done"]
     saved_at = time.monotonic()
     with Signals() as signals:
         while checkpoint["stage"] != "done":
-            stage = stages[checkpoint["stage"]]
+            name = checkpoint["stage"]
+            stage = stages[name]
             net.train()
-            if stage.name == "texture":
+            if name == "texture":
                 freeze(net)
-            model, optimizer, scaler = prepare(net, stage, checkpoint, device, amp)
+            model, optimizer, scaler = prepare(net, checkpoint, device, amp)
             first = checkpoint["iteration"]
-            reader = iter(datasets.loader(stage.batches, first * stage.accumulate, workers))
-            for iteration in progress_bar(stage, first):
+            reader = iter(datasets.loader(stage, first * stage.accumulate, workers))
+            for iteration in progress_bar(name, first, stage.iterations):
                 began = time.perf_counter()
                 # Section 3.1: poly; a policy for each stage is ours.
                 rate = lr * (1 - iteration / stage.iterations) ** 0.9
@@ -118,9 +118,9 @@ def train(net, stages, checkpoint, validate, out, lr, device, amp, workers, save
                 event = NOT_FINITE if has_diverged(loss, scaler) else signals.received
                 event = datasets.largest_of_processes(event)  # all of them take the same way out
                 if event == NOT_FINITE:
-                    raise FloatingPointError(f"iteration {iteration} of the {stage.name} stage")
+                    raise FloatingPointError(f"iteration {iteration} of the {name} stage")
                 line = {
-                    "stage": stage.name,
+                    "stage": name,
                     "iteration": iteration,
                     "source": batches[0].source,
                     "lr": rate,
@@ -128,7 +128,7 @@ def train(net, stages, checkpoint, validate, out, lr, device, amp, workers, save
                     "seconds": round(time.perf_counter() - began, 4),
                 }
                 ends_stage = iteration + 1 == stage.iterations
-                ends_run = ends_stage and stage.name == names[-2]  # then `run` evaluates
+                ends_run = ends_stage and name == names[-2]  # then `run` evaluates
                 if eval_every and (iteration + 1) % eval_every == 0 and not ends_run:
                     line["metrics"] = validate()
                     keep_best(line["metrics"], out, checkpoint, net, optimizer, scaler)
@@ -142,7 +142,7 @@ def train(net, stages, checkpoint, validate, out, lr, device, amp, workers, save
                     saved_at = time.monotonic()
                 if event:
                     return event
-            following = names[names.index(stage.name) + 1]
+            following = names[names.index(name) + 1]
             checkpoint.update(stage=following, iteration=0, optimizer={}, scaler={})
             save(f"{out}/ckpt.pt", checkpoint, net)
     return 0
@@ -160,27 +160,14 @@ def finite(loss):
 
 
 # ---------------------------------------------------------------- the stages, and what they train
-class Stage(NamedTuple):
-    name: str  # "main" or "texture"
-    batches: datasets.TrainingBatches  # of this process
-
-    @property
-    def iterations(self) -> int:
-        return len(self.batches.plan.sources)
-
-    @property
-    def accumulate(self) -> int:
-        return self.batches.plan.images.shape[1]
-
-
 TEXTURE_BATCH = 8  # times --batch-size (ours): squares of 64 are small
 
 
 def plan_stages(
     sources, iters, texture_iters, batch_size, accumulate, seed, crop=0, **augmentation
-) -> dict[str, Stage]:
-    """Name -> stage, of those that have images and iterations: all sources but the textures, then
-    these (see `freeze`).
+) -> dict[str, TrainingBatches]:
+    """Stage -> its batches for this process, of the stages that have images and iterations: "main",
+    of all sources but the textures, then "texture", of these (see `freeze`).
 
     iters, texture_iters: None for 5 iterations per training image at 16 images a step, the paper's
         100k for ADE20K's 20k images; for 5 passes over the textures (ours; the paper has "a few").
@@ -199,13 +186,11 @@ def plan_stages(
     if iters and training_images(others):
         groups = image_groups(others, by_orientation=not crop)  # squares need no padding
         plan = draw_batches(groups, iters, shape, seed)
-        batches = datasets.TrainingBatches(others, plan, **augmentation)
-        stages["main"] = Stage("main", batches)
+        stages["main"] = TrainingBatches(others, plan, **augmentation)
     if texture_iters and training_images(textures):
         groups = image_groups(textures, by_orientation=False)
         plan = draw_batches(groups, texture_iters, texture_shape, seed)
-        batches = datasets.TrainingBatches(textures, plan, **augmentation)
-        stages["texture"] = Stage("texture", batches)
+        stages["texture"] = TrainingBatches(textures, plan, **augmentation)
     return stages
 
 
@@ -251,8 +236,8 @@ def draw_batches(
     return datasets.Plan(sources, numbers)
 
 
-def prepare(net, stage, checkpoint, device, amp):
-    """(model to call, optimizer, gradient scaler) of a stage, as the checkpoint left them."""
+def prepare(net, checkpoint, device, amp):
+    """(model to call, optimizer, gradient scaler) of the checkpoint's stage, as it left them."""
     optimizer = torch.optim.SGD(parameter_groups(net), momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     if checkpoint["optimizer"]:
@@ -262,7 +247,8 @@ def prepare(net, stage, checkpoint, device, amp):
     model = net
     if datasets.processes() > 1:
         # In the main stage the heads of other sources lie off a step's path.
-        model = DistributedDataParallel(net, find_unused_parameters=stage.name == "main")
+        is_main_stage = checkpoint["stage"] == "main"
+        model = DistributedDataParallel(net, find_unused_parameters=is_main_stage)
     return model, optimizer, scaler
 
 
@@ -342,12 +328,12 @@ class Signals:
             os.kill(os.getpid(), number)
 
 
-def progress_bar(stage, first):
+def progress_bar(stage, first, iterations):
     """The iterations of a stage from `first` on, with a bar."""
     return tqdm(
-        range(first, stage.iterations),
-        stage.name,
-        total=stage.iterations,
+        range(first, iterations),
+        stage,
+        total=iterations,
         initial=first,
         disable=not datasets.is_main_process(),
         file=sys.stdout,
@@ -398,7 +384,7 @@ def options_of(start, argv):
     if not given & {"--sizes", "--crop"}:
         keys += ["sizes", "max_size", "crop"]
     if not given & {"--data", "--root"}:
-        keys += ["data", "root", "cache"]
+        keys += ["data", "root"]
     options = {key: start["arguments"][key] for key in keys if key in start["arguments"]}
     for key in NETWORK_OPTIONS:
         if key in start["network"]:
@@ -598,9 +584,6 @@ def read_options(argv):
     if args.weights not in ("imagenet", "none"):
         start = read_start(args.weights)
         brought = options_of(start, argv)
-    taken = [f"{key} {brought[key]}" for key in brought if brought[key] != parser.get_default(key)]
-    if taken:
-        print(f"from {args.weights}: {', '.join(taken)}")
     args = datasets.parse_options(parser, argv, TOY, brought)
     if not args.out:
         name = "toy" if args.data == "toy" else "+".join(datasets.named_sources(args.data))
@@ -682,11 +665,11 @@ def describe(sources, vocabulary, stages, split):
     if "part" in counts:
         counts["part"] = sum(len(parts) - 1 for parts in vocabulary["part"].values())
     print("classes:", ", ".join(f"{n} {level}" for level, n in counts.items()))
-    for stage in stages.values():
-        if stage.name == "main":
-            describe_images(stage.batches, vocabulary)
-        step = math.prod(stage.batches.plan.images.shape[1:])
-        print(f"{stage.name} stage: {stage.iterations} iterations of {step} images")
+    for name, stage in stages.items():
+        if name == "main":
+            describe_images(stage, vocabulary)
+        step = math.prod(stage.plan.images.shape[1:])
+        print(f"{name} stage: {stage.iterations} iterations of {step} images")
 
 
 def describe_images(batches, vocabulary):

@@ -96,12 +96,9 @@ class PoolingBranch(ConvBNReLU):
     def forward(self, c5: Tensor) -> Tensor:
         height, width = c5.shape[2:]
         weights = prroi_weights if self.pool == "prroi" else average_weights
-        rows = weights(self.bins, height, c5.device)
-        columns = weights(self.bins, width, c5.device)
-        # torch.einsum("bh,nchw,dw->ncbd", rows, c5, columns), as a single product
-        both = torch.einsum("bh,dw->bdhw", rows, columns).flatten(2).flatten(0, 1)
-        pooled = both.to(c5.dtype) @ c5.flatten(2).mT  # (bins * bins, h w) @ (N, h w, C)
-        pooled = pooled.mT.unflatten(2, (self.bins, self.bins))  # (N, C, bins, bins)
+        rows = weights(self.bins, height, c5.device).to(c5.dtype)
+        columns = weights(self.bins, width, c5.device).to(c5.dtype)
+        pooled = rows @ c5 @ columns.T  # (N, C, bins, bins)
         conv, norm, relu = self
         if self.pool == "pspnet":
             return resize(relu(norm(conv(pooled))), (height, width))
@@ -888,14 +885,8 @@ def load_release(encoder: str, decoder: str, labels: str) -> tuple[UPerNet, dict
     """
     body = read_file(encoder)
     top = read_file(decoder)
-    for path, state, key in (
-        (encoder, body, "conv1.weight"),
-        (decoder, top, "ppm_last_conv.0.weight"),
-    ):
-        if key not in state:
-            raise ValueError(
-                f"{path}: {key} is missing; of the authors' two files the encoder comes first"
-            )
+    if "conv1.weight" not in body or "ppm_last_conv.0.weight" not in top:
+        raise ValueError(f"{encoder}, {decoder}: not the authors' encoder and decoder, in order")
     state = {f"backbone.{key}": value for key, value in body.items()}
     state.update(top)
     if "conv_last.1.weight" in top:
