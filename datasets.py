@@ -730,8 +730,8 @@ class Scan(Dataset):
 
 
 def photo_size(path):
-    """(height, width) of a photo, turned as its EXIF data say. Reads all of the file, so that damage
-    shows; JPEGs at an eighth of their size."""
+    """(height, width) of a photo, turned as its EXIF data say. Reads all of the file, so that
+    damage shows; JPEGs at an eighth of their size."""
     with Image.open(path) as photo:
         if photo.format != "JPEG":
             photo = upernet.rgb_photo(photo)
@@ -1193,8 +1193,8 @@ class TrainingBatches(Dataset):
     sizes: list[int]  # short sides, of which each iteration draws one (with `crop` each image)
     longest: int  # no long side is above it, but with `crop`
     seed: int
-    # Side of squares cut from the images, 0 for whole images. Without `sizes` these have short sides
-    # of half to twice that.
+    # Side of squares cut from the images, 0 for whole images. Without `sizes` these have short
+    # sides of half to twice that.
     crop: int = 0
     flip: bool = True  # whether half of the images are mirrored
     rank: int = 0  # each process takes its share of every batch
@@ -1248,9 +1248,9 @@ class TrainingBatches(Dataset):
         return Batch(source.index.source, files, np.stack(pixels), labels)
 
     def sample(self, source: Source, i: int, short: int, rng: np.random.Generator) -> Sample:
-        """Image i at the short side `short` (section 3.1), or with `crop` a window of it at a random
-        size (other code bases' augmentation); half of the time mirrored (in the authors' code, not
-        in the paper)."""
+        """Image i at the short side `short` (section 3.1), or with `crop` a window of it at a
+        random size (other code bases' augmentation); half of the time mirrored (in the authors'
+        code, not in the paper)."""
         longest = self.longest
         if self.crop:
             short = round(self.crop * rng.uniform(0.5, 2))

@@ -588,7 +588,7 @@ def parse_photos(net, vocabulary, photos, results, numbers, relations, **how):
     return failed
 
 
-# ---------------------------------------------------------------- networks, and what they validate on
+# ---------------------------------------------------------------- networks, and their images
 def open_network(path, release, labels):
     """(network, vocabulary, what else a checkpoint holds) of a checkpoint, or of --release, which
     has no `split`. Raises UserError for files that are neither."""

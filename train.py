@@ -90,15 +90,15 @@ def train(net, stages, checkpoint, validate, out, lr, device, amp, workers, save
     (returns 0), a signal came (returns its number, after saving), the loss or (seen by `save`) the
     network is not finite (FloatingPointError, without saving).
 
-    stages: name -> its batches. checkpoint: what `save` writes but for the network; its stage, iteration
-    and best are kept up to date. validate: () -> metrics. save_every, eval_every: iterations.
+    stages: name -> its batches. checkpoint: what `save` writes but for the network; its stage,
+    iteration and best are kept up to date. validate: () -> metrics. save_every, eval_every: counts
+    of iterations.
     """
-    names = [*stages, "done"]
     saved_at = time.monotonic()
     with Signals() as signals:
-        while checkpoint["stage"] != "done":
-            name = checkpoint["stage"]
-            stage = stages[name]
+        for (name, stage), following in zip(stages.items(), [*stages, "done"][1:]):
+            if name != checkpoint["stage"]:  # trained before it was resumed
+                continue
             net.train()
             if name == "texture":
                 freeze(net)
@@ -128,7 +128,7 @@ def train(net, stages, checkpoint, validate, out, lr, device, amp, workers, save
                     "seconds": round(time.perf_counter() - began, 4),
                 }
                 ends_stage = iteration + 1 == stage.iterations
-                ends_run = ends_stage and name == names[-2]  # then `run` evaluates
+                ends_run = ends_stage and following == "done"  # then `run` evaluates
                 if eval_every and (iteration + 1) % eval_every == 0 and not ends_run:
                     line["metrics"] = validate()
                     keep_best(line["metrics"], out, checkpoint, net, optimizer, scaler)
@@ -142,7 +142,6 @@ def train(net, stages, checkpoint, validate, out, lr, device, amp, workers, save
                     saved_at = time.monotonic()
                 if event:
                     return event
-            following = names[names.index(name) + 1]
             checkpoint.update(stage=following, iteration=0, optimizer={}, scaler={})
             save(f"{out}/ckpt.pt", checkpoint, net)
     return 0
@@ -199,8 +198,8 @@ def training_images(sources):
 
 
 def image_groups(sources: list[Source], by_orientation: bool) -> list[tuple[int, np.ndarray]]:
-    """(position of a source, numbers of its images) for each group from which a batch comes. Section
-    3.1: a batch holds images of one orientation, which need little padding."""
+    """(position of a source, numbers of its images) for each group from which a batch comes.
+    Section 3.1: a batch holds images of one orientation, which need little padding."""
     groups = []
     for position, source in enumerate(sources):
         images = np.array(source.training, np.int32)
@@ -217,8 +216,8 @@ def draw_batches(
 ) -> datasets.Plan:
     """Section 3.1: each iteration draws a source, with probability by its number of images.
 
-    groups: see `image_groups`. Each iteration draws a group, by its number of images, so that the two
-        orientations of a source together have its share (ours).
+    groups: see `image_groups`. Each iteration draws a group, by its number of images, so that the
+        two orientations of a source together have its share (ours).
     shape: (batches, processes, images) of an iteration.
     Ours: no image repeats before every image of its group was used.
     """
@@ -559,8 +558,8 @@ def make_parser():
     add("--lr", type=float, default=0.02, help="learning rate at the start (0.02; toy 0.04)")
     sizes = "short sides (300,375,450,525,600; toy 76,80,84)"
     add("--sizes", type=datasets.short_sides, help=sizes)
-    add("--max-size", **count, default=1200, help="longest side (1200; toy 160)")
-    crop = "cut squares of N from --sizes (of half to twice N)"
+    add("--max-size", **count, default=1200, help="longest side, without --crop (1200; toy 160)")
+    crop = "train on squares of N of images at --sizes (or at N/2 to 2 N)"
     add("--crop", **count_or_0, default=0, help=crop)
     add("--no-flip", dest="flip", action=off, help="do not mirror images")
     add("--seed", **count_or_0, default=304, help="of weights and batches (304)")

@@ -215,8 +215,8 @@ class UPerNet(nn.Module):
     backbone: "resnet18", "resnet34", "resnet50" or "resnet101" (resnet.py beside this file), or a
         module with `.channels` that returns four maps C2..C5 of these widths, C2 at stride 4.
     channels: the width of everything after the backbone.
-    head_conv: a 3x3 convolution before each classifier, as in the paper; other code bases have none.
-        The texture's always has four.
+    head_conv: a 3x3 convolution before each classifier, as in the paper; other code bases have
+        none. The texture's always has four.
     pool: the PPM's pooling. "prroi": the authors' Precise RoI pooling; "adaptive": average pooling
         in its place, as in their ADE20K network; "pspnet": average pooling, and BN and ReLU before
         the resize, as in mmsegmentation.
@@ -306,7 +306,7 @@ class UPerNet(nn.Module):
         Returns a dict:
           scene              (N, classes)
           object, material   (N, classes, H/4, W/4), rounded up by our backbone
-          part               (N, sum of part counts, H/4, W/4): `part_slices[object]` are one object's
+          part               (N, sum of part counts, H/4, W/4), an object's at `part_slices[object]`
           texture            (N, classes), the mean over the map
           texture_map        (N, classes, H/4, W/4)
         Raises ValueError for a level that the network does not have, for images that are not as
@@ -397,7 +397,7 @@ def part_slices(parts: dict[int, int]) -> dict[int, slice]:
 def losses(
     logits: dict[str, Tensor], labels: dict[str, Tensor], part_slices: dict[int, slice]
 ) -> dict[str, Tensor]:
-    """The loss of each level in `logits`, before LOSS_WEIGHTS: float32 scalars, 0 if no label is set.
+    """The loss of each level in `logits`, before LOSS_WEIGHTS: float32 scalars, 0 without a label.
 
     labels, with UNLABELLED (-1) where there is none:
       scene, texture     (N,) class indices
@@ -1005,7 +1005,7 @@ def distinct(names):
     return result
 
 
-# ---------------------------------------------------------------- the fast way to compute the fusion
+# ---------------------------------------------------------------- the fast way for the fusion
 class ConvOfMaps(nn.Conv2d):
     """A 3x3 convolution of the concatenation of several maps, each (N, C, h, w), resized to the
     first one's size: (N, out_channels, H, W)."""
