@@ -87,7 +87,7 @@ class DataSet(NamedTuple):
     fixed_table: bool = False  # whether `table` is the vocabulary as it is: no thresholds
     own: bool = False  # whether messages may advise on classes.txt and images/validation/
     same_size: bool = True  # whether label pictures have their photo's size
-    close_ups: bool = False  # of textures: cut to squares of TEXTURE_SIZE, trained on last
+    close_ups: bool = False  # of textures: squares of TEXTURE_SIZE, trained on last
     has_official: bool = True  # whether it comes with a split
 
 
@@ -1185,8 +1185,13 @@ class Sample(NamedTuple):
 
 @dataclasses.dataclass
 class TrainingBatches(Dataset):
-    """The batches of one stage for one process. Batch k depends on the plan and the seed alone, so
-    that neither the number of workers nor a pause changes it."""
+    """The batches of one stage for one process. Section 3.1: the images of a batch have one
+    orientation (see `image_groups` in train.py) and are padded right and below to one size, with
+    the mean colour (`upernet.padded_image`) and without labels (`quarter_labels`).
+
+    Batch k depends on the plan and the seed alone, so that neither the number of workers nor a
+    pause changes it.
+    """
 
     sources: list[Source]  # those that `plan` names by their positions
     plan: Plan
@@ -1267,7 +1272,8 @@ class TrainingBatches(Dataset):
         return sample
 
     def close_up(self, source: Source, i: int, rng: np.random.Generator) -> Sample:
-        """A random square of image i, of TEXTURE_SIZE; half of the time mirrored (both ours)."""
+        """Image i at a short side of TEXTURE_SIZE, cut to a random square; half of the time
+        mirrored (both ours)."""
         photo = texture_square(source, i, place=rng.random())
         return self.mirrored(Sample(photo, {}, (TEXTURE_SIZE, TEXTURE_SIZE)), rng)
 
@@ -1314,7 +1320,7 @@ def quarter_labels(sample, level, height, width):
     h, w = sample.size
     rows = centres(min(h - sample.top, height), sample.top, h, labels.shape[0])
     columns = centres(min(w - sample.left, width), sample.left, w, labels.shape[1])
-    padding = 0 if level == "part" else UNLABELLED
+    padding = 0 if level == "part" else UNLABELLED  # no object there has a part
     quarter = np.full((height // 4, width // 4), padding, labels.dtype)
     quarter[: len(rows), : len(columns)] = labels[rows[:, None], columns]
     return quarter

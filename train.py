@@ -51,10 +51,10 @@ def update(
 
     Only the path to the source's levels moves, and nothing else at all. `levels=` keeps the rest
     out of the forward pass, so that its batch-norm statistics stay, and out of the backward pass,
-    so that its gradients stay None. SGD leaves parameters without a gradient alone, their weight
-    decay and momentum too (ours; in the released code both act). A level without a label in this
-    batch is on the path: its gradients are zero, and decay and momentum act. In fp16 the scaler
-    skips a step whose gradients overflow.
+    so that its gradients stay None (under DistributedDataParallel too). SGD leaves parameters
+    without a gradient alone, their weight decay and momentum too (ours; in the released code both
+    act). A level without a label in this batch is on the path: its gradients are zero, and decay
+    and momentum act. In fp16 the scaler skips a step whose gradients overflow.
     """
     optimizer.zero_grad(set_to_none=True)
     losses = {}
@@ -86,13 +86,13 @@ NOT_FINITE = 1000  # an event of `train`, as the numbers of signals, which are l
 
 
 def train(net, stages, checkpoint, validate, out, lr, device, amp, workers, save_every, eval_every):
-    """Trains the stages that are left, saving on the way. There are three ways out: all is trained
-    (returns 0), a signal came (returns its number, after saving), the loss or (seen by `save`) the
-    network is not finite (FloatingPointError, without saving).
+    """Trains the stages that are left, saving on the way. Three ways out, besides errors of files:
+    all is trained (returns 0), a signal came (returns its number, after saving), the loss or (seen
+    by `save`) the network is not finite (FloatingPointError, without saving).
 
     stages: name -> its batches. checkpoint: what `save` writes but for the network; its stage,
-    iteration and best are kept up to date. validate: () -> metrics. save_every, eval_every: counts
-    of iterations.
+    iteration and best are kept up to date. validate: () -> metrics, which leaves the network's mode
+    as it was. save_every, eval_every: counts of iterations.
     """
     saved_at = time.monotonic()
     with Signals() as signals:
@@ -252,9 +252,10 @@ def prepare(net, checkpoint, device, amp):
 
 
 def freeze(net: UPerNet) -> None:
-    """Section 3, the texture stage: after everything else, the texture head alone is trained, on
-    squares of 64 (`datasets.TEXTURE_SIZE`; the paper: "~64x64"). All else is frozen, its batch-norm
-    statistics too; and no gradient passes from the head to C2 (`UPerNet.forward`)."""
+    """Section 3, the texture stage: after everything else, the texture head alone is trained. All
+    else is frozen, its batch-norm statistics too; and no gradient passes from the head to C2
+    (`UPerNet.forward`). Images are resized to a short side of 64 and cut to a square (the paper:
+    "~64x64"; see `datasets.texture_square`)."""
     net.requires_grad_(False)
     net.heads["texture"].requires_grad_(True)
     net.eval()
@@ -278,7 +279,9 @@ def synchronise_batch_norm(net: UPerNet, device: torch.device) -> None:
         nn.SyncBatchNorm.convert_sync_batchnorm(net)  # in place
 
 
-SIZES = [300, 375, 450, 525, 600]  # section 3.1: short sides, with a long side of at most 1200
+# Section 3.1: short sides, with a long side of at most 1200. `TrainingBatches` draws one for each
+# iteration (ours; in the paper for each image).
+SIZES = [300, 375, 450, 525, 600]
 
 
 def test_and_largest_size(sizes: list[int], max_size: int, crop: int) -> tuple[tuple, tuple]:
