@@ -1186,8 +1186,9 @@ class Sample(NamedTuple):
 @dataclasses.dataclass
 class TrainingBatches(Dataset):
     """The batches of one stage for one process. Section 3.1: the images of a batch have one
-    orientation (see `image_groups` in train.py) and are padded right and below to one size, with
-    the mean colour (`upernet.padded_image`) and without labels (`quarter_labels`).
+    orientation (see `image_groups` in train.py) and are padded right and below to one size, a
+    multiple of 32, with the mean colour (`upernet.padded_image`) and without labels
+    (`quarter_labels`).
 
     Batch k depends on the plan and the seed alone, so that neither the number of workers nor a
     pause changes it.

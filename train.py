@@ -203,7 +203,7 @@ def image_groups(sources: list[Source], by_orientation: bool) -> list[tuple[int,
     groups = []
     for position, source in enumerate(sources):
         images = np.array(source.training, np.int32)
-        if by_orientation:
+        if by_orientation:  # sizes are (height, width)
             is_upright = (source.index.sizes[:, 0] > source.index.sizes[:, 1]).numpy()[images]
             groups += [(position, images[is_upright]), (position, images[~is_upright])]
         else:
@@ -279,8 +279,8 @@ def synchronise_batch_norm(net: UPerNet, device: torch.device) -> None:
         nn.SyncBatchNorm.convert_sync_batchnorm(net)  # in place
 
 
-# Section 3.1: short sides, with a long side of at most 1200. `TrainingBatches` draws one for each
-# iteration (ours; in the paper for each image).
+# Section 3.1: short sides, with a long side of at most 1200 (`--max-size`). `TrainingBatches` draws
+# one for each iteration (ours; in the paper for each image).
 SIZES = [300, 375, 450, 525, 600]
 
 

@@ -183,7 +183,8 @@ class Fusion(nn.Module):
 
 # ---------------------------------------------------------------- heads and the network
 class Head(nn.Module):
-    """A level's own convolutions and its classifier: (N, in_channels, h, w) -> (N, classes, h, w).
+    """A level's own `convs` 3x3 convolutions (BN, ReLU) and its 1x1 classifier:
+    (N, in_channels, h, w) -> (N, classes, h, w).
 
     With `average`, the classifier sees the mean over the map: (N, classes, 1, 1).
     """
@@ -330,7 +331,7 @@ class UPerNet(nn.Module):
 
         p5 = self.ppm(c5)
         if "scene" in levels:
-            logits["scene"] = self.heads["scene"](p5).flatten(1)
+            logits["scene"] = self.heads["scene"](p5).flatten(1)  # this head averages over P5
         if set(levels) <= {"scene", "texture"}:
             return logits
 
@@ -432,8 +433,8 @@ def part_loss(
 ) -> Tensor:
     """Cross entropy over the parts of each object, within its pixels, summed over the objects.
 
-    An object is valid in an image where at least one of its pixels has a part; there all its pixels
-    count, those without a part in the object's list as background. Per object the mean over its
+    An object is valid in an image where one of its pixels has a part of its list; there all pixels
+    of it count, those without such a part as background. Per object the mean over its
     pixels in all such images of the batch (as released).
     """
     annotated = parts > 0
