@@ -28,7 +28,7 @@ from unittest import mock
 
 if "cuda" not in sys.argv:  # all other tests run on the CPU, in their processes too
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small are slower with more
+os.environ["OMP_NUM_THREADS"] = "1"  # networks this small are slower with more
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.transforms.functional import normalize
+from torchvision.transforms.functional import normalize, to_tensor
 
 import balance_split
 import datasets
@@ -53,11 +53,14 @@ from upernet import UPerNet
 
 HERE = os.path.dirname(os.path.abspath(upernet.__file__))
 SHARED = join(os.path.dirname(HERE), "shared")  # real samples; some tests need them
-CLASSES = {"scene": 5, "object": 7, "part": {1: 3, 4: 2}, "material": 6, "texture": 4}
-SMALL = (
-    *("--channels", 8, "--sizes", 32, "--batch-size", 2, "--workers", 0),
-    *("--min-images", 3, "--min-pixels", 500, "--min-part-images", 3, "--min-scene-images", 3),
-)
+CONCEPTS = {
+    "scene": ["kitchen", "street"],
+    "object": ["wall", "car", "pot", "person"],
+    "part": {"car": ["background", "wheel", "door"], "person": ["background", "head"]},
+    "material": ["wood", "brick", "metal", "glass", "stone"],
+    "texture": ["dotted", "banded", "grid"],
+}
+CLASSES = {"scene": 2, "object": 4, "part": {1: 3, 3: 2}, "material": 5, "texture": 3}
 
 resnet.BLOCKS[18] = (1, 1, 1, 1)  # a small network; TestResNet has the real one
 folder = tempfile.mkdtemp(prefix="upernet-test-")  # of all tests
@@ -65,16 +68,15 @@ atexit.register(shutil.rmtree, folder)
 
 
 # ---------------------------------------------------------------- files and commands
-def new_folder(*names: str) -> str:
+def new_folder() -> str:
     """A new empty folder below the tests' one."""
-    return tempfile.mkdtemp(dir=folder, prefix="-".join(names) + "-")
+    return tempfile.mkdtemp(dir=folder)
 
 
 def toy_root() -> str:
     """A root whose toy has few images; made once."""
     root = join(folder, "small")
-    with contextlib.redirect_stdout(io.StringIO()):
-        datasets.make_toy(join(root, "toy"), scenes=40, photos=30, textures=3)
+    datasets.make_toy(join(root, "toy"), scenes=40, photos=30, textures=3)
     return root
 
 
@@ -96,7 +98,8 @@ def save(picture, *path: str) -> str:
     path = join(*path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if not isinstance(picture, Image.Image):
-        picture = Image.fromarray(np.asarray(picture).astype(np.uint8))
+        depth = np.uint8 if np.max(picture) < 256 else np.uint16
+        picture = Image.fromarray(np.asarray(picture).astype(depth))
     picture.save(path)
     return path
 
@@ -139,7 +142,7 @@ class Ade:
     """ADE20K 2021 as a folder that a test fills image by image."""
 
     def __init__(self):
-        self.root = new_folder("ade")
+        self.root = new_folder()
         self.folder = join(self.root, "ade20k", "ADE20K_2021_17_01")
         self.count = 0
 
@@ -167,21 +170,16 @@ class Ade:
         return datasets.scan(self.root, "ade20k", join(self.root, ".cache"))
 
 
-def least(images=1, pixels=1, parts=1, scenes=1) -> dict[str, int]:
-    return {
-        "min_images": images,
-        "min_pixels": pixels,
-        "min_part_images": parts,
-        "min_scene_images": scenes,
-    }
-
-
-def own_data(root: str, masks: list, **files: str) -> str:
-    """A folder of one's own data: images/training/<k>.jpg with these masks, and text files such as
+def own_data(*masks: np.ndarray, root: str = "", **files: str) -> str:
+    """A folder of one's own data: images/training/<k>.jpg with these masks, every fifth in
+    images/validation/, each number in a colour of its own; and text files such as
     classes="a\\nb"."""
+    root = root or new_folder()
     for k, mask in enumerate(masks):
-        save(noise(*np.shape(mask)[:2]), root, "images", "training", f"{k}.jpg")
-        save(mask, root, "annotations", "training", f"{k}.png")
+        side = "validation" if k % 5 == 4 else "training"
+        colours = np.array(mask, int)[..., None] * (47, 89, 151) % 199
+        save(colours + np.array(noise(*np.shape(mask))) // 6, root, "images", side, f"{k}.jpg")
+        save(mask, root, "annotations", side, f"{k}.png")
     for name, text in files.items():
         write(join(root, f"{name}.txt"), text)
     return root
@@ -213,19 +211,15 @@ def plain_block(weights: dict, name: str, x: Tensor) -> Tensor:
     return F.relu(F.batch_norm(x, *(weights[f"{name}.1.{key}"] for key in keys)))
 
 
-def plain_logits(stages: list, weights: dict, pool="prroi", fpn=2, fusion=True) -> dict:
+def plain_logits(stages: list, weights: dict, fpn: int, fusion: bool) -> dict:
     """Figure 4 after the backbone, convolution by convolution, with table 2's options."""
     quarter, _, _, size = [stage.shape[2:] for stage in stages]
     p5 = stages[3]
     if "ppm.last.0.weight" in weights:
         maps = [p5]
         for k, bins in enumerate((1, 2, 3, 6)):
-            y = plain_pool(pool, p5, bins)
-            if pool == "pspnet":
-                y = plain_resize(plain_block(weights, f"ppm.branches.{k}", y), size)
-            else:
-                y = plain_block(weights, f"ppm.branches.{k}", plain_resize(y, size))
-            maps.append(y)
+            y = plain_resize(plain_pool("prroi", p5, bins), size)
+            maps.append(plain_block(weights, f"ppm.branches.{k}", y))
         p5 = plain_block(weights, "ppm.last", torch.cat(maps, dim=1))
     else:
         p5 = plain_block(weights, "ppm", p5)
@@ -265,10 +259,12 @@ def plain_logits(stages: list, weights: dict, pool="prroi", fpn=2, fusion=True) 
     return logits
 
 
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, as a fraction of the largest value."""
-    assert ours.shape == theirs.shape, f"{tuple(ours.shape)}, not {tuple(theirs.shape)}"
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+def assert_near(found: dict, expected: dict, tolerance: float = 1e-5):
+    """Tensors by name, whose largest difference is such a fraction of the largest value."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        atol = tolerance * value.abs().max().item()
+        torch.testing.assert_close(found[key].to(value), value, rtol=0, atol=atol)
 
 
 def train_norms(module: nn.Module) -> None:
@@ -310,12 +306,11 @@ class TestResNet(unittest.TestCase):
             layers = create_feature_extractor(theirs, ["layer1", "layer2", "layer3", "layer4"])
             x = torch.randn(1, 3, 70, 101)
             with torch.inference_mode():
-                stages = ours(x)
-                expected = list(layers(x).values())
-            self.assertEqual(ours.channels, [stage.shape[1] for stage in expected])
-            for found, stage in zip(stages, expected, strict=True):
-                with self.subTest(depth=depth, output_stride=output_stride):
-                    self.assertLessEqual(relative_error(found, stage), 1e-6)
+                expected = layers(x)
+                stages = dict(zip(expected, ours(x), strict=True))
+            self.assertEqual(ours.channels, [stage.shape[1] for stage in expected.values()])
+            with self.subTest(depth=depth, output_stride=output_stride):
+                assert_near(stages, expected, 1e-6)
 
     def test_basic_blocks_are_dilated_as_bottlenecks_are(self):
         """Which torchvision has not."""
@@ -400,9 +395,7 @@ class TestNetwork(unittest.TestCase):
                 stages = net.backbone(normalised)
                 expected = plain_logits(stages, net.state_dict(), fpn=fpn, fusion=fusion)
                 logits = net(images)
-                self.assertEqual(logits.keys(), expected.keys())
-                for level, value in logits.items():
-                    self.assertLessEqual(relative_error(value, expected[level]), 1e-5, level)
+                assert_near(logits, expected)
                 self.assertEqual(isinstance(net.ppm, upernet.PPM), ppm)
                 self.assertEqual(stages[3].shape[2], math.ceil(75 / stride))
                 sum(value.sum() for value in logits.values()).backward()
@@ -412,7 +405,7 @@ class TestNetwork(unittest.TestCase):
     def test_another_backbone_has_four_maps_from_stride_4(self):
         images = torch.rand(1, 3, 64, 64)
         net = UPerNet(CLASSES, Strided(4, 8, 16, 32), channels=8).eval()
-        self.assertEqual(net(images)["object"].shape, (1, 7, 16, 16))
+        self.assertEqual(net(images)["object"].shape, (1, 4, 16, 16))
         for strides in ([4, 8, 16], [2, 4, 8, 16]):
             net = UPerNet(CLASSES, Strided(*strides), channels=8).eval()
             with self.subTest(strides=strides), self.assertRaisesRegex(ValueError, "backbone"):
@@ -470,17 +463,11 @@ class TestElsewhere(unittest.TestCase):
         self.net = small_net()
         self.images = torch.rand(2, 3, 64, 96)
 
-    def assert_same(self, found: dict, expected: dict, tolerance: float = 1e-5):
-        self.assertEqual(found.keys(), expected.keys())
-        for key, value in expected.items():
-            error = relative_error(found[key].cpu().float(), value)
-            self.assertLessEqual(error, tolerance, key)
-
     def run_readme(self, with_packages: bool) -> None:
         """Runs the README's Python blocks, those that import these packages or the others."""
         readme = Path(HERE, "README.md").read_text(encoding="utf-8")
         self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(new_folder("readme"))
+        os.chdir(new_folder())
         os.makedirs("runs/toy")
         shutil.copy(save_checkpoint(varied_net()), "runs/toy/ckpt.pt")
         Image.new("RGB", (400, 300), "green").save("a.jpg")
@@ -528,7 +515,7 @@ class TestElsewhere(unittest.TestCase):
                         module[1] = nn.Identity()
             self.assertIsNotNone(folded.fusion.conv[0].bias)
             with torch.inference_mode():
-                self.assert_same(folded(self.images), net(self.images))
+                assert_near(folded(self.images), net(self.images))
 
     def test_export_with_free_batch_height_and_width(self):
         free = getattr(torch.export.Dim, "AUTO", None)
@@ -546,7 +533,7 @@ class TestElsewhere(unittest.TestCase):
             exported = torch.export.export(net, (self.images,), **options).module(**loose)
             for n, height, width in sizes:
                 images = torch.rand(n, 3, height, width)
-                self.assert_same(exported(images), net(images))
+                assert_near(exported(images), net(images))
 
     def test_compiled_values_and_gradients_at_several_sizes(self):
         torch.compiler.reset()
@@ -560,8 +547,8 @@ class TestElsewhere(unittest.TestCase):
                 logits.append(network(images))
                 loss = logits[-1]["object"].sum()
                 gradients.append(dict(enumerate(torch.autograd.grad(loss, [*net.parameters()]))))
-            self.assert_same(logits[1], logits[0], 1e-5)
-            self.assert_same(gradients[1], gradients[0], 1e-3)
+            assert_near(logits[1], logits[0])
+            assert_near(gradients[1], gradients[0], 1e-3)
 
     @unittest.skipUnless(torch.cuda.is_available(), "no CUDA device")
     def test_on_cuda_as_on_the_cpu(self):
@@ -569,41 +556,30 @@ class TestElsewhere(unittest.TestCase):
         net = copy.deepcopy(self.net).cuda()
         images = self.images.cuda()
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            self.assert_same(net(images), exact, 1e-3)
+            assert_near(net(images), exact, 1e-3)
             for amp in (torch.bfloat16, torch.float16):
                 with torch.autocast("cuda", amp):
-                    self.assert_same(net(images), exact, 0.1)
+                    assert_near(net(images), exact, 0.1)
 
 
 # ---------------------------------------------------------------- pooling and fusion
 class TestPooling(unittest.TestCase):
-    def test_weights(self):
-        for bins in (1, 2, 3, 6):
-            for n in (1, 2, 4, 5, 7, 19, 38):
-                means = nn.AdaptiveAvgPool1d(bins)(torch.eye(n)[None])[0].T
-                for weights, expected in (
-                    (upernet.prroi_weights, prroi_means(bins, n)),
-                    (upernet.average_weights, means),
-                ):
-                    found = weights(bins, n, torch.device("cpu"))
-                    with self.subTest(weights=weights, bins=bins, n=n):
-                        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
     def test_branches_train_as_the_plain_line(self):
         """In training mode batch norm and the resize do not commute."""
-        c5 = torch.rand(2, 6, 5, 7)
         for pool in ("prroi", "adaptive", "pspnet"):
-            ppm = upernet.PPM(6, 4, pool)
-            maps = [c5]
-            for bins, (conv, norm, relu) in zip((1, 2, 3, 6), ppm.branches):
-                pooled = plain_pool(pool, c5, bins)
-                if pool == "pspnet":
-                    maps.append(plain_resize(relu(norm(conv(pooled))), (5, 7)))
-                else:
-                    maps.append(relu(norm(conv(plain_resize(pooled, (5, 7))))))
-            expected = ppm.last(torch.cat(maps, dim=1))
-            with self.subTest(pool=pool):
-                torch.testing.assert_close(ppm(c5), expected, rtol=1e-4, atol=1e-4)
+            for size in ((5, 7), (1, 4), (19, 2), (6, 38)):
+                c5 = torch.randn(9, 6, 1, 1) + torch.rand(9, 6, *size)
+                ppm = upernet.PPM(6, 4, pool)
+                maps = [c5]
+                for bins, (conv, norm, relu) in zip((1, 2, 3, 6), ppm.branches):
+                    pooled = plain_pool(pool, c5, bins)
+                    if pool == "pspnet":
+                        maps.append(plain_resize(relu(norm(conv(pooled))), size))
+                    else:
+                        maps.append(relu(norm(conv(plain_resize(pooled, size)))))
+                expected = ppm.last(torch.cat(maps, dim=1))
+                with self.subTest(pool=pool, size=size):
+                    torch.testing.assert_close(ppm(c5), expected, rtol=1e-4, atol=1e-4)
 
 
 class TestFusion(unittest.TestCase):
@@ -630,10 +606,10 @@ class TestFusion(unittest.TestCase):
                         torch.manual_seed(1)
                         loss = (y * torch.randn_like(y)).sum()
                         variables = [*maps, *fusion.parameters()]
-                        results.append([y, *torch.autograd.grad(loss, variables)])
+                        gradients = torch.autograd.grad(loss, variables)
+                        results.append(dict(enumerate([y, *gradients])))
                     with self.subTest(dtype=dtype, size=(height, width), training=training):
-                        for fast, plain in zip(*results, strict=True):
-                            self.assertLessEqual(relative_error(fast, plain), tolerance)
+                        assert_near(*results, tolerance)
 
     def test_bf16_is_as_near_to_float32_as_the_plain_line(self):
         for height, width in ((24, 32), (31, 45)):
@@ -722,36 +698,20 @@ class TestPhoto(unittest.TestCase):
         assert_array_equal(upernet.rgb_photo(transparent), photo)
 
     def test_more_than_8_bits_a_channel_are_refused(self):
-        photos = [Image.new(mode, (8, 8)) for mode in ("I;16", "I", "F")]
-        photos.append(Image.open(io.BytesIO(bytes.fromhex(DEEP_PNG))))
-        for photo in photos:
-            with self.subTest(photo.mode), self.assertRaises(ValueError):
-                upernet.rgb_photo(photo)
+        photo = Image.open(io.BytesIO(bytes.fromhex(DEEP_PNG)))
+        self.assertRaises(ValueError, upernet.rgb_photo, photo)
 
 
 # ---------------------------------------------------------------- our checkpoints
 class TestCheckpoint(unittest.TestCase):
-    def setUp(self):
-        self.path = join(new_folder("checkpoint"), "some.pt")
-        self.vocabulary = {
-            "scene": ["street", "kitchen"],
-            "object": ["wall", "car", "pot"],
-            "part": {"car": ["background", "wheel"], "pot": ["background", "lid", "handle"]},
-        }
-        self.classes = {"scene": 2, "object": 3, "part": {1: 2, 2: 3}}
-
-    def content(self, net: UPerNet) -> dict:
-        return {"model": net.state_dict(), "network": net.network, "vocabulary": self.vocabulary}
-
     def test_holds_a_network_and_its_vocabulary(self):
         options = {"head_conv": False, "pool": "adaptive", "fpn": 3, "stem": "v1c"}
         for wanted in (options, {"ppm": False, "output_stride": 16}, {"fusion": False}):
-            net = small_net(self.classes, **wanted)
+            net = small_net(**wanted)
             self.assertEqual(net.test_size, (450, 1200, None))
             net.test_size = (300, 700, 8)
-            torch.save(self.content(net), self.path)
-            twin, vocabulary = upernet.load(self.path)
-            self.assertEqual(vocabulary, self.vocabulary)
+            twin, vocabulary = upernet.load(save_checkpoint(net))
+            self.assertEqual(vocabulary, CONCEPTS)
             self.assertEqual(twin.network, net.network)
             self.assertEqual((twin.test_size, twin.training), ((300, 700, 8), False))
             images = torch.rand(1, 3, 64, 96)
@@ -759,8 +719,7 @@ class TestCheckpoint(unittest.TestCase):
 
     def test_two_files_alone_load_it_and_parse_a_photo(self):
         """Without torchvision; a module as the backbone needs no resnet.py either."""
-        torch.save(self.content(small_net(self.classes)), self.path)
-        place = new_folder("copied")
+        place = new_folder()
         for name in ("upernet.py", "resnet.py"):
             shutil.copy(join(HERE, name), place)
         source = Path(HERE, "upernet.py").read_text(encoding="utf-8")
@@ -784,15 +743,15 @@ net, vocabulary = upernet.load(sys.argv[1])
 parsed = upernet.parse(net, PIL.Image.new("RGB", (60, 50)))
 print(parsed["object"].shape, parsed["part"].shape, parsed["scene"].shape)
 """
-        python = [sys.executable, "-c", code, self.path]
+        python = [sys.executable, "-c", code, save_checkpoint(small_net())]
         environment = {**os.environ, "PYTHONPATH": place}
         run = subprocess.run(python, cwd=place, env=environment, capture_output=True, text=True)
         expected = "torch.Size([1, 5, 16, 16])\n(50, 60) (50, 60) (2,)\n"
         self.assertEqual(run.stdout, expected, run.stderr)
 
     def test_what_does_not_fit_is_named(self):
-        content = self.content(small_net(self.classes))
-        model = content["model"]
+        net = small_net()
+        model = net.state_dict()
         key = "heads.object.classifier.weight"
         without = {name: value for name, value in model.items() if name != key}
         for wrong, named in (
@@ -803,10 +762,10 @@ print(parsed["object"].shape, parsed["part"].shape, parsed["scene"].shape)
             ({"vocabulary": {"object": ["wall"]}}, "object"),
             ({"vocabulary": {"object": ["wall"], "part": {3: ["background"]}}}, "vocabulary"),
         ):
-            torch.save({**content, **wrong}, self.path)
+            path = save_checkpoint(net, **wrong)
             with self.subTest(named), self.assertRaisesRegex(ValueError, named) as caught:
-                upernet.load(self.path)
-            self.assertIn(self.path, str(caught.exception))
+                upernet.load(path)
+            self.assertIn(path, str(caught.exception))
 
 
 # ---------------------------------------------------------------- released weights
@@ -898,7 +857,7 @@ def released_files(
     if release == "mmseg":
         state = {**encoder, **decoder, "auxiliary_head.convs.0.bn.weight": torch.ones(9)}
         files = {"upernet.pth": {"meta": meta, "state_dict": state}}
-    place = new_folder(release)
+    place = new_folder()
     for name, content in files.items():
         torch.save(content, join(place, name))
     return [join(place, name) for name in files], ours
@@ -979,8 +938,8 @@ class TestRelease(unittest.TestCase):
         names[130] = "screen"
         rows = ["Idx,Name"]
         rows.extend(f"{k},{name};other {k}" for k, name in enumerate(names, start=1))
-        cls.table = write(join(new_folder("table"), "object150.csv"), "\n".join(rows))
-        cls.tables = class_tables(new_folder("joint_dataset"))
+        cls.table = write(join(new_folder(), "object150.csv"), "\n".join(rows))
+        cls.tables = class_tables(new_folder())
         cls.files = {}
         for release, seed in SEEDS.items():
             cls.files[release], _ = released_files(release, seed)
@@ -1020,11 +979,6 @@ class TestRelease(unittest.TestCase):
             different = [key for key in found ^ expected if "auxiliary_head" not in key]
             self.assertEqual(different, [])
 
-    def test_another_depth_and_width(self):
-        files, _ = released_files("paper", 3, backbone="resnet101", channels=32)
-        net, _ = upernet.load_release(*files, self.tables)
-        self.assertEqual((net.network["backbone"], net.network["channels"]), ("resnet101", 32))
-
     def test_sizes_and_classes(self):
         sizes = {release: net.test_size for release, (net, _) in self.networks.items()}
         expected = {"paper": (450, 1000, 8), "ade20k": (450, 1000, 32), "mmseg": (512, 2048, 1)}
@@ -1042,7 +996,7 @@ class TestRelease(unittest.TestCase):
 
     def test_wrong_and_swapped_files_and_tables(self):
         encoder, decoder = self.files["paper"]
-        place = new_folder("wrong")
+        place = new_folder()
         state = torch.load(decoder, weights_only=True)
         del state["fpn_in.1.0.weight"]
         torch.save(state, join(place, "damaged.pth"))
@@ -1091,15 +1045,17 @@ class TestMmseg(unittest.TestCase):
         self.assertRaisesRegex(ValueError, re.escape(path), upernet.load, path)
 
 
-def scanned(root: str, source: str = "ade20k", **options) -> tuple[datasets.Index, str]:
+def scanned(root: str, source: str = "ade20k") -> tuple[datasets.Index, str]:
     """(index, stderr) of a scan with its cache below `root`."""
     with contextlib.redirect_stderr(io.StringIO()) as err:
-        index = datasets.scan(root, source, join(root, ".cache"), **options)
+        index = datasets.scan(root, source, join(root, ".cache"))
     return index, err.getvalue()
 
 
 def vocabulary_of(index: datasets.Index, **minima) -> dict:
-    return datasets.build_vocabulary({index.source: index}, least(**minima))
+    """All classes, but for those below the thresholds."""
+    thresholds = {**dict.fromkeys(datasets.THRESHOLDS, 1), **minima}
+    return datasets.build_vocabulary({index.source: index}, thresholds)
 
 
 def source_of(root: str, source: str = "ade20k", **options) -> datasets.Source:
@@ -1108,28 +1064,22 @@ def source_of(root: str, source: str = "ade20k", **options) -> datasets.Source:
     return datasets.Source(index, vocabulary_of(index), cache=join(root, ".cache"), **options)
 
 
-def succeeded(test: unittest.TestCase, main, *argv) -> str:
+def succeeded(main, *argv) -> str:
     """What a command printed that had nothing to complain about."""
     status, said, err = command(main, *argv)
-    test.assertEqual((status, err), (0, ""))
+    assert (status, err) == (0, ""), f"status {status}: {err}"
     return said
 
 
-def refusal(test: unittest.TestCase, main, *argv) -> str:
-    """The only line on stderr of a command that ends with status 2."""
+def refused(named: str, main, *argv):
+    """Asserts that a command ends with status 2 and one line on stderr, which has `named` in it."""
     status, _, err = command(main, *argv)
-    test.assertEqual(status, 2, err)
-    test.assertEqual(err.count("\n"), 1, err)
-    return err
+    assert (status, err.count("\n")) == (2, 1), f"{argv}: status {status}: {err}"
+    assert re.search(named, err), f"{argv}: no {named} in {err}"
 
 
-def scan_refusal(test: unittest.TestCase, root: str, data: str = "ade20k") -> str:
-    return refusal(test, datasets.main, "--data", data, "--root", root)
-
-
-def own_root(*masks: np.ndarray, **tables: str) -> str:
-    """A new folder of one's own data with these masks and tables."""
-    return own_data(new_folder("own"), list(masks), **tables)
+def scan_refused(named: str, root: str, data: str = "ade20k"):
+    refused(named, datasets.main, "--data", data, "--root", root)
 
 
 def columns(*values: int) -> np.ndarray:
@@ -1195,7 +1145,7 @@ class TestVocabulary(unittest.TestCase):
         write(f"{stem}.json", text, "latin-1")
         index = ade.index()
         self.assertEqual(index.tags, ["street", "street", "", "", "attic"])
-        vocabulary = vocabulary_of(index, images=5, pixels=2000, scenes=2)
+        vocabulary = vocabulary_of(index, min_images=5, min_pixels=2000, min_scene_images=2)
         expected = {"scene": ["street"], "object": ["wall", "voiture à cheval"]}
         self.assertEqual(vocabulary, expected)
         self.assertEqual(datasets.Source(index, vocabulary).tags, [0, 0, -1, -1, -1])
@@ -1219,7 +1169,7 @@ class TestVocabulary(unittest.TestCase):
             stem = ade.add(columns(5, 5, 6, 6), names, ["street"], parts)
             ade.save_numbers(23 * (parts == 22), f"{stem}_parts_2.png")  # parts of parts
         index = ade.index()
-        vocabulary = vocabulary_of(index, parts=2)
+        vocabulary = vocabulary_of(index, min_part_images=2)
         expected = {"car": ["background", "wheel"], "house": ["background", "door"]}
         self.assertEqual(vocabulary["part"], expected)
         part = datasets.Source(index, vocabulary).labels(0)["part"]  # no car's door
@@ -1232,10 +1182,10 @@ class TestVocabulary(unittest.TestCase):
             substance, material = row.split(": ")
             merged[substance] = material
         red = np.ones((60, 1), int) * (np.arange(65) // 5)  # not of the photo's size
-        root = surfaces(new_folder("surfaces"), list(merged), [red, red * (red < 12)])
+        root = surfaces(new_folder(), list(merged), [red, red * (red < 12)])
         index, err = scanned(root, "os")
         self.assertEqual(err, "")
-        vocabulary = vocabulary_of(index, images=2)
+        vocabulary = vocabulary_of(index, min_images=2)
         materials = sorted(set(merged.values()) - {"-"})
         self.assertEqual(vocabulary, {"material": materials})
         labels = datasets.Source(index, vocabulary).labels(0)["material"]
@@ -1292,17 +1242,13 @@ CITYSCAPES = datasets.DataSet(
 )
 
 
+@mock.patch("datasets.DATA_SETS", [*datasets.DATA_SETS, CITYSCAPES])
 class TestAnotherDataSet(unittest.TestCase):
     SIDES = ("train", "train", "val", "test")
 
-    def setUp(self):
-        patch = mock.patch("datasets.DATA_SETS", [*datasets.DATA_SETS, CITYSCAPES])
-        patch.start()
-        self.addCleanup(patch.stop)
-
     def cityscapes(self, *numbers: int, sides: tuple = SIDES) -> str:
         """A root with an image of each of the sides, its mask of these numbers."""
-        root = new_folder("cityscapes")
+        root = new_folder()
         for k, side in enumerate(sides):
             photo = f"cityscapes/leftImg8bit/{side}/aachen/{k}_leftImg8bit.png"
             save(np.full((40, 10 * len(numbers), 3), 50 * k), root, photo)
@@ -1311,9 +1257,8 @@ class TestAnotherDataSet(unittest.TestCase):
         return root
 
     def training(self, root: str, out: str, *options) -> tuple:
-        argv = ("--data", "cityscapes", "--root", root, "--out", out, "--weights", "none")
-        argv += ("--backbone", "resnet18", "--split", "official", *SMALL)
-        return command(train.main, *argv, *options)
+        argv = (*OWN, "--data", "cityscapes", "--root", root, "--out", out)
+        return command(train.main, *argv, "--split", "official", *options)
 
     def test_trains_with_its_own_table_and_split(self):
         root = self.cityscapes(0, 4, 7, 11, 26, 33)
@@ -1321,7 +1266,7 @@ class TestAnotherDataSet(unittest.TestCase):
         self.assertEqual(err, "")
         labels = source_of(root, "cityscapes").labels(0)["object"]
         assert_array_equal(labels, columns(-1, -1, 0, 2, 13, 18))
-        out = new_folder("out")
+        out = new_folder()
         status, _, err = self.training(root, out, "--iters", 1)
         self.assertEqual(status, 0, err)
         checkpoint = checkpoint_of(out)
@@ -1336,26 +1281,22 @@ class TestAnotherDataSet(unittest.TestCase):
             self.cityscapes(0, 4),  # no class
             self.cityscapes(0, 7),  # a single one
             self.cityscapes(0, 7, 8, sides=("train", "test")),
-            new_folder("nothing"),
+            new_folder(),
         ]
         for root in roots:
             scan = command(datasets.main, "--data", "cityscapes", "--root", root)
-            run = self.training(root, new_folder("out"), "--iters", 0)
+            run = self.training(root, new_folder(), "--iters", 0)
             self.assertEqual(run[0], 0 if root == roots[0] else 2, run)
             advice = r"classes\.txt|images/validation/|start at 0"
             self.assertNotRegex("".join([*scan[1:], *run[1:]]), advice)
 
     def test_two_sources_of_one_level_are_refused(self):
-        root = own_data(self.cityscapes(7, 8), [columns(1, 2)])
-        self.assertRegex(scan_refusal(self, root, "ade20k,cityscapes"), "ade20k.*cityscapes")
+        root = own_data(columns(1, 2), root=self.cityscapes(7, 8))
+        scan_refused("ade20k.*cityscapes", root, "ade20k,cityscapes")
 
 
 class TestScan(unittest.TestCase):
     WALL = np.full((40, 40), 5)
-
-    def assert_broken(self, root: str, path: str):
-        """Asserts that the only image is refused, with the name of its broken file."""
-        self.assertIn(f" {path}: ", scan_refusal(self, root))
 
     def test_broken_files_of_ade20k(self):
         wrong_object = '{"annotation": {"scene": [], "object": [{"name": "wall"}]}}'
@@ -1377,7 +1318,7 @@ class TestScan(unittest.TestCase):
             else:
                 write(path, content)
             with self.subTest(ending=ending, content=content):
-                self.assert_broken(ade.root, os.path.relpath(path, ade.folder))
+                scan_refused(f" {os.path.relpath(path, ade.folder)}: ", ade.root)
 
     def test_broken_masks(self):
         mask = Image.fromarray(columns(0, 1, 2).astype(np.uint8))
@@ -1395,19 +1336,17 @@ class TestScan(unittest.TestCase):
             ("0.tif", mask.convert("F"), {}),
             ("0.tif", mask, pages),
         ):
-            root = own_root(columns(0, 1, 2))
+            root = own_data(columns(0, 1, 2))
             folder = join(root, "annotations", "training")
             os.remove(join(folder, "0.png"))
             picture.save(join(folder, name), **options)
             with self.subTest(name=name, mode=picture.mode):
-                self.assert_broken(root, f"annotations/training/{name}")
+                scan_refused(f" annotations/training/{name}: ", root)
 
     def test_two_masks_of_one_name_are_refused(self):
-        root = own_root(columns(1, 2))
+        root = own_data(columns(1, 2))
         save(columns(1, 2), root, "annotations", "training", "0.tif")
-        line = scan_refusal(self, root)
-        for name in ("0.png", "0.tif"):
-            self.assertIn(f"annotations/training/{name}", line)
+        scan_refused("annotations/training/0.png .*annotations/training/0.tif", root)
 
     def test_one_broken_image_in_twenty_is_set_aside(self):
         ade = Ade()
@@ -1417,7 +1356,8 @@ class TestScan(unittest.TestCase):
         self.assertEqual(len(index.images), 19)
         _, said, _ = command(datasets.main, "--data", "ade20k", "--root", ade.root)
         os.remove(f"{second}_seg.png")
-        for text in (err, said, scan_refusal(self, ade.root)):
+        scan_refused("ADE_train_00000000_seg.png", ade.root)
+        for text in (err, said):
             self.assertIn("ADE_train_00000000_seg.png", text)
 
     def test_parts_count_in_labelled_objects_and_unknown_numbers_are_reported(self):
@@ -1449,15 +1389,15 @@ class TestScan(unittest.TestCase):
 
     def test_other_layouts_are_told_what_to_rename(self):
         for layout in ("masks", "ade20k/labels", "leftImg8bit", "ade20k/JPEGImages"):
-            root = new_folder("layout")
+            root = new_folder()
             os.makedirs(join(root, layout))
             advice = f"{os.path.basename(layout)}.*annotations/"
-            self.assertRegex(scan_refusal(self, root), advice)
+            scan_refused(advice, root)
 
 
 class TestPhotos(unittest.TestCase):
     def test_endings(self):
-        root = new_folder("endings")
+        root = new_folder()
         names = ["a.jpg", "b.JPEG", "c.png", "d.webp", "e.tif", "f.TIFF", "g.bmp"]
         for name in names:
             save(np.full((40, 20, 3), 90), root, "images", name)
@@ -1469,12 +1409,11 @@ class TestPhotos(unittest.TestCase):
             assert_array_equal(source.labels(i)["object"], columns(0, 1))
 
     def test_of_more_than_8_bits_a_channel_are_broken(self):
-        ramp = np.linspace(0, 65535, 800).reshape(40, 20)
-        for name, number in (("0.png", np.uint16), ("0.tif", np.float32)):
-            root = own_root(columns(1, 2))
+        for mode, name in (("I;16", "0.png"), ("I", "0.tif"), ("F", "0.tif")):
+            root = own_data(columns(1, 2))
             os.remove(join(root, "images", "training", "0.jpg"))
-            Image.fromarray(ramp.astype(number)).save(join(root, "images", "training", name))
-            self.assertRegex(scan_refusal(self, root), f" images/training/{name}: .*bits")
+            save(Image.new(mode, (20, 40)), root, "images", "training", name)
+            scan_refused(f" images/training/{name}: .*bits", root)
 
     def test_are_turned_as_their_exif_data_say(self):
         picture = np.zeros((30, 40, 3), np.uint8)
@@ -1482,7 +1421,7 @@ class TestPhotos(unittest.TestCase):
         photo = Image.fromarray(picture)
         photo.getexif()[0x0112] = 6  # a quarter to the right
         for ending in ("jpg", "png", "webp", "tif"):
-            root = own_root(columns(1, 2, 2))
+            root = own_data(columns(1, 2, 2))
             folder = join(root, "images", "training")
             os.remove(join(folder, "0.jpg"))
             photo.save(join(folder, f"0.{ending}"), exif=photo.getexif())
@@ -1505,21 +1444,21 @@ class TestOwnData(unittest.TestCase):
 
     def test_lies_in_the_root_in_ade20k_or_one_folder_down(self):
         for place in ("", "ade20k", "ade20k/mine"):
-            root = new_folder("own")
-            top = own_data(join(root, place), [self.MASK])
+            root = new_folder()
+            top = own_data(self.MASK, root=join(root, place))
             self.assertTrue(os.path.samefile(scanned(root)[0].folder, top))
             self.assert_labels(root, self.MASK - 1)
-        other = own_data(join(root, "ade20k", "yours"), [self.MASK])
-        self.assertRegex(scan_refusal(self, root), f"{top}.*{other}")
+        other = own_data(self.MASK, root=join(root, "ade20k", "yours"))
+        scan_refused(f"{top}.*{other}", root)
 
     def test_sides_and_scenes(self):
-        root = own_root(self.MASK, self.MASK, sceneCategories="0 misc\n1 Street\n")
+        root = own_data(self.MASK, self.MASK, sceneCategories="0 misc\n1 Street\n")
         for name in ("images", "annotations"):
             shutil.copytree(join(root, name, "training"), join(root, name, "val2017"))
         index, _ = scanned(root)
         self.assertEqual(index.tags, ["", "street", "", "street"])
         self.assertEqual(index.official, ["train", "train", "val", "val"])
-        vocabulary = vocabulary_of(index, images=50, pixels=10**6, scenes=2)
+        vocabulary = vocabulary_of(index, min_images=50, min_pixels=10**6, min_scene_images=2)
         self.assertEqual(vocabulary, {"scene": ["street"], "object": ["class 1", "class 2"]})
         sides = [datasets.side_of(name) for name in ("train2017", "valid", "dev", "test", "more")]
         self.assertEqual(sides, ["train", "val", "val", "test", ""])
@@ -1527,30 +1466,30 @@ class TestOwnData(unittest.TestCase):
     def test_images_without_a_label_neither_train_nor_validate(self):
         masks = [self.MASK, 0 * self.MASK, columns(9, 255), self.MASK, 0 * self.MASK]
         tables = {"classes": "sea\nland\n", "sceneCategories": "4 street\n"}
-        index, _ = scanned(own_root(*masks, **tables))
-        with contextlib.redirect_stdout(io.StringIO()):
-            source = datasets.Source(index, vocabulary_of(index), validation=index.images[:2])
+        index, _ = scanned(own_data(*masks, **tables))
+        source = datasets.Source(index, vocabulary_of(index), validation=index.images[:2])
         self.assertEqual((source.training, source.validation), ([3, 4], [0]))
 
     def test_names_of_the_tables(self):
         """All classes of a table whatever they have, those of one name apart; synonyms are cut in
-        objectInfo150.txt alone."""
+        objectInfo150.txt alone. Masks without 0 bring no advice on numbers that start at 0."""
         info = "Idx\tRatio\tName\n1\t.5\twall   \n2\t.5\tbuilding, edifice  \n"
         info += "3\t.5\tscreen, door screen\n4\t.5\tscreen, silver screen\n"
-        root = own_root(self.MASK, classes="crop, healthy\ncrop, ill\n weed \n")
+        root = own_data(columns(1, 2, 255), classes="crop, healthy\ncrop, ill\n weed \n")
         names = ["crop, healthy", "crop, ill", "weed"]
         for unused in ("weed", "screen"):
             index, err = scanned(root)
             self.assertIn(unused, err)
-            vocabulary = vocabulary_of(index, images=50, pixels=10**6)
+            self.assertNotIn("classes.txt", err)
+            vocabulary = vocabulary_of(index, min_images=50, min_pixels=10**6)
             self.assertEqual(vocabulary, {"object": names})
-            self.assert_labels(root, self.MASK - 1)
+            self.assert_labels(root, columns(0, 1, -1))
             write(join(root, "objectInfo150.txt"), info)
             names = ["wall", "building", "screen (3)", "screen (4)"]
 
     def test_exactly_the_numbers_of_a_table_are_classes(self):
         table = "0 sky\n1: building, tall\n255, Void\n\n12 car\n"
-        root = own_root(columns(0, 1, 7, 12, 255), classes=table)
+        root = own_data(columns(0, 1, 7, 12, 255), classes=table)
         index, err = scanned(root)
         names = ["sky", "building, tall", "car", "Void"]
         self.assertEqual(vocabulary_of(index), {"object": names})
@@ -1559,7 +1498,7 @@ class TestOwnData(unittest.TestCase):
         self.assertRegex(err, r"Void.*classes\.txt")  # is a class all the same
 
     def test_lines_of_classes_txt(self):
-        root = own_root(columns(1, 2, 7, 12))
+        root = own_data(columns(1, 2, 7, 12))
         for table, expected in (
             ("7; sky\n12;car\n", {7: "sky", 12: "car"}),
             ("7 = sky\n12=car\n", {7: "sky", 12: "car"}),
@@ -1578,41 +1517,30 @@ class TestOwnData(unittest.TestCase):
         ):
             write(join(root, "classes.txt"), table)
             with self.subTest(table=table):
-                self.assertIn(join(root, "classes.txt"), scan_refusal(self, root))
-
-    def test_numbers_that_seem_to_start_at_0_are_pointed_out(self):
-        """Names of 1.. for masks of 0..; not where the masks have no 0."""
-        for mask in (columns(0, 1, 2, 255), columns(1, 1, 2, 255)):
-            root = own_root(mask, classes="one\ntwo\nthree\n")
-            _, err = scanned(root)
-            self.assertIn("three", err)
-            self.assertEqual("classes.txt" in err, 0 in mask)
+                scan_refused(join(root, "classes.txt"), root)
 
     def test_numbers_that_cannot_be_meant_as_classes_are_refused(self):
         """Fewer than two classes, or without a table fewer than half of 1..highest."""
-        for numbers, tables, expected in (
-            ((0, 255), {}, 2),
-            ((0, 1, 255), {}, 2),
-            ((51, 52), {"classes": "one\ntwo\n"}, 2),
-            ((0, 85, 170, 255), {}, 2),  # gray levels
-            ((1001, 1002, 2001), {}, 2),  # class * 1000 + instance
-            ((3, 5, 255, 0), {}, 2),
-            ((2, 4, 255, 0), {}, 0),
+        for numbers in (
+            (0, 255),
+            (0, 1, 255),
+            (0, 85, 170, 255),  # gray levels
+            (1001, 1002, 2001),  # class * 1000 + instance
+            (3, 5, 255, 0),
         ):
-            root = own_root(columns(*numbers), **tables)
-            picture = Image.fromarray(columns(*numbers).astype(np.uint16))
-            save(picture, root, "annotations", "training", "0.png")
-            status, _, err = command(datasets.main, "--data", "ade20k", "--root", root)
-            with self.subTest(numbers=numbers, tables=tables):
-                self.assertEqual((status, root in err), (expected, expected == 2), err)
+            root = own_data(columns(*numbers))
+            scan_refused(root, root)
+        root = own_data(columns(51, 52), classes="one\ntwo\n")
+        self.assertRaisesRegex(datasets.UserError, root, scanned, root)  # after a warning
+        source_of(own_data(columns(2, 4, 255, 0)))  # these can
 
     def test_numbers_beyond_the_table_are_reported_and_unlabelled(self):
         beyond = columns(1, 1, 7, 255)
-        root = own_root(self.MASK, beyond, classes="sea\nland\nglacier\n")
+        root = own_data(self.MASK, beyond, classes="sea\nland\nglacier\n")
         for _ in range(2):  # a scan, and its index
             _, out, err = command(datasets.main, "--data", "ade20k", "--root", root)
             self.assertRegex(err, r"\b7\b")
-            self.assertIn("glacier", err)  # no pixel
+            self.assertRegex(err, "glacier.*classes.txt")  # no pixel: do the numbers start at 0?
             self.assertNotIn("land", err)
         self.assertRegex(out, r"sea +1,600 pixels[^|]*land +400 pixels[^|]*glacier +0 pixels")
         self.assertIn("37.5%", out)  # 1,200 of the 3,200 pixels are unlabelled
@@ -1632,13 +1560,13 @@ class TestOwnData(unittest.TestCase):
             (Image.fromarray(self.MASK == 1), 1 * (self.MASK == 1)),
             (Image.fromarray(wide.astype(np.uint16)), wide),
         ):
-            root = own_root(self.MASK, self.MASK, classes=classes)
+            root = own_data(self.MASK, self.MASK, classes=classes)
             save(picture, root, "annotations", "training", "0.png")
             with self.subTest(mode=picture.mode):
                 self.assert_labels(root, numbers - 1)
 
     def test_hidden_files_and_masks_without_a_photo_are_not_data(self):
-        root = own_root(self.MASK, self.MASK)
+        root = own_data(self.MASK, self.MASK)
         os.remove(join(root, "images", "training", "1.jpg"))
         for name in ("images/training/._0.jpg", "images/.x/0.jpg", "more/0.jpg"):
             write(join(root, name), "no picture")
@@ -1648,27 +1576,13 @@ class TestOwnData(unittest.TestCase):
 
 
 class TestToy(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        root = join(new_folder("toy"), "toy")
-        with contextlib.redirect_stdout(io.StringIO()):
-            datasets.make_toy(root, scenes=120, photos=90, textures=24)
-        cls.indexes = {name: scanned(root, name, workers=2)[0] for name in datasets.TOY_SOURCES}
-        minima = least(images=20, pixels=5000, parts=20, scenes=10)
-        cls.vocabulary = datasets.build_vocabulary(cls.indexes, minima)
-
-    def test_has_classes_of_every_level(self):
-        for level, n in {"scene": 4, "object": 10, "part": 4, "material": 6, "texture": 8}.items():
-            self.assertGreaterEqual(len(self.vocabulary[level]), n)
-
     def test_is_always_the_same_and_complete_or_not_there_at_all(self):
-        place = Path(new_folder("toy"))
-        with contextlib.redirect_stdout(io.StringIO()):
-            for name in ("one", "other"):
-                datasets.make_toy(str(place / name), 2, 1, 1)
-            with mock.patch("PIL.Image.Image.save", side_effect=OSError("full")):
-                with self.assertRaises(OSError):
-                    datasets.make_toy(str(place / "cut"), 2, 1, 1)
+        place = Path(new_folder())
+        for name in ("one", "other"):
+            datasets.make_toy(str(place / name), 2, 1, 1)
+        with mock.patch("PIL.Image.Image.save", side_effect=OSError("full")):
+            with self.assertRaises(OSError):
+                datasets.make_toy(str(place / "cut"), 2, 1, 1)
         self.assertEqual(set(os.listdir(place)), {"one", "other"})
         for path in (place / "one").rglob("*.*"):
             other = place / "other" / path.relative_to(place / "one")
@@ -1680,7 +1594,7 @@ class TestBatches(unittest.TestCase):
     def setUpClass(cls):
         """Photos whose red is the pixel's column and green its row; masks of columns, of rows, and
         of columns of an upright photo."""
-        root = new_folder("ramps")
+        root = new_folder()
         for k, size in enumerate([(96, 160), (96, 160), (160, 96)]):
             rows, across = np.indices(size)
             save(np.stack([across, rows, 0 * rows], axis=-1), root, "images", f"{k}.png")
@@ -1744,11 +1658,6 @@ class TestBatches(unittest.TestCase):
         heights = {batches[k].images.shape[2] for k in range(12)}
         self.assertEqual(heights, {64, 96})
 
-    def test_half_of_the_images_are_mirrored(self):
-        red = self.reds([[0]] * 20, sizes=[96])
-        flips = (red[:, 0] > red[:, 60]).sum()
-        self.assertTrue(4 < flips < 16)
-
     def test_labels_lie_on_what_they_label(self):
         """Resized, cut to crops smaller and larger than the image, mirrored; unlabelled and of the
         mean colour where it ends."""
@@ -1809,14 +1718,14 @@ class TestBatches(unittest.TestCase):
         """Mirrored or not: nearly all of ten have one with much of the left half."""
         mask = np.full((96, 160), 3)
         mask[:, :80] = np.arange(80) // 8 % 2 + 1
-        source = source_of(own_data(new_folder("halves"), [mask] * 2))
+        source = source_of(own_data(mask))
         batches = self.batches([[0]] * 30, [source], sizes=[96], crop=64)
         for k in range(30):
             counts = np.bincount(batches[k].labels["object"].ravel())
             self.assertLess(counts.max(), 0.75 * 16 * 16)
 
     def test_textures_are_cut_to_squares_at_random_and_mirrored(self):
-        texture = source_of(textures(new_folder("squares"), train1=["a/ein 点.png"]), "dtd")
+        texture = source_of(textures(new_folder(), train1=["a/ein 点.png"]), "dtd")
         self.assertEqual(texture.labels(0), {"texture": 0})
         red = self.reds([[0]] * 10, [self.source, texture], crop=96)
         self.assertEqual(red.shape, (10, 64))
@@ -1950,14 +1859,14 @@ class TestSplit(unittest.TestCase):
         self.assertEqual(sorted(table.T.tolist()), [[1, 1], [400, 0], [400, 400], [800, 0]])
 
     def test_the_command_writes_split_json_and_keeps_other_sources(self):
-        root = new_folder("split")
+        root = new_folder()
         shutil.copytree(join(toy_root(), "toy", "os"), join(root, "os"))
         path = join(root, "split.json")
         dtd = {"validation": []}
         write(path, json.dumps({"fraction": 0.1, "sources": {"dtd": dtd}}))
         plot = join(root, "plot.png")
         options = ("--data", "os", "--root", root, "--min-images", 5, "--plot", plot)
-        succeeded(self, balance_split.main, *options)
+        succeeded(balance_split.main, *options)
         Image.open(plot).close()
         entries = read_json(path)["sources"]
         self.assertEqual(entries["dtd"], dtd)
@@ -1968,7 +1877,7 @@ class TestSplit(unittest.TestCase):
         self.assertLess(entry["deviation_after"], entry["deviation_before"])
 
     def test_a_split_is_added_and_kept_and_refused_for_other_images(self):
-        root = textures(new_folder("split"), train1=[f"a/{k}.png" for k in range(4)])
+        root = textures(new_folder(), train1=[f"a/{k}.png" for k in range(4)])
         path = join(root, "split.json")
         other = {"validation": []}
         write(path, json.dumps({"fraction": 0.5, "sources": {"os": other}}))
@@ -1994,7 +1903,7 @@ class TestSplit(unittest.TestCase):
     def test_official_validation(self):
         find = balance_split.validation_images
         lists = {"train1": ["a/0.png"], "val1": ["a/2.png"], "test1": ["b/4.png", "a/3.png"]}
-        root = textures(new_folder("sides"), **lists)
+        root = textures(new_folder(), **lists)
         validation = find(scanned(root, "dtd")[0], "official", "")
         self.assertEqual(validation, ["images/a/3.png", "images/b/4.png"])
         index, _ = scanned(join(toy_root(), "toy"))
@@ -2004,63 +1913,43 @@ class TestSplit(unittest.TestCase):
 
 
 # ---------------------------------------------------------------- evaluation: what tests share
-CONCEPTS = {
-    "scene": ["kitchen", "street"],
-    "object": ["wall", "car", "pot", "person"],
-    "part": {"car": ["background", "wheel", "door"], "person": ["background", "head"]},
-    "material": ["wood", "brick", "metal", "glass", "stone"],
-    "texture": ["dotted", "banded", "grid"],
-}
-
-
 def varied_net() -> UPerNet:
     """A network without training in whose maps many classes are the best one somewhere."""
-    torch.manual_seed(0)
-    classes = upernet.class_counts(CONCEPTS)
-    net = UPerNet(classes, "resnet18", channels=8, test_size=(64, 1000, None))
-    train_norms(net)
-    net.eval()
-    image = torch.from_numpy(np.array(noise(64, 96))).permute(2, 0, 1)[None]
+    net = small_net(test_size=(64, 1000, None))
     with torch.no_grad():
-        logits = net(image / 255)
+        logits = net(to_tensor(noise(64, 96))[None])
         for level in ("object", "part", "material", "texture_map"):
             classifier = net.heads[level.removesuffix("_map")].classifier
             classifier.bias -= logits[level].mean(dim=(0, 2, 3))
     return net
 
 
-def save_checkpoint(net: UPerNet, **arguments: str) -> str:
-    """A checkpoint with what evaluate.py reads."""
-    path = join(new_folder("checkpoint"), "ckpt.pt")
+def save_checkpoint(net: UPerNet, **more) -> str:
+    """A checkpoint of a network for CONCEPTS."""
+    path = join(new_folder(), "ckpt.pt")
     content = {"model": net.state_dict(), "network": net.network, "vocabulary": CONCEPTS}
-    torch.save({**content, "arguments": arguments}, path)
+    torch.save({**content, **more}, path)
     return path
 
 
-def bilinear_weights(cells: int, filled: int, full: int) -> Tensor:
-    """(full, cells): what each pixel of a picture takes of each cell. A cell is four pixels of the
-    network's input wide, of which the picture fills `filled`."""
-    at = (torch.arange(full, dtype=torch.float64) + 0.5) * filled / full / 4 - 0.5
-    distances = at.clamp(0, cells - 1)[:, None] - torch.arange(cells)
-    return (1 - distances.abs()).clamp(min=0)
-
-
 def plain_upsample(maps: Tensor, filled: tuple, size: tuple) -> Tensor:
-    rows = bilinear_weights(maps.shape[1], filled[0], size[0]).to(maps.dtype)
-    columns = bilinear_weights(maps.shape[2], filled[1], size[1]).to(maps.dtype)
-    return rows @ maps @ columns.T
+    """A cell is four pixels of the network's input wide, of which the picture fills `filled`."""
+    down = filled[0] / (4 * maps.shape[1])  # the share of the maps that the picture fills
+    across = filled[1] / (4 * maps.shape[2])
+    theta = torch.tensor([[across, 0, across - 1], [0, down, down - 1]], dtype=maps.dtype)
+    grid = F.affine_grid(theta[None], (1, 1, *size), align_corners=False)
+    return F.grid_sample(maps[None], grid, padding_mode="border", align_corners=False)[0]
 
 
 def plain_view(
     net: UPerNet, photo: Image.Image, height: int, width: int, multiple: int = 32
 ) -> dict[str, Tensor]:
     """The logits of a photo resized to (height, width), then padded with the mean colour."""
-    rows = math.ceil(height / multiple) * multiple
-    columns = math.ceil(width / multiple) * multiple
-    padded = np.full((rows, columns, 3), (124, 116, 104), np.uint8)
-    padded[:height, :width] = photo.resize((width, height), Image.Resampling.BILINEAR)
+    resized = photo.resize((width, height), Image.Resampling.BILINEAR)
+    right_and_below = (0, 0, -width % multiple, -height % multiple)
+    padded = ImageOps.expand(resized, right_and_below, (124, 116, 104))
     with torch.inference_mode():
-        logits = net(torch.from_numpy(padded).permute(2, 0, 1)[None] / 255)
+        logits = net(to_tensor(padded)[None])
     return {level: value[0] for level, value in logits.items()}
 
 
@@ -2211,7 +2100,7 @@ class TestRelations(unittest.TestCase):
         seen["part"] = np.where(material == 1, 4, -1)
         seen["texture_map"] = np.repeat([1, 2], [15, 35])
         relations.add({**seen, "scene": kitchen[::-1], "object": np.full(50, 3)})
-        path = join(new_folder("relations"), "r.json")
+        path = join(new_folder(), "r.json")
         with contextlib.redirect_stdout(io.StringIO()) as said:
             relations.report(path)
         found = read_json(path)
@@ -2296,7 +2185,7 @@ class TestEvaluation(unittest.TestCase):
         their photo."""
         net = varied_net()
         net.test_size = (30, 40, None)
-        place = new_folder("photos")
+        place = new_folder()
         photo = Image.open(save(noise(96, 128), place, "a.jpg"))
         seen = plain_parse(net, photo, [36, 44], True)
         names = {10 + k: name for k, name in enumerate(CONCEPTS["object"])}
@@ -2319,15 +2208,21 @@ class TestEvaluation(unittest.TestCase):
         for name, square in squares.items():
             save(square, ade.root, "dtd", "images", name)
 
-        checkpoint = save_checkpoint(net, data="ade20k,os,dtd", root=ade.root)
-        path = join(ade.root, "m.json")
-        argv = ("--split", "all", "--size", "36,44", "--flip", "--json", path)
-        succeeded(self, evaluate.main, checkpoint, *argv)
-        found = read_json(path)
+        arguments = {"data": "ade20k,os,dtd", "root": ade.root}
+        checkpoint = save_checkpoint(net, arguments=arguments)
+        argv = ("--split", "all", "--size", "36,44", "--flip")
+        found, _ = evaluated(checkpoint, *argv)
         for level in ("object", "part", "material"):
             self.assertGreaterEqual(found[level]["pixel_accuracy"], 0.999)
         self.assertEqual(found["scene"], {"top1": 1, "n": 1})
         self.assertEqual(found["texture"], {"top1": 1, "n": 8})
+
+
+def evaluated(*argv) -> tuple[dict, str]:
+    """(the metrics that evaluate.py writes, what it prints)."""
+    path = join(new_folder(), "m.json")
+    said = succeeded(evaluate.main, *argv, "--json", path)
+    return read_json(path), said
 
 
 def labelled(iou: dict) -> list[str]:
@@ -2336,23 +2231,17 @@ def labelled(iou: dict) -> list[str]:
 
 
 class TestReleasedNetworks(unittest.TestCase):
-    """Others' networks, of few channels, on data and photos."""
+    """Others' networks, of another depth and few channels, on data and photos."""
 
     NAMES = [f"thing {k}" for k in range(1, 151)]
 
     @classmethod
     def setUpClass(cls):
-        small = {"backbone": "resnet18", "channels": 8}
-        cls.tables = class_tables(new_folder("joint_dataset"))
-        cls.paper, _ = released_files("paper", 1, **small)
+        cls.tables = class_tables(new_folder())
+        cls.paper, _ = released_files("paper", 1, backbone="resnet101", channels=8)
         cls.papers = ("--release", *cls.paper, "--labels", cls.tables)
-        (cls.mmseg,), _ = released_files("mmseg", 1, {"CLASSES": cls.NAMES}, **small)
-
-    def metrics(self, root: str, *argv) -> dict:
-        path = join(root, "m.json")
-        status, _, err = command(evaluate.main, *argv, "--root", root, "--json", path)
-        self.assertEqual(status, 0, err)
-        return read_json(path)
+        network = {"backbone": "resnet18", "channels": 8}
+        (cls.mmseg,), _ = released_files("mmseg", 1, {"CLASSES": cls.NAMES}, **network)
 
     def test_the_papers_on_ade20k_and_opensurfaces(self):
         """The authors' table says which of their classes a number or scene of the data is."""
@@ -2363,7 +2252,8 @@ class TestReleasedNetworks(unittest.TestCase):
         photos = Path(ade.folder, "images", "ADE")
         (photos / "training").rename(photos / "validation")
         surfaces(ade.root, ["Mud", "Brick", "Mud"], [columns(1, 2, 3)])
-        metrics = self.metrics(ade.root, *self.papers, "--data", "ade20k,os", "--size", 32)
+        argv = (*self.papers, "--data", "ade20k,os", "--root", ade.root, "--size", 32)
+        metrics, _ = evaluated(*argv)
         self.assertEqual(metrics["scene"]["n"], 1)
         self.assertEqual(labelled(metrics["object"]["iou"]), ["object 1", "object 3"])
         self.assertEqual(labelled(metrics["part"]["iou"]["object 3"]), ["background", "part 1"])
@@ -2372,10 +2262,10 @@ class TestReleasedNetworks(unittest.TestCase):
 
     def test_masks_of_the_papers_have_the_authors_numbers_from_0(self):
         """At a size cut off to whole pixels, then up to a multiple of 8, as in their code."""
-        place = new_folder("photo")
+        place = new_folder()
         path = save(noise(48, 80), place, "x.png")
         argv = ("--size", 34, "--photo", path, "--pictures", join(place, "out"))
-        succeeded(self, evaluate.main, *self.papers, *argv)
+        succeeded(evaluate.main, *self.papers, *argv)
         net, _ = upernet.load_release(*self.paper, self.tables)
         logits = plain_view(net, noise(48, 80), 40, 56, 8)["object"]  # of 34 x 56.67, cut off
         expected = plain_upsample(logits, (40, 56), (48, 80)).argmax(dim=0).numpy()
@@ -2383,7 +2273,7 @@ class TestReleasedNetworks(unittest.TestCase):
             self.assertGreaterEqual((np.asarray(mask) == expected).mean(), 0.995)
 
     def test_mmsegmentations_on_sceneparsing(self):
-        root = new_folder("sceneparsing")
+        root = new_folder()
         rows = [f"{k}\t0\t0\t0\t{name}, other" for k, name in enumerate(self.NAMES, start=1)]
         write(join(root, "objectInfo150.txt"), "\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows]))
         photo = save(noise(48, 64), root, "images", "validation", "a.jpg")
@@ -2392,18 +2282,22 @@ class TestReleasedNetworks(unittest.TestCase):
         logits = plain_view(net, datasets.open_photo(photo), 512, 683, 1)["object"]
         predicted = plain_resize(logits[None], (48, 64))[0].argmax(dim=0).numpy() + 1
         save(predicted, root, "annotations", "validation", "a.png")
-        found = self.metrics(root, "--release", self.mmseg, "--data", "ade20k")["object"]
+        path = join(root, "m.json")
+        argv = ("--release", self.mmseg, "--data", "ade20k", "--root", root, "--json", path)
+        status, _, _ = command(evaluate.main, *argv)  # which warns of classes without a pixel
+        self.assertEqual(status, 0)
+        found = read_json(path)["object"]
         self.assertGreater(found["pixel_accuracy"], 0.99)
         self.assertEqual(list(found["iou"]), self.NAMES)
 
     def test_data_of_other_classes_are_refused(self):
-        own = own_data(new_folder("own"), [columns(1, 2)], classes="a\nb")
+        own = own_data(columns(1, 2), classes="a\nb")
         ade = Ade()
         ade.add(columns(1), {1: "wall"}, ["street"])
         mmseg = ("--release", self.mmseg)
         for root, release in ((own, self.papers), (own, mmseg), (ade.root, mmseg)):
             argv = (*release, "--data", "ade20k", "--root", root)
-            self.assertIn(root, refusal(self, evaluate.main, *argv))
+            refused(root, evaluate.main, *argv)
 
 
 class TestParsedPhotos(unittest.TestCase):
@@ -2414,10 +2308,10 @@ class TestParsedPhotos(unittest.TestCase):
 
     def parsed(self, *argv) -> str:
         """What the command printed."""
-        return succeeded(self, evaluate.main, self.checkpoint, "--photo", *argv)
+        return succeeded(evaluate.main, self.checkpoint, "--photo", *argv)
 
     def test_files_have_what_parse_sees(self):
-        place = new_folder("photos")
+        place = new_folder()
         photo = noise(48, 70)
         path = join(place, "r.json")
         argv = ("--pictures", place, "--relations", path)
@@ -2435,7 +2329,7 @@ class TestParsedPhotos(unittest.TestCase):
                 assert_array_equal(np.asarray(mask), seen[level] + 1)
 
     def test_folders_with_their_subfolders(self):
-        place = new_folder("folder")
+        place = new_folder()
         photos = join(place, "photos")
         for name in ("a.webp", "b.tif", "c.bmp", "d.JPEG", "below/a.png"):
             save(noise(48, 64), photos, name)
@@ -2454,17 +2348,17 @@ class TestParsedPhotos(unittest.TestCase):
             self.assertEqual(sorted(found), expected)
 
     def test_two_photos_of_one_name_are_refused(self):
-        place = new_folder("names")
+        place = new_folder()
         paths = [save(noise(40, 64), place, *name.split("/")) for name in ("a.jpg", "b/a.png")]
         out = join(place, "out")
         argv = (self.checkpoint, "--photo", *paths, "--pictures", out)
-        self.assertRegex(refusal(self, evaluate.main, *argv), ".*".join(map(re.escape, paths)))
+        refused(".*".join(paths), evaluate.main, *argv)
         self.assertFalse(os.path.exists(out))
-        refusal(self, evaluate.main, self.checkpoint, "--photo", new_folder("empty"))
+        refused("--photo", evaluate.main, self.checkpoint, "--photo", new_folder())
 
     def test_tell_once_at_which_size_the_network_sees_them(self):
-        place = new_folder("sizes")
-        out = new_folder("out")
+        place = new_folder()
+        out = new_folder()
         for k, full in enumerate(((70, 130), (70, 130), (200, 300))):
             save(noise(*full), place, f"{k}.png")
         said = self.parsed(place, "--pictures", out)
@@ -2491,16 +2385,18 @@ class TestPictures(unittest.TestCase):
             self.assertEqual((abs(panel - car) <= 1).all(axis=2).sum(), 180)
 
     def test_curves_show_means_and_an_iterations_last_line(self):
-        out = new_folder("curves")
+        out = new_folder()
         line = {"stage": "main", "iteration": 0, "lr": 0.04, "loss": {"object": 9}}
         lines = [line]  # trained again by a resumed run
         for k in range(320):
             lines.append({**line, "iteration": k, "loss": {"object": k / 4}})
+        lines[-1]["metrics"] = {"object": {"mean_iou": 0.5}}
         write(join(out, "log.jsonl"), "\n".join(map(json.dumps, lines)))
         with mock.patch("datasets.plot", return_value=Image.new("RGB", (9, 9))) as plot:
             train.draw_curves(out)
         self.assertTrue(os.path.exists(join(out, "curves.png")))
-        _, _, _, [(losses, _), _] = plot.call_args_list[0].args
+        _, _, top, [(losses, _), (scores, _)] = plot.call_args_list[0].args
+        self.assertEqual(scores, [(319, 0.5 * top)])
         self.assertEqual(losses, [[2 * k + 0.5, k / 2 + 0.125] for k in range(160)])
 
 
@@ -2515,36 +2411,30 @@ class TestOwnNetwork(unittest.TestCase):
         scenes = "\n".join(f"{k} street" for k in range(20))
         write(join(cls.root, "sceneCategories.txt"), scenes)
         argv = (*OWN, "--root", cls.root, "--channels", 16, "--min-scene-images", 3)
-        cls.out, _ = trained(*argv, "--split", "official", "--iters", 40, validates=True)
+        cls.out, _ = trained(*argv, "--split", "official", "--iters", 40)
         cls.checkpoint = join(cls.out, "ckpt.pt")
-
-    def evaluated(self, *argv) -> tuple[dict, str]:
-        """(the metrics, what the command printed)."""
-        path = join(new_folder("metrics"), "m.json")
-        said = succeeded(self, evaluate.main, self.checkpoint, *argv, "--json", path)
-        return read_json(path), said
 
     def test_classes_with_gaps_are_learned_and_written_with_their_numbers(self):
         metrics = read_json(self.out, "metrics.json")
         self.assertEqual(list(metrics["object"]["iou"]), ["sky", "road", "sign", "tree"])
         self.assertGreater(metrics["object"]["mean_iou"], 0.5)
-        photo = join(self.root, "images", "validation", "4.png")
+        photo = join(self.root, "images", "validation", "4.jpg")
         argv = (self.checkpoint, "--photo", photo, "--pictures", self.out)
-        succeeded(self, evaluate.main, *argv)
+        succeeded(evaluate.main, *argv)
         numbers = np.asarray(Image.open(join(self.out, "4_object.png")))
         self.assertTrue(np.isin(numbers, self.NUMBERS).all())
-        truth = np.asarray(Image.open(photo.replace("images", "annotations")))
+        truth = np.asarray(Image.open(join(self.root, "annotations", "validation", "4.png")))
         self.assertGreater((numbers == truth).mean(), 0.5)
 
     def test_split_all_evaluates_every_image_and_counts_those_that_trained(self):
-        link = join(new_folder("elsewhere"), "link")
+        link = join(new_folder(), "link")
         os.symlink(self.root, link)
         for n, argv in (
             (4, ()),
             (20, ("--split", "all")),
             (20, ("--split", "all", "--root", link)),
         ):
-            metrics, said = self.evaluated(*argv)
+            metrics, said = evaluated(self.checkpoint, *argv)
             self.assertEqual(metrics["scene"]["n"], n)
             self.assertIn(f"{n} of 20 images", said)
             self.assertEqual(bool(re.search(r"\b16 .*trained", said)), n == 20)
@@ -2554,33 +2444,33 @@ class TestOwnNetwork(unittest.TestCase):
         """Also one whose folder begins as that of training does, with files of the same names."""
         root = f"{self.root}-test"
         shutil.copytree(self.root, root, ignore=shutil.ignore_patterns("classes.txt", ".cache"))
-        metrics, said = self.evaluated("--split", "all", "--root", root)
-        self.assertEqual(metrics, self.evaluated("--split", "all")[0])
+        metrics, said = evaluated(self.checkpoint, "--split", "all", "--root", root)
+        self.assertEqual(metrics, evaluated(self.checkpoint, "--split", "all")[0])
         self.assertNotRegex(said, r"\b16 .*trained")
 
     def test_a_test_set_of_other_classes(self):
         """One that the network lacks, one that it writes otherwise. No split is made of it."""
         table = "0 Sky\n3 road\n7 dog\n255 sign"
-        root = own_data(new_folder("test-set"), [columns(0, 3, 7, 255)] * 3, classes=table)
+        root = own_data(*3 * [columns(0, 3, 7, 255)], classes=table)
         pictures = join(root, "pictures")
         argv = ("--root", root, "--pictures", pictures)
-        metrics, said = self.evaluated(*argv, "--split", "all")
+        metrics, said = evaluated(self.checkpoint, *argv, "--split", "all")
         self.assertIn("Sky, dog", said)
         self.assertEqual(labelled(metrics["object"]["iou"]), ["road", "sign"])
         self.assertEqual(len(os.listdir(pictures)), 3)
         argv = (self.checkpoint, *argv, "--split", "balanced")
-        self.assertIn("split.json", refusal(self, evaluate.main, *argv))
+        refused("split.json", evaluate.main, *argv)
         self.assertFalse(os.path.exists(join(root, "split.json")))
 
     def test_metrics_are_written_before_pictures(self):
-        path = join(new_folder("metrics"), "m.json")
+        path = join(new_folder(), "m.json")
         argv = ("--json", path, "--pictures", self.checkpoint)  # a file, no folder
-        self.assertIn(self.checkpoint, refusal(self, evaluate.main, self.checkpoint, *argv))
+        refused(self.checkpoint, evaluate.main, self.checkpoint, *argv)
         self.assertIn("object", read_json(path))
 
     def test_evaluation_leaves_each_modules_mode_as_it_was(self):
         net, vocabulary = upernet.load(self.checkpoint)
-        validation = ["images/validation/4.png"]
+        validation = ["images/validation/4.jpg"]
         source = datasets.Source(scanned(self.root)[0], vocabulary, validation=validation)
         expected = evaluate.evaluate(net, vocabulary, {"ade20k": source})
         net.train()
@@ -2597,50 +2487,27 @@ OWN = (
 )
 
 
-def trained(*argv, out: str = "", validates: bool = False) -> tuple[str, str]:
-    """(the folder of a run, what it printed); without a validation unless `validates`."""
-    out = out or new_folder("out")
-    context = contextlib.nullcontext()
-    if not validates:
-        nothing = {"evaluate": mock.Mock(return_value={}), "draw_pictures": mock.Mock()}
-        context = mock.patch.multiple("evaluate", **nothing)
-    with context:
-        status, said, err = command(train.main, *argv, "--out", out)
-    if (status, err) != (0, ""):
-        raise AssertionError(f"status {status}: {err}")
-    return out, said
+def trained(*argv, out: str = "") -> tuple[str, str]:
+    """(the folder of a run, what it printed)."""
+    out = out or new_folder()
+    return out, succeeded(train.main, *argv, "--out", out)
 
 
-def killed(steps: int, *argv, out: str = "") -> str:
-    """The folder of a run that ends at the step after so many."""
-    out = out or new_folder("killed")
-    update = train.update
-    losses = []
-
-    def until(*arguments):
-        if len(losses) == steps:
-            sys.exit("killed")
-        losses.append(update(*arguments))
-        return losses[-1]
-
-    with mock.patch("train.update", until):
+def killed(*argv) -> str:
+    """The folder of a run that ends at its third step."""
+    out = new_folder()
+    effects = [mock.DEFAULT, mock.DEFAULT, SystemExit("killed")]
+    with mock.patch("train.update", wraps=train.update, side_effect=effects):
         status, _, err = command(train.main, *argv, "--out", out)
-    if status != "killed":
-        raise AssertionError(f"status {status}: {err}")
+    assert status == "killed", f"status {status}: {err}"
     return out
 
 
 def batches_of(*argv) -> list[datasets.Batch]:
     """The batches of a run that does not train."""
-    batches = []
-
-    def recorded(model, part_slices, step, *rest):
-        batches.extend(step)
-        return {"object": 0.0}
-
-    with mock.patch("train.update", recorded):
+    with mock.patch("train.update", return_value={"object": 0.0}) as update:
         trained(*argv)
-    return batches
+    return [call.args[2][0] for call in update.call_args_list]
 
 
 def steps_of(out: str) -> dict:
@@ -2653,36 +2520,30 @@ def steps_of(out: str) -> dict:
 
 def coloured(*names: str, numbers: tuple = (), images: int = 20) -> str:
     """A folder of images with these classes, each of its colour; one image in five validates."""
-    numbers = np.array(numbers or range(1, 1 + len(names)), np.uint16)
-    root = new_folder("coloured")
+    numbers = numbers or range(1, 1 + len(names))
     rows = [f"{number} {name}" for number, name in zip(numbers, names)]
-    write(join(root, "classes.txt"), "\n".join(rows))
-    rng = np.random.default_rng(0)
-    colours = rng.integers(20, 235, (len(names), 3))
-    for k in range(images):
-        side = "validation" if k % 5 == 4 else "training"
-        classes = rng.integers(0, len(names), (2, 3)).repeat(24, axis=0).repeat(24, axis=1)
-        save(Image.fromarray(numbers[classes]), root, "annotations", side, f"{k}.png")
-        grain = rng.integers(-20, 20, (48, 72, 3))
-        save(colours[classes] + grain, root, "images", side, f"{k}.png")
-    return root
+    masks = np.random.default_rng(0).choice(numbers, (images, 2, 3))
+    masks = masks.repeat(24, axis=1).repeat(24, axis=2)
+    return own_data(*masks, classes="\n".join(rows))
 
 
-class Runs(unittest.TestCase):
-    """Runs on few images."""
+def toy(iters: int, texture_iters: int = 0) -> tuple:
+    """The options of a run on the toy of few images."""
+    return (
+        *("--root", toy_root(), "--iters", iters, "--texture-iters", texture_iters),
+        *("--channels", 8, "--sizes", 32, "--batch-size", 2, "--workers", 0),
+        *("--min-images", 3, "--min-pixels", 500, "--min-part-images", 3, "--min-scene-images", 3),
+    )
 
-    @classmethod
-    def setUpClass(cls):
-        cls.toy = ("--root", toy_root(), *SMALL)
 
-    def assert_same_run(self, one: str, other: str):
-        """Two runs that ended with the same weights, data and log, bit for bit."""
-        self.assertEqual(steps_of(one), steps_of(other))
-        ours = checkpoint_of(one)
-        theirs = checkpoint_of(other)
-        torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=0)
-        for key in ("vocabulary", "stage", "iteration", "best", "split", "trained", "network"):
-            self.assertEqual(ours[key], theirs[key])
+def assert_same_run(one: str, other: str):
+    """Two runs that ended with the same weights, data and log, bit for bit."""
+    assert steps_of(one) == steps_of(other)
+    ours = checkpoint_of(one)
+    theirs = checkpoint_of(other)
+    torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=0)
+    for key in ("vocabulary", "stage", "iteration", "best", "split", "trained", "network"):
+        assert ours[key] == theirs[key], key
 
 
 # ---------------------------------------------------------------- one step
@@ -2692,34 +2553,31 @@ class TestUpdate(unittest.TestCase):
     def batch(self, seed: int) -> datasets.Batch:
         rng = np.random.default_rng(seed)
         labels = {
-            "scene": rng.integers(0, 5, 2, np.int16),
-            "object": rng.integers(0, 7, (2, 16, 16), np.int16),
+            "scene": rng.integers(0, 2, 2, np.int16),
+            "object": rng.integers(0, 4, (2, 16, 16), np.int16),
             "part": rng.integers(0, 2, (2, 16, 16), np.uint8),
         }
         images = rng.integers(0, 255, (2, 3, 64, 64), np.uint8)
         return datasets.Batch("ade20k", ["a.jpg", "b.jpg"], images, labels)
 
-    def step(self, *batches: datasets.Batch, scaler=None) -> tuple[dict, dict]:
-        """(losses, parameter -> its step) at a rate of 1, without decay."""
+    def step(self, *batches: datasets.Batch, scaler=None) -> tuple[dict, list[Tensor]]:
+        """(losses, the step of each parameter) at a rate of 1, without decay."""
         net = small_net()
-        before = {name: p.detach().clone() for name, p in net.named_parameters()}
         optimizer = torch.optim.SGD(net.parameters(), lr=1)
         scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
         cpu = torch.device("cpu")
         loss = train.update(net, net.part_slices, list(batches), optimizer, scaler, cpu, None)
-        return loss, {name: before[name] - p.detach() for name, p in net.named_parameters()}
+        before = small_net().parameters()
+        return loss, [(old - new).detach() for old, new in zip(before, net.parameters())]
 
-    def plain_step(self, batch: datasets.Batch) -> tuple[dict, dict]:
-        """(losses, parameter -> its gradient) of one batch, with the released code's weights."""
+    def plain_step(self, batch: datasets.Batch) -> tuple[dict, list[Tensor]]:
+        """(losses, the gradient of each parameter) of one batch, weighted as released."""
         net = small_net()
         logits = net(torch.from_numpy(batch.images) / 255, ["scene", "object", "part"])
         labels = {level: torch.from_numpy(y).long() for level, y in batch.labels.items()}
         loss = upernet.losses(logits, labels, net.part_slices)
-        (0.25 * loss["scene"] + 1.0 * loss["object"] + 0.5 * loss["part"]).backward()
-        gradient = {}
-        for name, p in net.named_parameters():
-            gradient[name] = torch.zeros_like(p) if p.grad is None else p.grad
-        return loss, gradient
+        total = 0.25 * loss["scene"] + 1.0 * loss["object"] + 0.5 * loss["part"]
+        return loss, torch.autograd.grad(total, [*net.parameters()], materialize_grads=True)
 
     def test_losses_are_weighted_as_released_and_batches_averaged(self):
         loss, step = self.step(self.batch(1), self.batch(2))
@@ -2727,20 +2585,18 @@ class TestUpdate(unittest.TestCase):
         loss_2, step_2 = self.plain_step(self.batch(2))
         for level, value in loss.items():
             self.assertAlmostEqual(value, (loss_1[level] + loss_2[level]).item() / 2, places=5)
-        for name, value in step.items():
-            mean = (step_1[name] + step_2[name]) / 2
-            torch.testing.assert_close(value, mean, rtol=1e-3, atol=1e-6)
+        for found, one, other in zip(step, step_1, step_2):
+            torch.testing.assert_close(found, (one + other) / 2, rtol=1e-3, atol=1e-6)
 
     def test_a_scaler_leaves_the_step_alone_and_skips_one_that_overflows(self):
         scaler = torch.amp.GradScaler("cpu", init_scale=1024)
         _, step = self.step(self.batch(1), scaler=scaler)
         _, expected = self.plain_step(self.batch(1))
-        for name, value in step.items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(step, [*expected], rtol=1e-3, atol=1e-6)
         plain = upernet.part_loss
         with mock.patch("upernet.part_loss", lambda *inputs: math.inf * plain(*inputs)):
             _, step = self.step(self.batch(1), scaler=scaler)
-        self.assertFalse(any(value.any() for value in step.values()))
+        self.assertFalse(any(value.any() for value in step))
         self.assertEqual(scaler.get_scale(), 512)
 
     def test_no_decay_on_biases_and_norms(self):
@@ -2759,13 +2615,12 @@ class TestUpdate(unittest.TestCase):
 
 
 # ---------------------------------------------------------------- a whole run
-class TestTraining(Runs):
+class TestTraining(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        super().setUpClass()
-        cls.out = new_folder("run")
-        argv = (*cls.toy, "--iters", 6, "--texture-iters", 2, "--accumulate", 2)
-        _, cls.said = trained(*argv, "--eval-every", 2, out=cls.out, validates=True)
+        cls.out = new_folder()
+        argv = (*toy(6, 2), "--accumulate", 2)
+        _, cls.said = trained(*argv, "--eval-every", 2, out=cls.out)
         cls.checkpoint = join(cls.out, "ckpt.pt")
 
     def test_files_and_the_log(self):
@@ -2791,21 +2646,20 @@ class TestTraining(Runs):
         keys = "model network vocabulary optimizer scaler stage iteration best split trained"
         self.assertEqual(set(content), {*keys.split(), "arguments"})
         self.assertEqual(content["stage"], "done")
+        for level, n in {"scene": 4, "object": 10, "part": 4, "material": 6, "texture": 8}.items():
+            self.assertGreaterEqual(len(content["vocabulary"][level]), n)
         for source, images in content["split"].items():
             self.assertFalse(set(images) & set(content["trained"][source]))
         self.assertEqual(len(content["trained"]["dtd"]), 22)
 
     def test_evaluate_finds_the_metrics_of_the_last_and_of_the_best(self):
         metrics = read_json(self.out, "metrics.json")
-        again = join(new_folder("json"), "again.json")
-        self.assertEqual(command(evaluate.main, self.checkpoint, "--json", again)[0], 0)
-        self.assertEqual(read_json(again), metrics)
+        self.assertEqual(evaluated(self.checkpoint)[0], metrics)
         self.assertEqual(set(metrics), set(upernet.LEVELS))
         validated = [line["metrics"] for line in read_log(self.out) if "metrics" in line]
         best = max(self.mean_of_levels(scores) for scores in [*validated, metrics])
         path = join(self.out, "best.pt")
-        command(evaluate.main, path, "--json", again)
-        self.assertAlmostEqual(self.mean_of_levels(read_json(again)), best)
+        self.assertAlmostEqual(self.mean_of_levels(evaluated(path)[0]), best)
         self.assertAlmostEqual(torch.load(path, weights_only=True)["best"], best)
         self.assertRegex(self.said, f"best.pt.*{best:.2%}")
 
@@ -2815,7 +2669,7 @@ class TestTraining(Runs):
         return np.mean([*scores, metrics["part"]["mean_iou_bg"]])
 
     def test_only_the_path_of_an_iterations_source_moves(self):
-        """The whole state is compared from step to step, also where the run ends and resumes."""
+        """The whole state is compared from step to step."""
         body = ("backbone.", "ppm.", "fpn.", "fusion.", "heads.scene.", "heads.object.")
         paths = {
             "ade20k": (*body, "heads.part."),
@@ -2834,15 +2688,11 @@ class TestTraining(Runs):
             states.append(state)
             return result
 
-        argv = (*self.toy, "--sizes", 64, "--iters", 6, "--texture-iters", 2, "--save-every", 1)
-        for amp, steps in (("bf16", 8), ("off", 3), ("off", 7)):
+        argv = (*toy(6, 2), "--sizes", 64)
+        for amp in ("bf16", "off"):
             states.clear()
-            with self.subTest(amp=amp, steps=steps), mock.patch("train.update", recorded):
-                if steps == 8:
-                    out, _ = trained(*argv, "--amp", amp)
-                else:
-                    out = killed(steps, *argv, "--amp", amp)
-                    trained("--resume", out=out)
+            with self.subTest(amp=amp), mock.patch("train.update", recorded):
+                out, _ = trained(*argv, "--amp", amp)
                 sources = [line["source"] for line in read_log(out)]
                 self.assertEqual(set(sources), set(paths))
                 for k in range(1, 8):
@@ -2860,7 +2710,6 @@ class TestTraining(Runs):
             self.assertTrue(any(name.startswith(prefix) for name in moved), f"{k} {prefix}")
 
     def test_levels_build_and_train_only_these_heads(self):
-        argv = (*self.toy, "--iters", 2, "--texture-iters", 2)
         for names, source in (
             ("object", "ade20k"),
             ("object,part", "ade20k"),
@@ -2868,7 +2717,7 @@ class TestTraining(Runs):
             ("texture", "dtd"),
         ):
             levels = set(names.split(","))
-            out, _ = trained(*argv, "--levels", names, validates=True)
+            out, _ = trained(*toy(2, 2), "--levels", names)
             log = read_log(out)
             content = checkpoint_of(out)
             heads = [key.split(".")[1] for key in content["model"] if key.startswith("heads.")]
@@ -2877,18 +2726,13 @@ class TestTraining(Runs):
                 self.assertEqual(set(found), levels)
             self.assertEqual([line["source"] for line in log], [source, source])
 
-    def test_crops_are_squares_and_resume_bit_for_bit(self):
-        argv = (*self.toy, "--crop", 64, "--iters", 4, "--texture-iters", 0)
-        for batch in batches_of(*argv):
+    def test_crops_are_squares(self):
+        for batch in batches_of(*toy(4), "--crop", 64):
             self.assertEqual(batch.images.shape, (2, 3, 64, 64))
-        whole, _ = trained(*argv)
-        stopped = killed(3, *argv, "--save-every", 2)
-        trained("--resume", out=stopped)
-        self.assert_same_run(whole, stopped)
 
     def test_the_log_is_strict_json_where_fp16_overflows(self):
         with mock.patch("train.update", return_value={"object": math.inf, "scene": math.nan}):
-            out, _ = trained(*self.toy, "--amp", "fp16", "--iters", 1, "--texture-iters", 0)
+            out, _ = trained(*toy(1), "--amp", "fp16")
         self.assertEqual(read_log(out)[0]["loss"], {"object": None, "scene": None})
 
     def test_readers_return_no_tensors(self):
@@ -2903,15 +2747,9 @@ class TestTraining(Runs):
 
         root = coloured("a", "b", images=5)
         with mock.patch("torch.utils.data.DataLoader.__iter__", recorded):
-            trained(*OWN, "--root", root, "--iters", 3, "--workers", 2, validates=True)
+            trained(*OWN, "--root", root, "--iters", 3, "--workers", 2)
         self.assertEqual(len(items), 5 + 3 + 1)  # of the scan, of training, of the validation
-        while items:
-            item = items.pop()
-            self.assertNotIsInstance(item, Tensor)
-            if isinstance(item, dict):
-                item = list(item.values())
-            if isinstance(item, (list, tuple)):
-                items += item
+        self.assertNotIn("tensor(", repr(items))
 
 
 # ---------------------------------------------------------------- what ends a run, and --resume
@@ -2938,16 +2776,14 @@ train.main()
 
 def started(text: str, *argv, processes: int = 0, restarts: int = 0):
     """A script that runs beside this one, under torchrun if it has several processes."""
-    script = write(join(new_folder("script"), "script.py"), PREAMBLE + text)
+    script = write(join(new_folder(), "script.py"), PREAMBLE + text)
     launcher = [sys.executable]
-    threads = torch.get_num_threads()
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone"]
         launcher += [f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
-        threads = 1
     return subprocess.Popen(
         [*launcher, script, *map(str, argv)],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": HERE},
+        env={**os.environ, "PYTHONPATH": HERE},
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -2955,15 +2791,15 @@ def started(text: str, *argv, processes: int = 0, restarts: int = 0):
     )
 
 
-class TestResume(Runs):
+class TestResume(unittest.TestCase):
     def test_signals_finish_the_iteration_and_save(self):
         """In the middle of a stage, in its last iteration, in the texture stage; at first without
         a checkpoint to resume."""
         handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
         self.addCleanup(signal.signal, signal.SIGHUP, handler)
-        argv = (*self.toy, "--iters", 5, "--texture-iters", 3, "--save-every", 100)
+        argv = (*toy(5, 3), "--save-every", 100)
         whole, _ = trained(*argv)
-        stopped = join(new_folder("a"), "b c")
+        stopped = join(new_folder(), "b c")
         plain = upernet.losses
         for number, iteration, stage in (
             (signal.SIGTERM, 2, "main"),
@@ -2984,7 +2820,7 @@ class TestResume(Runs):
             self.assertEqual((content["iteration"], content["stage"]), (iteration, stage))
             self.assertIn(f"--resume --out '{stopped}'", said)
         trained("--resume", out=stopped)
-        self.assert_same_run(whole, stopped)
+        assert_same_run(whole, stopped)
 
     def test_a_closed_terminal_does_not_end_what_nohup_started(self):
         handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -2994,7 +2830,7 @@ class TestResume(Runs):
         self.assertEqual(signals.received, 0)
 
     def test_a_second_signal_after_two_seconds_ends_an_iteration_that_hangs(self):
-        run = started(HANGS, *self.toy, "--iters", 9, "--out", new_folder("hanging"))
+        run = started(HANGS, *toy(9), "--out", new_folder())
         self.assertTrue(any("hangs" in line for line in run.stdout))
         began = time.monotonic()
         self.addCleanup(run.kill)
@@ -3006,10 +2842,11 @@ class TestResume(Runs):
         self.assertEqual((run.returncode, run.communicate()[1]), (-signal.SIGINT, ""))
 
     def test_a_kill_and_a_signal_to_the_group_resume_bit_for_bit(self):
-        """With a process that reads images, which both reach too; without one it is the same."""
-        argv = (*self.toy, "--iters", 12, "--texture-iters", 8, "--save-every", 2)
+        """Of crops, with a process that reads images, which both reach too; without one it is the
+        same."""
+        argv = (*toy(12, 8), "--crop", 64, "--save-every", 2)
         whole, _ = trained(*argv)
-        stopped = new_folder("stopped")
+        stopped = new_folder()
         for number, expected in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
             lines = log_lines(stopped)
             argv = (*argv, "--workers", 1, "--resume", "--out", stopped)
@@ -3023,22 +2860,21 @@ class TestResume(Runs):
         done = content["iteration"] + 12 * (content["stage"] == "texture")
         self.assertEqual(done, len(steps_of(stopped)))
         trained("--resume", out=stopped)
-        self.assert_same_run(whole, stopped)
+        assert_same_run(whole, stopped)
 
     def test_the_best_network_stays_where_the_log_was_lost(self):
-        argv = (*self.toy, "--iters", 4, "--texture-iters", 0)
-        argv = (*argv, "--eval-every", 1, "--save-every", 1)
+        argv = (*toy(4), "--eval-every", 1, "--save-every", 1)
         with mock.patch("evaluate.evaluate", return_value={"scene": {"top1": 0.9}}):
-            out = killed(2, *argv)
+            out = killed(*argv)
         best = Path(out, "best.pt").read_bytes()
         os.remove(join(out, "log.jsonl"))
         with mock.patch("evaluate.evaluate", return_value={"scene": {"top1": 0.1}}):
-            trained(*argv, "--resume", out=out, validates=True)
+            trained(*argv, "--resume", out=out)
         self.assertEqual(checkpoint_of(out)["best"], 0.9)
         self.assertEqual(Path(out, "best.pt").read_bytes(), best)
 
     def test_a_full_disk_leaves_the_last_good_checkpoint(self):
-        out = killed(2, *self.toy, "--iters", 4, "--texture-iters", 0, "--save-every", 1)
+        out = killed(*toy(4), "--save-every", 1)
         path = Path(out, "ckpt.pt")
         good = path.read_bytes()
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -3048,25 +2884,25 @@ class TestResume(Runs):
         log = Path(out, "log.jsonl")
         for file, limit in ((path, len(good) // 2), (log, log.stat().st_size + 9)):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
-            self.assertIn(str(file), refusal(self, train.main, "--resume", "--out", out))
+            refused(str(file), train.main, "--resume", "--out", out)
             self.assertEqual(path.read_bytes(), good)
             self.assertFalse(list(Path(out).glob(".*")))
 
     def test_out_of_memory_is_one_line_and_a_mistake_of_ours_a_traceback(self):
-        argv = (*self.toy, "--batch-size", 4, "--iters", 2, "--texture-iters", 0)
-        for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried")):
-            out = new_folder("failing")
-            with mock.patch("upernet.losses", side_effect=error):
-                err = refusal(self, train.main, *argv, "--out", out)
-            self.assertIn("--batch-size", err)
+        argv = (*toy(2), "--batch-size", 4)
+        killed = "DataLoader worker (pid 9) is killed by signal: Bus error"
+        for text in ("CUDA out of memory. Tried", killed):
+            out = new_folder()
+            with mock.patch("upernet.losses", side_effect=RuntimeError(text)):
+                refused("--batch-size", train.main, *argv, "--out", out)
         trained("--resume", "--batch-size", 2, "--accumulate", 2, out=out)
         self.assertEqual(log_lines(out), 2)
-        out = new_folder("ours")
+        out = new_folder()
         with mock.patch("upernet.losses", side_effect=RuntimeError("a mistake of ours")):
             self.assertRaises(RuntimeError, command, train.main, *argv, "--out", out)
 
     def test_what_is_not_finite_ends_the_run_and_is_not_written(self):
-        out = new_folder("infinite")
+        out = new_folder()
         path = join(out, "ckpt.pt")
 
         def diverge(model, *_):
@@ -3080,22 +2916,20 @@ class TestResume(Runs):
         ):
             shutil.rmtree(out, ignore_errors=True)
             with mock.patch("train.update", failure):
-                err = refusal(self, train.main, *self.toy, "--iters", 1, "--out", out)
-            self.assertIn(path, err)
+                refused(path, train.main, *toy(1), "--out", out)
             self.assertEqual(checkpoint_of(out)["iteration"], 0)
             upernet.load(path)
 
     def test_a_run_that_is_there_and_changed_data_or_options_are_refused(self):
         root = coloured("a", "b", images=8)
         argv = (*OWN, "--root", root, "--iters", 3)
-        out = killed(2, *argv, "--save-every", 1)
-        self.assertIn(out, refusal(self, train.main, *argv, "--out", out))
+        out = killed(*argv, "--save-every", 1)
+        refused(out, train.main, *argv, "--out", out)
         for option, value in (("--lr", 5), ("--sizes", 96), ("--split", "official")):
-            line = refusal(self, train.main, "--resume", "--out", out, option, value)
-            self.assertIn(option, line)
-        for kind in ("images", "annotations"):
-            shutil.copy(join(root, kind, "training", "1.png"), join(root, kind, "9.png"))
-        self.assertIn(out, refusal(self, train.main, "--resume", "--out", out))
+            refused(option, train.main, "--resume", "--out", out, option, value)
+        for name in ("images/training/1.jpg", "annotations/training/1.png"):
+            shutil.copy(join(root, name), join(root, name.replace("1", "9")))
+        refused(out, train.main, "--resume", "--out", out)
 
 
 TOGETHER = """
@@ -3159,23 +2993,15 @@ def failing(*arguments):
 train.update = failing
 train.main()
 """
-FINISHES = """
-def no_evaluation(*_, **__):
-    return {}
-
-train.evaluate.evaluate = no_evaluation
-train.main()
-"""
 
 
-class TestProcesses(Runs):
+class TestProcesses(unittest.TestCase):
     """torchrun with two processes. The run `whole` is what others are compared with."""
 
     @classmethod
     def setUpClass(cls):
-        super().setUpClass()
-        cls.argv = (*cls.toy, "--save-every", 2, "--texture-iters", 2, "--iters", 8, "--resume")
-        cls.whole = new_folder("whole")
+        cls.argv = (*toy(8, 2), "--save-every", 2, "--resume")
+        cls.whole = new_folder()
         run = started(TOGETHER, *cls.argv, "--out", cls.whole, processes=2)
         cls.said, cls.err = run.communicate()
 
@@ -3191,16 +3017,12 @@ class TestProcesses(Runs):
 
     def test_their_metrics_are_those_of_one(self):
         """No image is counted twice, in train.py and in evaluate.py."""
-        alone = join(new_folder("json"), "alone.json")
-        self.addCleanup(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)
-        checkpoint = join(self.whole, "ckpt.pt")
-        self.assertEqual(command(evaluate.main, checkpoint, "--json", alone)[0], 0)
+        alone, _ = evaluated(join(self.whole, "ckpt.pt"))
         for name in ("metrics.json", "shared.json"):
-            self.assertEqual(read_json(self.whole, name), read_json(alone))
+            self.assertEqual(read_json(self.whole, name), alone)
 
     def test_a_group_is_restarted_after_a_kill_and_stopped_and_resumed_by_hand(self):
-        out = new_folder("stopped")
+        out = new_folder()
         run = started(KILLED, *self.argv, "--out", out, processes=2, restarts=1)
         said, err = run.communicate()
         self.assertRegex(err, r"exitcode *: -9\b")  # torchrun's report of the one that was killed
@@ -3209,16 +3031,16 @@ class TestProcesses(Runs):
         done = content["iteration"] + 8 * (content["stage"] == "texture")
         self.assertEqual(done, len(steps_of(out)))
         self.assertIn(done, (6, 7, 8, 9))
-        started(FINISHES, "--resume", "--out", out, processes=2).communicate()
-        self.assert_same_run(self.whole, out)
+        started("train.main()", "--resume", "--out", out, processes=2).communicate()
+        assert_same_run(self.whole, out)
 
 
 # ---------------------------------------------------------------- data and weights of one's own
-class TestOwnRuns(Runs):
+class TestOwnRuns(unittest.TestCase):
     def test_few_images_train_to_the_end_and_from_two_on_one_validates(self):
         for count in (5, 2, 1):
-            root = own_data(new_folder("few"), [[[1, 2] * 20] * 40] * count, classes="猫\nсобака")
-            out, _ = trained(*OWN, "--root", root, "--iters", 2, validates=True)
+            root = own_data(*count * [columns(1, 2, 1, 2)], classes="猫\nсобака")
+            out, _ = trained(*OWN, "--root", root, "--iters", 2)
             content = checkpoint_of(out)
             validates = 1 if count > 1 else 0
             self.assertEqual(len(content["split"]["ade20k"]), validates)
@@ -3232,49 +3054,46 @@ class TestOwnRuns(Runs):
         strip = np.ones((60, 4000))
         strip[:, :9] = 2
         masks = [strip] * 3 + [strip[:, :80]] * 3 + [0 * strip[:, :80]]
-        root = own_data(new_folder("strips"), masks)
+        root = own_data(*masks)
         out, said = trained(*OWN, "--root", root, "--iters", 1)
         self.assertRegex(said, "(?m)^ade20k: 1 .*label")
         strips = {f"images/training/{k}.jpg" for k in range(3)}
         count = len(strips & set(checkpoint_of(out)["trained"]["ade20k"]))
         self.assertRegex(said, f"(?m)^{count} of .*--max-size.*--crop")
-        root = own_data(new_folder("strips"), [strip] * 2)
-        argv = (*OWN, "--root", root, "--out", new_folder("out"))
-        self.assertRegex(refusal(self, train.main, *argv), "--max-size.*--crop")
+        root = own_data(strip, strip)
+        argv = (*OWN, "--root", root, "--out", new_folder())
+        refused("--max-size.*--crop", train.main, *argv)
 
     def test_an_official_split_trains_on_no_test_folder(self):
         root = coloured("a", "b", images=10)
-        for kind in ("images", "annotations"):
-            folder = join(root, kind)
-            os.renames(join(folder, "training", "0.png"), join(folder, "test", "0.png"))
+        for name in ("images/training/0.jpg", "annotations/training/0.png"):
+            os.renames(join(root, name), join(root, name.replace("training", "test")))
         argv = (*OWN, "--root", root, "--iters", 0)
         for split, images in (("official", 7), ("balanced", 9)):  # balanced: of all folders
-            out, _ = trained(*argv, "--split", split)
+            out, said = trained(*argv, "--split", split)
+            self.assertEqual(split == "balanced", "--split official" in said)  # sides are mixed
             names = checkpoint_of(out)["trained"]["ade20k"]
             self.assertEqual(len(names), images)
-            self.assertEqual(split == "balanced", "images/test/0.png" in names)
-        argv = (*self.toy, "--iters", 0, "--texture-iters", 0)
-        trained(*argv, "--split", "official")  # OpenSurfaces has none
+            self.assertEqual(split == "balanced", "images/test/0.jpg" in names)
+        trained(*toy(0), "--split", "official")  # OpenSurfaces has none
 
     def test_left_and_right(self):
         """Masks whose left half is class 0. Without --no-flip half of the images are mirrored."""
-        masks = [[[1] * 32 + [2] * 32] * 64] * 4
-        root = own_data(new_folder("sides"), masks, classes="left hand\nRight hand")
+        root = own_data(*4 * [columns(1, 1, 2, 2)], classes="left hand\nRight hand")
         argv = (*OWN, "--root", root, "--iters", 8)
-        for options, expected in ((["--no-flip"], {(0, 1)}), ([], {(0, 1), (1, 0)})):
+        for options, least, most in ((["--no-flip"], 0, 0), ([], 4, 12)):  # of 16
             maps = [batch.labels["object"] for batch in batches_of(*argv, *options)]
-            sides = {(row[0], row[-1]) for row in np.concatenate(maps)[:, 8].tolist()}
-            self.assertEqual(sides, expected)
+            mirrored = (np.concatenate(maps)[:, 8, 0] == 1).sum()
+            self.assertTrue(least <= mirrored <= most)
             _, said = trained(*argv, *options)
             self.assertEqual("--no-flip" in said, not options)
 
 
-class TestStart(Runs):
+class TestStart(unittest.TestCase):
     """--weights with a file. Runs of no iteration keep what they started with."""
 
     @classmethod
     def setUpClass(cls):
-        super().setUpClass()
         cls.root = coloured(*[f"thing {k}" for k in range(11)])
         network = ("--stem", "deep", "--no-head-conv", "--seed", 1)
         cls.out, _ = trained(*OWN, "--root", cls.root, *network, "--iters", 1)
@@ -3310,7 +3129,7 @@ class TestStart(Runs):
     def test_validation_images_that_trained_it_are_counted_and_stay_known(self):
         trained_by = set(self.theirs["trained"]["ade20k"])
         self.assertEqual(len(trained_by), 18)
-        root = shutil.copytree(self.root, join(new_folder("other"), "split"))
+        root = shutil.copytree(self.root, join(new_folder(), "split"))
         split = read_json(root, "split.json")
         split["sources"]["ade20k"]["validation"] = sorted(trained_by)[:3]
         write(join(root, "split.json"), json.dumps(split))
@@ -3336,7 +3155,7 @@ class TestStart(Runs):
     @mock.patch.dict("resnet.BLOCKS", {18: (2, 2, 2, 2)})
     def test_a_backbone_as_most_are_saved(self):
         theirs = torchvision.models.resnet18().state_dict()
-        path = join(new_folder("backbone"), "weights.pth")
+        path = join(new_folder(), "weights.pth")
         for under, prefix in (("", ""), ("model", "backbone."), ("state_dict", "module.backbone.")):
             state = {f"{prefix}{key}": value for key, value in theirs.items()}
             torch.save({under: state, "epoch": 3} if under else state, path)
@@ -3346,14 +3165,14 @@ class TestStart(Runs):
                     self.assertTrue(torch.equal(ours[f"backbone.{key}"], value), key)
 
     def test_damaged_imagenet_weights_are_named(self):
-        home = new_folder("torch")
+        home = new_folder()
         weights = torchvision.models.get_model_weights("resnet18")["IMAGENET1K_V1"]
         path = join(home, "hub", "checkpoints", os.path.basename(weights.url))
-        argv = (*OWN, "--root", self.root, "--out", new_folder("out"), "--weights", "imagenet")
+        argv = (*OWN, "--root", self.root, "--out", new_folder(), "--weights", "imagenet")
         for text in ("<html>log in first</html>", ""):
             write(path, text)
             with mock.patch.dict(os.environ, TORCH_HOME=home):
-                self.assertIn(path, refusal(self, train.main, *argv))
+                refused(path, train.main, *argv)
 
 
 # ---------------------------------------------------------------- mistakes
@@ -3367,24 +3186,18 @@ class RunsCode:
         return os.mkdir, (self.path,)
 
 
-class TestMistakes(Runs):
+class TestMistakes(unittest.TestCase):
     """Each is one line on stderr that names it, and status 2."""
 
     @classmethod
     def setUpClass(cls):
-        super().setUpClass()
-        cls.place = new_folder("mistakes")
-        cls.begun, _ = trained(*cls.toy, "--iters", 1, "--texture-iters", 1)
+        cls.place = new_folder()
+        cls.begun, _ = trained(*toy(1, 1))
         cls.checkpoint = join(cls.begun, "ckpt.pt")
-        short = ("--iters", 0, "--texture-iters", 0)
-        cls.new = (*cls.toy, *short, "--out", join(cls.place, "new"))
+        cls.new = (*toy(0), "--out", join(cls.place, "new"))
 
     def at(self, *names: str) -> str:
         return join(self.place, *names)
-
-    def refused(self, main, name: str, *argv):
-        with self.subTest(script=main.__module__, argv=argv):
-            self.assertIn(name, refusal(self, main, *argv))
 
     def test_options_of_train(self):
         wrong = """--data ade --backbone vgg16 --weights nothing.pth --batch-size 0 --iters -3
@@ -3392,11 +3205,11 @@ class TestMistakes(Runs):
             --colour red --levels colour --levels part --min-images 100000""".split()
         for option, value in zip(wrong[::2], wrong[1::2]):
             name = "--min-" if option == "--min-images" else option
-            self.refused(train.main, name, *self.new, option, value)
+            refused(name, train.main, *self.new, option, value)
         argv = ("--data", "os", "--root", join(toy_root(), "toy"), "--levels", "scene")
-        self.refused(train.main, "--levels", *self.new, *argv)
+        refused("--levels", train.main, *self.new, *argv)
         with mock.patch("resnet.load_imagenet", side_effect=OSError("no route to host")):
-            self.refused(train.main, "--weights none", *self.new, "--weights", "imagenet")
+            refused("--weights none", train.main, *self.new, "--weights", "imagenet")
         self.assertFalse(os.path.exists(self.at("new", "ckpt.pt")))
 
     def test_options_of_the_other_scripts(self):
@@ -3409,18 +3222,18 @@ class TestMistakes(Runs):
             ("nowhere", ckpt, "--data", "dtd", "--root", self.at("nowhere")),
             ("--json", ckpt, *photo, "--json", self.at("m.json")),
         ):
-            self.refused(evaluate.main, name, *argv)
-        self.refused(balance_split.main, "--fraction", *self.toy[:2], "--fraction", 2)
+            refused(name, evaluate.main, *argv)
+        refused("--fraction", balance_split.main, "--root", toy_root(), "--fraction", 2)
 
     def test_folders_and_tables(self):
         root = surfaces(self.at("surfaces"), ["wood"], [columns(1)])
         argv = ("--data", "os", "--root", root)
         occupied = write(self.at("occupied"), "a file")
-        self.refused(datasets.main, occupied, "--data", "os", "--root", occupied)
-        self.refused(datasets.main, occupied, *argv, "--cache", occupied)
+        scan_refused(occupied, occupied, "os")
+        refused(occupied, datasets.main, *argv, "--cache", occupied)
         table = join(root, "os", "label-substance-colors.csv")
         os.remove(table)
-        self.refused(datasets.main, table, *argv)
+        scan_refused(table, root, "os")
 
     def test_files_that_are_no_checkpoints_and_no_code_in_them_runs(self):
         """In the three places where a checkpoint is read."""
@@ -3439,9 +3252,9 @@ class TestMistakes(Runs):
                 Path(path).write_bytes(content)
             else:
                 torch.save(content, path)
-            self.refused(evaluate.main, path, path, "--levels", "scene")
-            self.refused(train.main, path, "--resume", "--out", self.at(name))
-            self.refused(train.main, path, *self.new, "--weights", path)
+            refused(path, evaluate.main, path, "--levels", "scene")
+            refused(path, train.main, "--resume", "--out", self.at(name))
+            refused(path, train.main, *self.new, "--weights", path)
         self.assertFalse(os.path.exists(ran))
 
     def test_photos_that_cannot_be_read_are_named_and_the_others_parsed(self):
@@ -3452,9 +3265,7 @@ class TestMistakes(Runs):
         out = self.at("pictures")
         argv = ("--photo", *broken, good, "--pictures", out)
         with mock.patch("PIL.Image.MAX_IMAGE_PIXELS", 20000):
-            err = refusal(self, evaluate.main, self.checkpoint, *argv)
-        for path in broken:
-            self.assertIn(path, err)
+            refused(".*".join(broken), evaluate.main, self.checkpoint, *argv)
         self.assertIn("good_upernet.png", os.listdir(out))
 
     def test_help_is_short(self):
@@ -3467,9 +3278,9 @@ class TestMistakes(Runs):
 
 # ---------------------------------------------------------------- real images
 @unittest.skipUnless(os.path.isdir(join(SHARED, "data")), "the real samples are not here")
-class TestRealSamples(Runs):
+class TestRealSamples(unittest.TestCase):
     def test_they_are_scanned_trained_on_and_evaluated(self):
-        root = new_folder("real")
+        root = new_folder()
         ade = join("ADE20K_2021_17_01", "images", "ADE")
         sample = join(SHARED, "data", "ade20k_2021_sample", ade, "training")
         for side in ("training", "validation"):
@@ -3477,9 +3288,9 @@ class TestRealSamples(Runs):
         shutil.copytree(join(SHARED, "data", "dtd_sample"), join(root, "dtd"))
         argv = ["--root", root, "--min-images", 1, "--min-pixels", 1, "--min-part-images", 1]
         argv += ["--data", "ade20k,dtd", "--min-scene-images", 1]
-        self.assertIn("ade20k: 6 images", succeeded(self, datasets.main, *argv))
+        self.assertIn("ade20k: 6 images", succeeded(datasets.main, *argv))
         argv = [*OWN, "--channels", 16, "--sizes", 96, *argv, "--split", "official"]
-        out, _ = trained(*argv, "--iters", 8, "--texture-iters", 3, validates=True)
+        out, _ = trained(*argv, "--iters", 8, "--texture-iters", 3)
         vocabulary = checkpoint_of(out)["vocabulary"]
         self.assertEqual(vocabulary["scene"], ["street"])
         self.assertLessEqual({"wheel", "headlight", "windshield"}, set(vocabulary["part"]["car"]))
