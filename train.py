@@ -165,8 +165,8 @@ TEXTURE_BATCH = 8  # times --batch-size (ours): squares of 64 are small
 def plan_stages(
     sources, iters, texture_iters, batch_size, accumulate, seed, crop=0, **augmentation
 ) -> dict[str, TrainingBatches]:
-    """Stage -> its batches for this process, of the stages that have images and iterations: "main",
-    of all sources but the textures, then "texture", of these (see `freeze`).
+    """The stages' batches for this process, by name: "main", of all sources but the textures, then
+    "texture", of these (see `freeze`). A stage without images or iterations is left out.
 
     iters, texture_iters: None for 5 iterations per training image at 16 images a step, the paper's
         100k for ADE20K's 20k images; for 5 passes over the textures (ours; the paper has "a few").
