@@ -1015,14 +1015,7 @@ class ConvOfMaps(nn.Conv2d):
         finest, *coarser = maps
         weights = self.weight.split([x.shape[1] for x in maps], dim=1)
         y = F.conv2d(finest, weights[0], self.bias, padding=1)
-        # On a CPU 256 output channels at a time, whose intermediate maps fit into the cache.
-        at_once = 256 if y.device.type == "cpu" else self.out_channels
-        coarse = []
-        for k in range(0, self.out_channels, at_once):
-            some = [weight[k : k + at_once] for weight in weights[1:]]
-            coarse.append(conv_of_upsampled(coarser, some, finest.shape[2:]))
-        y += torch.cat(coarse, dim=1)
-        return y
+        return y + conv_of_upsampled(coarser, weights[1:], finest.shape[2:])
 
 
 def conv_of_upsampled(maps: list[Tensor], weights: list[Tensor], size: tuple[int, int]) -> Tensor:
