@@ -346,12 +346,13 @@ SCENE_PARSING = DataSet(
 
 # OpenSurfaces release 0 after its own script (Bell et al., SIGGRAPH 2013): materials.
 def opensurfaces_entries(folder, paths):
-    """photos/ID.jpg with photos-labels/ID.png."""
+    """photos/ID.jpg with photos-labels/ID.png, if it has labels."""
+    present = set(paths)
     entries = []
     for path in paths:
         if path.startswith("photos/") and path.lower().endswith(PHOTOS):
-            labels = path.replace("photos", "photos-labels", 1)
-            entries.append(Entry(path, labels=f"{without_ending(labels)}.png"))
+            labels = without_ending(path.replace("photos", "photos-labels", 1)) + ".png"
+            entries.append(Entry(path, labels=labels if labels in present else ""))
     return entries
 
 

@@ -475,8 +475,8 @@ def draw_pictures(net, vocabulary, sources, folder, **how):
                 parsed = parse(net, photo, levels, sizes=[datasets.TEXTURE_SIZE])
             else:
                 parsed = parse(net, photo, levels, **how)
-            labels = {level: y for level, y in source.labels(i).items() if level in levels}
-            truth = labels_as_parsed(labels, vocabulary, net.part_slices)
+            truth = labels_as_parsed(source.labels(i), vocabulary, net.part_slices)
+            truth = {level: y for level, y in truth.items() if level in levels}
             height = max(1, round(photo.height * datasets.PANEL / photo.width))
             photo = photo.resize((datasets.PANEL, height))
             rows = [
@@ -637,10 +637,9 @@ def wanted_images(index, checkpoint, split, folder, cache):
     print(f"{source}: {len(present)} of {len(index.images)} images in {index.folder} ({kind})")
     if len(present) < len(wanted):
         print(f"{source}: {len(wanted) - len(present)} images of the split are missing")
-    root = checkpoint["arguments"].get("root", "data")
     known = present & set(checkpoint.get("trained", {}).get(source, ()))
-    if known and is_below(os.path.join(index.folder, source), root):
-        print(f"{source}: {len(known)} of them have trained this network")
+    if known:
+        print(f"{source}: {len(known)} of them have the names of images that trained this network")
     return wanted
 
 

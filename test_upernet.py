@@ -1183,12 +1183,15 @@ class TestVocabulary(unittest.TestCase):
             merged[substance] = material
         red = np.ones((60, 1), int) * (np.arange(65) // 5)  # not of the photo's size
         root = surfaces(new_folder(), list(merged), [red, red * (red < 12)])
+        save(noise(48, 64), root, "os", "photos", "without labels.jpg")
         index, err = scanned(root, "os")
         self.assertEqual(err, "")
         vocabulary = vocabulary_of(index, min_images=2)
         materials = sorted(set(merged.values()) - {"-"})
         self.assertEqual(vocabulary, {"material": materials})
-        labels = datasets.Source(index, vocabulary).labels(0)["material"]
+        source = datasets.Source(index, vocabulary)
+        self.assertEqual(source.training, [0, 1])
+        labels = source.labels(0)["material"]
         names = np.array(["-", *merged.values()])[red]
         assert_array_equal(np.array([*materials, "-"])[labels], names)
 
@@ -2441,12 +2444,12 @@ class TestOwnNetwork(unittest.TestCase):
             self.assertEqual(len(re.findall(r"\b72x48\b.*\b96x64\b", said)), 1)
 
     def test_a_test_set_without_a_table_has_the_networks_numbers_and_names(self):
-        """Also one whose folder begins as that of training does, with files of the same names."""
+        """Also one with files of the same names, which is told."""
         root = f"{self.root}-test"
         shutil.copytree(self.root, root, ignore=shutil.ignore_patterns("classes.txt", ".cache"))
         metrics, said = evaluated(self.checkpoint, "--split", "all", "--root", root)
         self.assertEqual(metrics, evaluated(self.checkpoint, "--split", "all")[0])
-        self.assertNotRegex(said, r"\b16 .*trained")
+        self.assertRegex(said, r"\b16 .*names of .*trained")
 
     def test_a_test_set_of_other_classes(self):
         """One that the network lacks, one that it writes otherwise. No split is made of it."""
@@ -2658,6 +2661,8 @@ class TestTraining(unittest.TestCase):
         self.assertEqual(set(metrics), set(upernet.LEVELS))
         validated = [line["metrics"] for line in read_log(self.out) if "metrics" in line]
         best = max(self.mean_of_levels(scores) for scores in [*validated, metrics])
+        parts, _ = evaluated(self.checkpoint, "--levels", "part", "--pictures", new_folder())
+        self.assertEqual(parts, {"part": metrics["part"]})
         path = join(self.out, "best.pt")
         self.assertAlmostEqual(self.mean_of_levels(evaluated(path)[0]), best)
         self.assertAlmostEqual(torch.load(path, weights_only=True)["best"], best)
@@ -2882,11 +2887,14 @@ class TestResume(unittest.TestCase):
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         self.addCleanup(signal.signal, signal.SIGXFSZ, handler)
         log = Path(out, "log.jsonl")
-        for file, limit in ((path, len(good) // 2), (log, log.stat().st_size + 9)):
+        for file, limit in ((log, log.stat().st_size + 9), (path, len(good) // 2)):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
             refused(str(file), train.main, "--resume", "--out", out)
             self.assertEqual(path.read_bytes(), good)
             self.assertFalse(list(Path(out).glob(".*")))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        trained("--resume", out=out)  # whose log has a line that was cut off
+        self.assertEqual(checkpoint_of(out)["stage"], "done")
 
     def test_out_of_memory_is_one_line_and_a_mistake_of_ours_a_traceback(self):
         argv = (*toy(2), "--batch-size", 4)
@@ -2897,6 +2905,7 @@ class TestResume(unittest.TestCase):
                 refused("--batch-size", train.main, *argv, "--out", out)
         trained("--resume", "--batch-size", 2, "--accumulate", 2, out=out)
         self.assertEqual(log_lines(out), 2)
+        self.assertEqual(checkpoint_of(out)["arguments"]["batch_size"], 2)
         out = new_folder()
         with mock.patch("upernet.losses", side_effect=RuntimeError("a mistake of ours")):
             self.assertRaises(RuntimeError, command, train.main, *argv, "--out", out)
@@ -3040,14 +3049,15 @@ class TestOwnRuns(unittest.TestCase):
     def test_few_images_train_to_the_end_and_from_two_on_one_validates(self):
         for count in (5, 2, 1):
             root = own_data(*count * [columns(1, 2, 1, 2)], classes="猫\nсобака")
-            out, _ = trained(*OWN, "--root", root, "--iters", 2)
+            argv = (*OWN, "--root", root, "--iters", 2, "--texture-iters", 3)
+            out, _ = trained(*argv)
             content = checkpoint_of(out)
             validates = 1 if count > 1 else 0
             self.assertEqual(len(content["split"]["ade20k"]), validates)
             self.assertEqual(len(content["trained"]["ade20k"]), count - validates)
             self.assertEqual(os.path.exists(join(out, "metrics.json")), count > 1)
             before = Path(out, "ckpt.pt").read_bytes()
-            self.assertIn("finished", trained("--resume", out=out)[1])
+            self.assertIn("finished", trained(*argv, "--resume", out=out)[1])
             self.assertEqual(Path(out, "ckpt.pt").read_bytes(), before)
 
     def test_images_without_a_label_and_long_strips_are_counted(self):
@@ -3096,7 +3106,8 @@ class TestStart(unittest.TestCase):
     def setUpClass(cls):
         cls.root = coloured(*[f"thing {k}" for k in range(11)])
         network = ("--stem", "deep", "--no-head-conv", "--seed", 1)
-        cls.out, _ = trained(*OWN, "--root", cls.root, *network, "--iters", 1)
+        argv = (*OWN, "--root", cls.root, *network, "--levels", "object", "--min-images", 7)
+        cls.out, _ = trained(*argv, "--iters", 1)
         cls.theirs = checkpoint_of(cls.out)
         cls.path = join(cls.out, "ckpt.pt")
 
@@ -3118,9 +3129,9 @@ class TestStart(unittest.TestCase):
                 expected = torch.stack(rows)
             self.assertTrue(torch.equal(value, expected), name)
 
-    def test_ours_brings_data_and_root_if_none_is_given(self):
+    def test_ours_brings_its_data_if_none_are_given(self):
         ours = self.begun("--weights", self.path)
-        for key in ("data", "root", "sizes"):
+        for key in ("data", "root", "levels", "min_images", "sizes"):
             self.assertEqual(ours["arguments"][key], self.theirs["arguments"][key])
         for key in ("split", "trained"):
             self.assertEqual(ours[key], self.theirs[key])

@@ -379,14 +379,14 @@ NETWORK_OPTIONS = "backbone channels stem output_stride ppm fpn fusion head_conv
 
 
 def options_of(start, argv):
-    """The options that a file of weights brings: its network; of our checkpoints the sizes and the
-    data, unless the command names some."""
+    """The options that a file of weights brings: its network; of our checkpoints the sizes, and the
+    data with their split, levels and thresholds, unless the command names some."""
     given = {word.split("=")[0] for word in argv}
     keys = []
     if not given & {"--sizes", "--crop"}:
         keys += ["sizes", "max_size", "crop"]
     if not given & {"--data", "--root"}:
-        keys += ["data", "root"]
+        keys += ["data", "root", "split", "levels", *datasets.THRESHOLDS]
     options = {key: start["arguments"][key] for key in keys if key in start["arguments"]}
     for key in NETWORK_OPTIONS:
         if key in start["network"]:
@@ -482,7 +482,10 @@ def draw_curves(out):
         return
     lines = {}  # an iteration's last line counts: a resumed run repeats some
     for text in Path(out, "log.jsonl").read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
+        try:
+            line = json.loads(text)
+        except ValueError:  # cut off by a full disk
+            continue
         lines[line["stage"], line["iteration"]] = line
     losses = collections.defaultdict(list)
     scores = collections.defaultdict(list)
@@ -613,15 +616,18 @@ def read_options(argv):
 
 
 def resumed_options(parser, argv, out, path):
-    """(the run's options, with those given that may change; its checkpoint)."""
+    """(the run's options, with those given that may change; its checkpoint, which keeps these)."""
     try:
         _, checkpoint = upernet.read_checkpoint(path)
     except ValueError as e:
         raise UserError(f"{e}; to start over, delete it") from None
     stored = {**checkpoint["arguments"], "out": out}
     args = datasets.parse_options(parser, argv, {}, stored)
+    args.root = os.path.abspath(args.root)
     for key in stored.keys() & vars(args).keys():
-        if getattr(args, key) != stored[key] and key not in MAY_CHANGE:
+        if key in MAY_CHANGE:
+            checkpoint["arguments"][key] = getattr(args, key)
+        elif getattr(args, key) != stored[key]:
             raise UserError(
                 f"--{key.replace('_', '-')}: {out} keeps its own, {stored[key]}; leave it out"
             )
@@ -726,8 +732,9 @@ def new_checkpoint(net, vocabulary, split, sources, stages, trained, options):
     arguments = {**options, "root": os.path.abspath(options["root"])}
     for name in ("folder", "cache_folder", "thresholds"):  # which follow from the others
         del arguments[name]
-    arguments["iters"] = stages["main"].iterations if "main" in stages else 0
-    arguments["texture_iters"] = stages["texture"].iterations if "texture" in stages else 0
+    for stage, key in (("main", "iters"), ("texture", "texture_iters")):
+        if stage in stages:
+            arguments[key] = stages[stage].iterations
     arguments["content"] = {}  # of each source, to notice changes
     arguments["numbers"] = {}  # of classes, in the data's own table
     all_trained = dict(trained)
