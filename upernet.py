@@ -454,7 +454,7 @@ class View(NamedTuple):
     """A photo as the network sees it, at one size, perhaps mirrored."""
 
     pixels: "np.ndarray"  # (1, 3, H, W) uint8, RGB, padded
-    filled: tuple[int, int]  # (height, width) of it that are photo, not padding
+    filled: tuple[int, int]  # (height, width) of it that the photo takes, see `network_input`
     mirrored: bool = False
 
 
