@@ -20,7 +20,7 @@ import glob
 import hashlib
 import json
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import re
 import shutil
@@ -563,8 +563,9 @@ def scan(
         index = index._replace(fingerprint=fingerprint)
         write_file(path, functools.partial(torch.save, index._asdict()))
         # Labels prepared from an earlier state of the data.
-        for outdated in Path(cache).glob(f"{source}-" + 16 * "[0-9a-f]"):
-            shutil.rmtree(outdated, ignore_errors=True)
+        for prepared in Path(cache).glob(f"{source}-" + 16 * "[0-9a-f]"):
+            if not prepared.name.startswith(f"{source}-{fingerprint[:8]}"):
+                shutil.rmtree(prepared, ignore_errors=True)
     check_broken(index)
     if own_names and data_set.own and not stats.keys() & {"classes.txt", "objectInfo150.txt"}:
         index = index._replace(names=own_names)
@@ -1008,9 +1009,9 @@ class Source:
         if not labelled.all():
             print(f"{index.source}: {(~labelled).sum()} images without a label are left out")
 
-        content = [index.fingerprint, largest]
-        content += [(level, vocabulary[level]) for level in self.levels]
-        self.prepared_folder = os.path.join(cache, f"{index.source}-{hash_of(content)}")
+        content = [largest] + [(level, vocabulary[level]) for level in self.levels]
+        fingerprint = index.fingerprint[:8] + hash_of(content)[:8]
+        self.prepared_folder = os.path.join(cache, f"{index.source}-{fingerprint}")
 
     def photo(self, i: int, box: tuple[int, int] | None = None) -> Image.Image:
         """Image i in RGB, see `open_photo`."""
@@ -1511,15 +1512,14 @@ def one_line_errors(prog):
     """The context of a script: what a user can mend becomes one line and status 2."""
     try:
         yield
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (UserError, FloatingPointError, OSError, RuntimeError, MemoryError) as e:
+    except BaseException as e:
+        kill_readers()
+        if isinstance(e, KeyboardInterrupt):
+            print(f"{prog}: interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
         message = message_of(e)
         if message is None:
             raise
-        for reader in multiprocessing.active_children():  # which ignore signals
-            reader.kill()
         print(f"{prog}: {message}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
@@ -1636,10 +1636,22 @@ SIGNALS = [
 ]
 
 
-def ignore_signals(*_):
-    """For processes that read images: a signal to the group is the main process's business."""
+def start_reader(*_):
+    """For processes that read images: a signal to the group is the main process's business, and if
+    that is killed they end, too."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    # Before multiprocessing waits for somebody to take what is left in the pipe.
+    multiprocessing.util.Finalize(None, os._exit, (0,), exitpriority=0)
+
+
+def kill_readers():
+    """Python would wait for them for ever, as they ignore its signal."""
+    readers = multiprocessing.active_children()
+    if readers and hasattr(signal, "SIGCHLD"):  # at which PyTorch would raise an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for reader in readers:
+        reader.kill()
 
 
 def unchanged(item):
@@ -1661,7 +1673,7 @@ def loader(dataset: Dataset, first: int = 0, workers: int | None = None) -> Data
         sampler=range(first, len(dataset)),
         num_workers=workers,
         collate_fn=unchanged,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=start_reader,
     )
 
 

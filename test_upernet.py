@@ -1807,6 +1807,8 @@ class TestPrepared(unittest.TestCase):
         across = ((np.arange(20) + 0.5) * 48 / 20).astype(int)
         for level, labels in smaller.items():
             assert_array_equal(labels, self.first[level][rows[:, None], across])
+        os.remove(join(cache, "ade20k.index.pt"))
+        source_of(self.ade.root)  # another scan of the same files
         self.assertEqual(len(self.folders()), 3)
 
 
@@ -2847,9 +2849,9 @@ class TestResume(unittest.TestCase):
         self.assertEqual((run.returncode, run.communicate()[1]), (-signal.SIGINT, ""))
 
     def test_a_kill_and_a_signal_to_the_group_resume_bit_for_bit(self):
-        """Of crops, with a process that reads images, which both reach too; without one it is the
-        same."""
-        argv = (*toy(12, 8), "--crop", 64, "--save-every", 2)
+        """Of crops, with a process that reads images, which the signal reaches too and which ends
+        after the kill; without one it is the same."""
+        argv = (*toy(12, 8), "--crop", 256, "--save-every", 2)
         whole, _ = trained(*argv)
         stopped = new_folder()
         for number, expected in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
@@ -2858,8 +2860,11 @@ class TestResume(unittest.TestCase):
             run = started("train.main()", *argv)
             while run.poll() is None and log_lines(stopped) <= lines + 2:
                 time.sleep(0.01)
-            os.killpg(run.pid, number)
-            _, err = run.communicate()
+            if number == signal.SIGKILL:
+                run.kill()
+            else:
+                os.killpg(run.pid, number)
+            _, err = run.communicate(timeout=60)  # until no process has its stderr
             self.assertEqual((err, run.returncode), ("", expected))
         content = checkpoint_of(stopped)
         done = content["iteration"] + 12 * (content["stage"] == "texture")
@@ -2909,6 +2914,16 @@ class TestResume(unittest.TestCase):
         out = new_folder()
         with mock.patch("upernet.losses", side_effect=RuntimeError("a mistake of ours")):
             self.assertRaises(RuntimeError, command, train.main, *argv, "--out", out)
+
+    def test_errors_end_the_processes_that_read_too(self):
+        """Of the program's own with a traceback, of the user's with one line."""
+        failing = "def failing(*_):\n    raise datasets.UserError('a mistake')\n\n"
+        for text, status in (("train.update = None", 1), (f"{failing}train.update = failing", 2)):
+            argv = (*toy(9), "--crop", 256, "--workers", 1, "--out", new_folder())
+            run = started(f"{text}\ntrain.main()", *argv)
+            _, err = run.communicate(timeout=60)
+            self.assertEqual(run.returncode, status)
+            self.assertEqual(err == "train.py: a mistake\n", status == 2, err)
 
     def test_what_is_not_finite_ends_the_run_and_is_not_written(self):
         out = new_folder()

@@ -385,7 +385,7 @@ def options_of(start, argv):
     keys = []
     if not given & {"--sizes", "--crop"}:
         keys += ["sizes", "max_size", "crop"]
-    if not given & {"--data", "--root"}:
+    if "--data" not in given:
         keys += ["data", "root", "split", "levels", *datasets.THRESHOLDS]
     options = {key: start["arguments"][key] for key in keys if key in start["arguments"]}
     for key in NETWORK_OPTIONS:
@@ -747,7 +747,10 @@ def new_checkpoint(net, vocabulary, split, sources, stages, trained, options):
         all_trained[name] = sorted(known.union(images))
         known.intersection_update(split[name])
         if known:
-            print(f"{name}: {len(known)} of its validation images have trained the weights")
+            print(
+                f"{name}: {len(known)} of its validation images have the names of images that "
+                "trained the weights"
+            )
     return {
         "network": net.network,
         "vocabulary": vocabulary,
@@ -782,9 +785,9 @@ def run(net, checkpoint, sources, out, workers, eval_every, **how):
     print(f"wrote {path}, and beside it log.jsonl and curves.png")
     if any(source.validation for source in sources.values()):
         metrics = validate()
-        print(evaluate.table(metrics))
         if datasets.is_main_process():
             datasets.write_json(metrics, f"{out}/metrics.json")
+            print(evaluate.table(metrics))
             if eval_every:
                 keep_best(metrics, out, checkpoint, net)
             evaluate.draw_pictures(net, vocabulary, sources, f"{out}/pictures")
