@@ -379,8 +379,9 @@ NETWORK_OPTIONS = "backbone channels stem output_stride ppm fpn fusion head_conv
 
 
 def options_of(start, argv):
-    """The options that a file of weights brings: its network; of our checkpoints the sizes, and the
-    data with their split, levels and thresholds, unless the command names some."""
+    """The options that a file of weights brings: its network; of our checkpoints the sizes, unless
+    the command names --sizes or --crop, and the data with their split, levels and thresholds,
+    unless it names --data."""
     given = {word.split("=")[0] for word in argv}
     keys = []
     if not given & {"--sizes", "--crop"}:
