@@ -1641,7 +1641,7 @@ def start_reader(*_):
     that is killed they end, too."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    # Before multiprocessing waits for somebody to take what is left in the pipe.
+    # Else Python would wait at their end until somebody empties their pipe.
     multiprocessing.util.Finalize(None, os._exit, (0,), exitpriority=0)
 
 
